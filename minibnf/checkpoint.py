@@ -1,0 +1,256 @@
+"""Checkpoints in the Hugging Face layout: config.json and one or more safetensors files. Strict in, atomic out.
+
+Every tensor is accounted for by name and shape; a tied unembedding is stored once. Nothing is pickled.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minibnf.model import Config, Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# Fields of config.json whose other values would change what is computed, with the values that are supported.
+SUPPORTED = {
+    "model_type": {"llama"},
+    "hidden_act": {"silu"},
+    "attention_bias": {False},
+    "mlp_bias": {False},
+    "rope_scaling": {None},
+    "sliding_window": {None},
+    "rope_interleaved": {False},
+    "partial_rotary_factor": {None, 1.0},
+    "quantization_config": {None},
+    "is_encoder_decoder": {False},
+    "cross_attention_hidden_size": {None},
+    "add_cross_attention": {False},
+    "is_decoder": {False, None},
+    "chunk_size_feed_forward": {0},
+    "pruned_heads": {None},
+}
+# Fields that the forward pass does not read: names, token ids, initialisation, dropout, what generate() does.
+HARMLESS = set(
+    "_name_or_path architectures attention_dropout attn_implementation bos_token_id dtype eos_token_id finetuning_task"
+    " id2label initializer_range is_llama_config label2id name_or_path output_attentions output_hidden_states"
+    " pad_token_id prefix pretraining_tp problem_type return_dict sep_token_id task_specific_params tf_legacy_loss"
+    " tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers.js_config transformers_version"
+    " unk_token_id use_bfloat16 use_cache decoder_start_token_id".split()
+)
+SHARD_BYTES = 5 * 10**9
+
+
+def read_config(directory: str | os.PathLike) -> tuple[Config, dict]:
+    """config.json -> (the fields that decide what is computed, the whole of it). Raises ValueError naming a bad field."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    get = _Fields(raw, path)
+    hidden, heads = get.number("hidden_size"), get.number("num_attention_heads")
+    rope = raw.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
+        raise ValueError(f"{path}: field 'rope_parameters' = {rope} is not supported; only the default rotary embedding is")
+    config = Config(
+        vocab_size=get.number("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=get.number("intermediate_size"),
+        num_hidden_layers=get.number("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=get.number("num_key_value_heads", heads),
+        head_dim=get.number("head_dim", hidden // heads),
+        rms_norm_eps=get.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta") or get.number("rope_theta", 10000.0),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        max_position_embeddings=get.number("max_position_embeddings", 2048),
+    )
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        raise ValueError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
+    for field, value in raw.items():
+        if field in SUPPORTED:
+            if value not in SUPPORTED[field] if not isinstance(value, (dict, list)) else value:
+                allowed = " or ".join(map(repr, SUPPORTED[field]))
+                raise ValueError(f"{path}: field '{field}' = {value!r} is not supported, only {allowed}")
+        elif field not in HARMLESS and field not in Config.__dataclass_fields__ and field != "rope_parameters":
+            raise ValueError(f"{path}: field '{field}' is unknown, and might change what the model computes")
+    return config, raw
+
+
+class _Fields:
+    def __init__(self, raw, path):
+        self.raw, self.path = raw, path
+
+    def number(self, name, default=None):
+        value = self.raw.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{self.path}: field '{name}' must be a number above 0, not {value!r}")
+        return value
+
+
+def read_json(path: Path):
+    """The JSON of a file. Raises FileNotFoundError, or ValueError that says where the file is broken."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None) -> Transformer:
+    """A Transformer from a checkpoint directory; dtype by default as stored.
+
+    Raises ValueError for a tensor that is missing, unexpected or of another shape than config.json says.
+    """
+    directory = Path(directory)
+    config, raw = read_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config, raw)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    state = {}
+    for file in _weight_files(directory):
+        try:
+            with safe_open(file, framework="pt", device="cpu") as tensors:
+                for name in tensors.keys():
+                    if name in state:
+                        raise ValueError(f"{file}: tensor '{name}' stands in more than one file")
+                    state[name] = tensors.get_tensor(name)
+        except Exception as error:  # safetensors' own exception type does not derive from ValueError
+            if isinstance(error, (ValueError, OSError)):
+                raise
+            raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
+    if config.tie_word_embeddings and "lm_head.weight" in state:
+        if not torch.equal(state.pop("lm_head.weight"), state.get("model.embed_tokens.weight", torch.empty(0))):
+            raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens")
+    if missing := sorted(set(wanted) - set(state)):
+        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)")
+    if unexpected := sorted(set(state) - set(wanted)):
+        raise ValueError(f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names")
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(f"{directory}: tensor '{name}' is {tuple(tensor.shape)}, but config.json says {wanted[name]}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported")
+        state[name] = tensor.to(device=device, dtype=dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def fresh(directory: str | os.PathLike, seed: int, dtype: torch.dtype = torch.float32, device=None) -> Transformer:
+    """A Transformer with the directory's config.json and random weights."""
+    config, raw = read_config(directory)
+    return Transformer(config, raw).init_weights(seed).to(device=device, dtype=dtype)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        single = directory / "model.safetensors"
+        if not single.is_file():
+            raise FileNotFoundError(f"{directory}: no model.safetensors (nor model.safetensors.index.json) lies there")
+        return [single]
+    files = sorted(set(read_json(index)["weight_map"].values()))
+    for name in files:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise FileNotFoundError(f"{index}: names the file '{name}', which does not lie beside it")
+    return [directory / name for name in files]
+
+
+def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors (sharded past 5 GB) into a directory; its other files stay.
+
+    dtype: what to store, by default the parameters' own. All files are written under other names first and renamed at
+    the end, so that an interruption while writing leaves what was there.
+    """
+    directory = Path(directory)
+    state = {name: p.detach().to(device="cpu", dtype=dtype).contiguous() for name, p in model.named_parameters()}
+    stored = next(iter(state.values())).dtype
+    shards, size, weight_map = [{}], 0, {}
+    for name, tensor in state.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    with replacing(directory / ".saving") as temporary:
+        for i, shard in enumerate(shards):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_file(shard, temporary / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+            write_json(temporary / "model.safetensors.index.json", index)
+        raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"} | {"dtype": str(stored).removeprefix("torch.")}
+        write_json(temporary / "config.json", raw)
+    for stale in directory.glob("model*.safetensors*"):
+        stale.unlink()
+    for file in (directory / ".saving").iterdir():
+        file.replace(directory / file.name)
+    (directory / ".saving").rmdir()
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------ checkpoints of a training run
+
+
+def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
+    """OUT/checkpoints/step-N: weights, optimizer states and counts, complete or absent; older ones go once it is there."""
+    directory = out / "checkpoints" / f"step-{step:07d}"
+    with replacing(directory) as temporary:
+        save_file({n: p.detach().cpu() for n, p in model.named_parameters()}, temporary / "model.safetensors")
+        for i, optim in enumerate(optims):
+            state = {f"{k}.{name}": x for k, s in optim.state_dict()["state"].items() for name, x in s.items()}
+            save_file(state, temporary / f"optimizer-{i}.safetensors")
+        write_json(temporary / "state.json", {"step": step, "num_tokens": tokens})
+    for old in directory.parent.iterdir():
+        if old != directory:
+            shutil.rmtree(old)
+
+
+@torch.no_grad()
+def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
+    """Put the newest checkpoint into model and optimizers -> (steps done, tokens read); (0, 0) if there is none."""
+    found = sorted((out / "checkpoints").glob("step-*"))
+    if not found:
+        return 0, 0
+    with safe_open(found[-1] / "model.safetensors", framework="pt") as tensors:
+        for name, p in model.named_parameters():
+            p.copy_(tensors.get_tensor(name))
+    for i, optim in enumerate(optims):
+        state: dict = {}
+        with safe_open(found[-1] / f"optimizer-{i}.safetensors", framework="pt") as tensors:
+            for key in tensors.keys():
+                index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = tensors.get_tensor(key)
+        optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
+    state = read_json(found[-1] / "state.json")
+    return state["step"], state["num_tokens"]
+
+
+class replacing:
+    """with replacing(directory) as temporary: fill temporary; on success it takes the directory's place by renaming."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+
+    def __enter__(self) -> Path:
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir()
+        return self.temporary
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            old = self.temporary.with_suffix(".old")
+            if self.directory.exists():
+                self.directory.rename(old)
+            self.temporary.rename(self.directory)
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)

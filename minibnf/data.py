@@ -1,0 +1,273 @@
+"""Preference data: JSON Lines -> token ids -> packed batches.
+
+A row is paired {"prompt", "chosen", "rejected"}, unpaired {"prompt", "completion", "label"}, or paired with the prompt
+implicit {"chosen": [messages], "rejected": [messages]}; one file may mix them. A batch is flat: no padding anywhere, a
+prompt stored once with the responses that share it. Nothing is dropped or shortened unless the caller asked for it, and
+then it is counted.
+"""
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minibnf.losses import Responses
+from minibnf.model import Group
+
+
+class Example(NamedTuple):
+    """A pair (two responses, the chosen one first) or an unpaired response, as token ids."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    preferred: tuple[bool, ...]
+    line: int  # in its file, from 1
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model reads: nothing follows the last one of a response, so it is predicted but not read."""
+        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> tuple[list[Example], Counter]:
+    """Every row of a .jsonl or .jsonl.gz file, tokenised; and how many were "truncated" or "skipped".
+
+    max_length: the most tokens of a prompt with one response (the model's context). overlong: what to do with more:
+    "error", "truncate" (the response loses its end) or "skip".
+    Raises ValueError with file, line and field for a row that does not fit, FileNotFoundError for no such file.
+    """
+    examples, counts = [], Counter()
+    for number, row in tqdm(list(_rows(path)), desc="tokenising", unit="row", disable=None, leave=False):
+        where = f"{path}, line {number}"
+        prompt, completions, preferred = _parse(row, where)
+        ids = [_tokenise(tokenizer, prompt, c, where, field) for field, c in completions]
+        prompt_ids, responses = ids[0][0], [tuple(response) for _, response in ids]
+        if not prompt_ids:
+            raise ValueError(f"{where}: field 'prompt' is empty, so nothing predicts the first token of a response")
+        for (field, _), response in zip(completions, responses, strict=True):
+            if not response:
+                raise ValueError(f"{where}: field '{field}' is empty; a response needs at least one token")
+        longest = len(prompt_ids) + max(map(len, responses))
+        if longest > max_length:
+            if overlong == "error" or (overlong == "truncate" and len(prompt_ids) >= max_length):
+                part = "prompt alone" if len(prompt_ids) >= max_length else "prompt and response together"
+                raise ValueError(
+                    f"{where}: {part} {'have' if part.endswith('r') else 'has'} {longest} tokens, more than the {max_length} "
+                    "that the model reads; shorten it, or pass --overlong truncate or --overlong skip"
+                )
+            counts["truncated" if overlong == "truncate" else "skipped"] += 1
+            if overlong == "skip":
+                continue
+            responses = [r[: max_length - len(prompt_ids)] for r in responses]
+        examples.append(Example(tuple(prompt_ids), tuple(responses), preferred, number))
+    if not examples:
+        raise ValueError(f"{path}: no rows" + (f" left: all {counts['skipped']} are too long" if counts else ""))
+    return examples, counts
+
+
+def _rows(path):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            try:
+                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text: {error}") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}, column {error.colno}: not valid JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+            yield number, row
+
+
+def _parse(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tuple[bool, ...]]:
+    """-> prompt, [(field, completion)], preferred; prompt and completions all strings or all lists of messages."""
+    if "completion" in row or "label" in row:
+        fields, preferred = ["completion"], row.get("label")
+        for field in ("prompt", "completion", "label"):
+            if row.get(field) is None:
+                raise ValueError(f"{where}: an unpaired row needs the field '{field}'")
+        if not isinstance(preferred, bool):
+            raise ValueError(f"{where}: field 'label' must be true or false, not {preferred!r}")
+        preferred = (preferred,)
+    else:
+        fields, preferred = ["chosen", "rejected"], (True, False)
+        for field in fields:
+            if row.get(field) is None:
+                raise ValueError(
+                    f"{where}: field '{field}' is missing; a row has chosen and rejected, or prompt, completion and label"
+                )
+    for field in ("prompt", *fields):
+        if row.get(field) is not None:
+            _check_text(row[field], where, field)
+    prompt = row.get("prompt")
+    if prompt is None:
+        chosen, rejected = row["chosen"], row["rejected"]
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            raise ValueError(f"{where}: field 'prompt' is missing; only lists of messages can hold it implicitly")
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        if shared in (0, len(chosen), len(rejected)):
+            what = "share no first message" if shared == 0 else "do not differ after their shared beginning"
+            raise ValueError(f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told from them")
+        prompt, row = chosen[:shared], {"chosen": chosen[shared:], "rejected": rejected[shared:]}
+    for field in fields:
+        if isinstance(row[field], str) != isinstance(prompt, str):
+            raise ValueError(f"{where}: fields 'prompt' and '{field}' must both be text or both be lists of messages")
+    return prompt, [(field, row[field]) for field in fields], preferred
+
+
+def _check_text(value, where: str, field: str):
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: field '{field}' must be text or a list of messages, not {type(value).__name__}")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f"{where}: field '{field}', message {i}: needs text in 'role' and 'content'")
+
+
+def _tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
+    if isinstance(prompt, str):
+        if not completion:
+            return tokenizer.encode(prompt), []
+        return tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eos_id]
+    if not completion or not "".join(message["content"] for message in completion):
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
+    try:
+        return tokenizer.encode_response(prompt, completion)
+    except ValueError as error:
+        raise ValueError(f"{where}, field '{field}': {error}") from None
+
+
+def digest(examples: list[Example]) -> str:
+    """A fingerprint of the tokens and labels, for telling whether something cached still belongs to them."""
+    return hashlib.sha256(repr([e[:3] for e in examples]).encode()).hexdigest()
+
+
+def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of 0..n-1 that depends on seed and epoch alone."""
+    number = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(number))).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ packing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed micro-batch. T tokens in all, N of them response tokens, R responses.
+
+    tokens, positions (1, T): groups one after another, each its prompt once, then its responses less their last token,
+    which predicts nothing; their positions all continue from the prompt's end.  layout: the groups' lengths (model.py).
+    predictors (N,): where in T the hidden state stands that predicts each response token; targets (N,): that token.
+    owner (N,), preferred (R,), pairs (P, 2): as in losses.Responses.  order (R,): which responses of the data these are,
+    as (index of the example, index in it).  lines: the lines of the file they come from.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    layout: list[Group]
+    predictors: Tensor
+    targets: Tensor
+    owner: Tensor
+    preferred: Tensor
+    pairs: Tensor
+    order: list[tuple[int, int]]
+    lines: list[int]
+
+    def responses(self, logps: Tensor, ref_logps: Tensor | None) -> Responses:
+        return Responses(logps, ref_logps, self.owner, self.preferred, self.pairs)
+
+    def to(self, device) -> "Batch":
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[Batch]:
+    """examples[i] for i in indices, packed into micro-batches of at most max_tokens tokens.
+
+    Examples with the same prompt become one group (at most max_tokens long), so that the prompt is read once. Groups go,
+    longest first, to the first micro-batch with room. Raises ValueError for an example longer than max_tokens.
+    """
+    bins: list[tuple[int, list[list[int]]]] = []  # (tokens, groups of example indices)
+    for size, members in sorted(_groups(examples, indices, max_tokens), key=lambda g: -g[0]):
+        for b, (used, groups) in enumerate(bins):
+            if used + size <= max_tokens:
+                bins[b] = (used + size, [*groups, members])
+                break
+        else:
+            bins.append((size, [members]))
+    return [_flatten(examples, groups) for _, groups in bins]
+
+
+def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
+    """(tokens, example indices) of each group of examples that share a prompt."""
+    groups: list[tuple[int, list[int]]] = []
+    newest: dict[tuple[int, ...], int] = {}  # prompt -> the group of it that still has room
+    for i in indices:
+        prompt, size = examples[i].prompt, examples[i].tokens
+        if size > max_tokens:
+            raise ValueError(
+                f"line {examples[i].line}: the example has {size} tokens, more than a micro-batch holds; "
+                f"pass --max-tokens {size} or more"
+            )
+        g = newest.get(prompt)
+        if g is not None and groups[g][0] + size - len(prompt) <= max_tokens:
+            groups[g] = (groups[g][0] + size - len(prompt), [*groups[g][1], i])
+        else:
+            newest[prompt] = len(groups)
+            groups.append((size, [i]))
+    return groups
+
+
+def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
+    tokens, positions, layout, predictors, targets, owner, preferred, pairs, order = [], [], [], [], [], [], [], [], []
+    for members in groups:
+        prompt, lengths = examples[members[0]].prompt, []
+        last = len(tokens) + len(prompt) - 1  # the prompt's last token predicts every response's first
+        tokens += prompt
+        positions += range(len(prompt))
+        for i in members:
+            if len(examples[i].responses) == 2:
+                pairs.append((len(preferred), len(preferred) + 1))
+            for k, response in enumerate(examples[i].responses):
+                read = response[:-1]
+                predictors += [last, *range(len(tokens), len(tokens) + len(read))]
+                owner += [len(preferred)] * len(response)
+                tokens += read
+                positions += range(len(prompt), len(prompt) + len(read))
+                targets += response
+                lengths.append(len(read))
+                preferred.append(examples[i].preferred[k])
+                order.append((i, k))
+        layout.append((len(prompt), lengths))
+    return Batch(
+        tokens=torch.tensor([tokens]),
+        positions=torch.tensor([positions]),
+        layout=layout,
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor(targets),
+        owner=torch.tensor(owner),
+        preferred=torch.tensor(preferred),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        order=order,
+        lines=[examples[i].line for members in groups for i in members],
+    )

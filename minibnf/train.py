@@ -1,0 +1,465 @@
+"""The trainer, one file: align a checkpoint on preference data.
+
+    python -m minibnf.train --model weights/tiny --data pairs.jsonl --loss bnf --out runs/bnf
+    python -m minibnf.train --model DIR --data train.jsonl --eval-data test.jsonl --loss dpo --loss-args beta=0.5 --out OUT
+    python -m minibnf.train --config runs/bnf/config.json --seed 1 --out runs/bnf-seed1     # an earlier run, changed
+    python -m minibnf.train --resume --out OUT                                              # go on after an interruption
+
+OUT then holds model/ (Hugging Face layout), metrics.jsonl (one object a step, TRL's names), config.json, reference*.safetensors
+(the reference's log-probabilities, computed once), checkpoints/ (the newest one) and figures/.
+
+The loss of a step is the mean over its --batch-size examples, however they are split into micro-batches of at most
+--max-tokens. A run is a function of its arguments: the order of the data depends on --seed and the epoch alone, so a run
+that was killed and resumed ends on a CPU with bitwise the same weights as one that was not.
+"""
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minibnf.checkpoint import DTYPES, fresh, load, load_training, read_json, replacing, save, save_training, write_json
+from minibnf.data import Batch, Example, digest, order_of_epoch, pack, read_examples
+from minibnf.logprob import one_sweep, token_logps
+from minibnf.losses import LOSSES, Loss
+from minibnf.model import Transformer
+from minibnf.reference import Reference, reference
+from minibnf.tokenizer import load_tokenizer
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    rates = ", ".join(f"{loss.name} {loss.learning_rate:g}" for loss in LOSSES.values())
+    p = argparse.ArgumentParser("minibnf.train", description="Align a checkpoint on preference data.", allow_abbrev=False)
+    a = p.add_argument_group("what to train").add_argument
+    a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: the start, and the reference")
+    a("--from-scratch", action="store_true", help="random weights; DIR needs only config.json and a tokenizer")
+    a("--data", metavar="FILE", help=".jsonl or .jsonl.gz of preference rows, paired or unpaired")
+    a("--eval-data", metavar="FILE", help="held-out rows, evaluated before the first step, after the last and between")
+    a("--eval-every", type=int, default=0, metavar="N", help="also evaluate every N steps (0: only at both ends)")
+    a("--out", metavar="DIR", help="folder of the run")
+    a("--overlong", choices=["error", "truncate", "skip"], default="error", help="rows longer than the model's context")
+    a = p.add_argument_group("the loss").add_argument
+    a("--loss", choices=list(LOSSES), default="bnf", help="default: bnf")
+    a("--loss-args", nargs="*", default=[], metavar="NAME=X", help="hyper-parameters of the loss, e.g. beta=0.1")
+    a = p.add_argument_group("how long and how fast").add_argument
+    a("--epochs", type=int, metavar="N", help="passes over the data (default: 1)")
+    a("--max-steps", type=int, metavar="N", help="stop after N steps instead, repeating the data if need be")
+    a("--batch-size", type=int, default=32, metavar="N", help="examples (pairs, unpaired responses) a step; default 32")
+    a("--lr", type=float, help=f"peak learning rate; by default the loss's own, found by trying (see README): {rates}")
+    a("--warmup", type=float, default=0.1, metavar="X", help="share of the steps over which it rises; default 0.1")
+    a("--decay", type=float, default=0.9, metavar="X", help="share of the steps over which it falls to 0; default 0.9")
+    a("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for matrices, with adamw for the rest")
+    a("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled; default 0")
+    a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
+    a("--seed", type=int, default=0, help="of the order of the data (and of fresh weights); default 0")
+    a = p.add_argument_group("the machine").add_argument
+    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights stay float32. auto: "
+      "bfloat16 where the device has matrix units for it and the model over 20 M parameters")  # fmt: skip
+    a("--max-tokens", type=int, metavar="N", help="tokens a micro-batch: bounds memory, changes no result; default 2048 "
+      "on a CPU, 16384 on CUDA, and at least the longest example")  # fmt: skip
+    a("--save-every", type=int, default=200, metavar="N", help="steps between checkpoints; default 200")
+    a("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of OUT/model; default float32")
+    a = p.add_argument_group("a folder that holds a run").add_argument
+    a("--resume", action="store_true", help="go on from its newest checkpoint")
+    a("--overwrite", action="store_true", help="delete that run and start anew")
+    a("--config", metavar="FILE", help="take arguments from the config.json of an earlier run; flags override it")
+
+    args = p.parse_args(argv)
+    config = args.config
+    if args.resume and args.out and not config and (Path(args.out) / "config.json").is_file():
+        config = Path(args.out) / "config.json"
+    if config:
+        earlier = read_json(Path(config)).get("arguments")
+        if not isinstance(earlier, dict) or set(earlier) - set(vars(args)):
+            raise ValueError(f"{config}: not the config.json that a run of this version wrote")
+        for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):  # a flag overrides its alternative too
+            if getattr(args, one) is not None:
+                earlier[other] = None
+        p.set_defaults(**earlier)
+        args = p.parse_args(argv)
+    for name in ("model", "data", "out"):
+        if getattr(args, name) is None:
+            p.error(f"--{name} is required")
+    if args.resume and args.overwrite:
+        p.error("--resume and --overwrite exclude each other")
+    if args.epochs is not None and args.max_steps is not None:
+        p.error("--epochs and --max-steps exclude each other")
+    for name in ("epochs", "max_steps", "batch_size", "lr", "max_tokens", "save_every", "grad_clip"):
+        if (x := getattr(args, name)) is not None and not x > 0:
+            p.error(f"--{name.replace('_', '-')} must be above 0, not {x}")
+    if not (0 <= args.warmup <= 1 and 0 <= args.decay <= 1 and args.weight_decay >= 0 and args.eval_every >= 0):
+        p.error("--warmup and --decay must lie in 0..1, --weight-decay and --eval-every be 0 or more")
+    return args
+
+
+def loss_hyper(loss: Loss, texts: list[str]) -> dict:
+    """["beta=0.5", "length=own"] -> the loss's hyper-parameters. Raises ValueError for what is not one."""
+    given = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            given[name] = value
+    return loss.hyper(given)
+
+
+def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    if dtype == "auto":
+        units = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        dtype = "bfloat16" if units and parameters > 20e6 else "float32"
+    return torch.device(device), DTYPES[dtype]
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def batch_hyper(loss: Loss, hyper: dict, batches: list[Batch]) -> dict:
+    """length="batch" means the whole batch's mean response length, whatever a micro-batch holds."""
+    if hyper.get("length") != "batch":
+        return hyper
+    return {**hyper, "length": sum(len(b.targets) for b in batches) / sum(len(b.preferred) for b in batches)}
+
+
+def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
+    """The micro-batch's loss (scalar, differentiable) and its response log-probabilities (N,), detached."""
+
+    def head(x, unembed):
+        hidden = x[0, batch.predictors]
+        if loss.couples:
+            logps = token_logps(hidden, unembed, batch.targets)
+            return loss(batch.responses(logps, ref), **hyper), logps.detach()
+        shape = batch.responses(torch.zeros(len(batch.targets), device=hidden.device), ref)
+        c = loss.token_coefficients(shape, **hyper)
+        return one_sweep(hidden, unembed, batch.targets, ref, c, loss.potential, loss.slope)
+
+    return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
+
+
+def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, device, *, backward: bool) -> tuple[Tensor, dict]:
+    """The loss over all micro-batches (a scalar tensor, gradients accumulated if backward) and the metrics by response.
+
+    A micro-batch's loss is a mean over its own examples, so it counts by its share of all of them.
+    """
+    total, sums = torch.zeros((), device=device), []
+    examples = sum(len(b.lines) for b in batches)
+    hyper = batch_hyper(loss, hyper, batches)
+    for batch in batches:
+        batch = batch.to(device)
+        ref_logps = None if ref is None else ref.of(batch)
+        with torch.set_grad_enabled(backward):
+            value, logps = loss_and_logps(model, batch, loss, hyper, ref_logps, dtype)
+            value = value * (len(batch.lines) / examples)
+        if backward:
+            value.backward()
+        total += value.detach()
+        r = batch.responses(logps, ref_logps)
+        shift = None if ref is None else r.sums(logps - ref_logps)
+        sums.append((r.sums(logps), shift, r.preferred, r.pairs))
+    return total, metrics(sums, hyper.get("beta", 1.0))
+
+
+def metrics(sums: list, beta: float) -> dict:
+    """TRL's names. logps: log-likelihoods of whole responses in nats. rewards: beta (1 where a loss has none) times the
+
+    log-likelihood's shift against the reference; margins and accuracies are over pairs. Absent where undefined.
+    """
+    preferred = torch.cat([p for *_, p, _ in sums]).cpu()
+    logps = torch.cat([s for s, *_ in sums]).cpu()
+    names = {"chosen": preferred, "rejected": ~preferred}
+    found = {f"logps/{name}": logps[which].mean().item() for name, which in names.items() if which.any()}
+    if sums[0][1] is not None:
+        rewards = beta * torch.cat([s for _, s, *_ in sums]).cpu()
+        found |= {f"rewards/{name}": rewards[which].mean().item() for name, which in names.items() if which.any()}
+        margins = torch.cat([beta * (s[pairs[:, 0]] - s[pairs[:, 1]]) for _, s, _, pairs in sums]).cpu()
+        if len(margins):
+            found |= {"rewards/margins": margins.mean().item(), "rewards/accuracies": (margins > 0).float().mean().item()}
+    return found
+
+
+def optimizers(model: Transformer, args) -> list[torch.optim.Optimizer]:
+    """AdamW; with muon, Muon for the matrices of the layers (its step scaled to AdamW's size) and AdamW for the rest."""
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if args.optimizer == "muon" and p.dim() == 2 and n.startswith("model.layers.")]
+    rest = [p for n, p in named if all(p is not m for m in matrices)]
+    adamw = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
+
+
+def learning_rate(step: int, total: int, args) -> float:
+    """At step 0..total-1: rises linearly over the warm-up, stays, falls linearly to 0 over the decay."""
+    rise = (step + 1) / max(1.0, args.warmup * total)
+    fall = (total - step) / max(1.0, args.decay * total)
+    return args.lr * min(1.0, rise, fall)
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass
+class Run:
+    """What was resolved from the arguments and the files they name; nothing has been written yet."""
+
+    args: argparse.Namespace
+    out: Path
+    loss: Loss
+    hyper: dict
+    tokenizer: object
+    model: Transformer
+    device: torch.device
+    dtype: torch.dtype
+    max_tokens: int
+    splits: dict[str, list[Example]]  # "train" and, where asked for, "eval"
+    steps_per_epoch: int
+    steps: int
+    facts: dict  # what config.json and the first lines printed say of all this
+
+
+def setup(args: argparse.Namespace) -> Run | None:
+    """Check every input. None if OUT holds this run finished; ValueError or OSError for what the user must mend."""
+    out, loss = Path(args.out), LOSSES[args.loss]
+    hyper = loss_hyper(loss, args.loss_args)
+    if (out / "config.json").exists() or (out / "metrics.jsonl").exists():
+        if not args.resume and not args.overwrite:
+            raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it")
+        if args.resume and (out / "model").exists():
+            return None
+    tokenizer = load_tokenizer(args.model)
+    model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{args.model}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model")
+    parameters = sum(p.numel() for p in model.parameters())
+    device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)
+    splits, changed = {}, ""
+    for split, file in (("train", args.data), ("eval", args.eval_data)):
+        if file is None:
+            continue
+        splits[split], counts = read_examples(file, tokenizer, model.config.max_position_embeddings, args.overlong)
+        changed += "".join(f", {n} {split} rows {what}" for what, n in counts.items())
+        lone = [e.line for e in splits[split] if len(e.responses) == 1]
+        if loss.needs_pairs and lone:
+            raise ValueError(f"{file}, line {lone[0]}: loss '{loss.name}' needs pairs and this row is none; --loss bnf needs none")
+    examples, args.lr = splits["train"], args.lr or loss.learning_rate
+    longest = max(e.tokens for part in splits.values() for e in part)
+    max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
+    if longest > max_tokens:
+        raise ValueError(f"--max-tokens {max_tokens} is less than the {longest} tokens of the longest example")
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    pairs = sum(len(e.responses) == 2 for e in examples)
+    facts = {
+        "device": str(device), "dtype": str(dtype).removeprefix("torch."), "parameters": parameters, "lr": args.lr,
+        "loss_args": hyper, "pairs": pairs, "unpaired": len(examples) - pairs, "data_sha256": digest(examples),
+        "tokens_per_epoch": sum(e.tokens for e in examples), "changed": changed.removeprefix(", "),
+        "steps": args.max_steps or (args.epochs or 1) * steps_per_epoch, "max_tokens": max_tokens,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+    if args.resume and (out / "config.json").exists():
+        before = read_json(out / "config.json")["facts"]
+        for key in ("parameters", "dtype", "lr", "loss_args", "steps", "max_tokens", "data_sha256"):
+            if before[key] != facts[key]:
+                raise ValueError(f"{out}: cannot resume, {key} was {before[key]} and is {facts[key]} now")
+    return Run(args, out, loss, hyper, tokenizer, model.to(device), device, dtype, max_tokens, splits,
+               steps_per_epoch, facts["steps"], facts)  # fmt: skip
+
+
+def announce(run: Run) -> None:
+    f, args = run.facts, run.args
+    hyper = "".join(f" {k}={v}" for k, v in run.hyper.items())
+    print(f"model    {args.model}: {f['parameters'] / 1e6:.1f} M parameters" + (", fresh" if args.from_scratch else ""))
+    print(f"data     {args.data}: {f['pairs']} pairs, {f['unpaired']} unpaired, {f['tokens_per_epoch']:,} tokens an epoch")
+    if f["changed"]:
+        print(f"         {f['changed']}")
+    print(f"loss     {run.loss.name}{hyper}, lr {args.lr:g}, {args.optimizer}")
+    print(f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most")
+    epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
+    print(f"steps    {run.steps} of {args.batch_size} examples: {epochs}", flush=True)
+
+
+def train(run: Run) -> int:
+    """Run to the end (0), to an interruption, which saves (130), or to a non-finite number, which does not step (1)."""
+    args, out, model, loss, hyper = run.args, run.out, run.model, run.loss, run.hyper
+    if args.overwrite:
+        for name in ("model", "checkpoints", "figures"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for file in [out / "metrics.jsonl", *out.glob("reference*.safetensors")]:
+            file.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "config")}
+    write_json(out / "config.json", {"arguments": arguments, "facts": run.facts})
+    announce(run)
+    refs: dict = dict.fromkeys(run.splits)
+    if loss.needs_ref:
+        for split, examples in run.splits.items():
+            file = out / ("reference.safetensors" if split == "train" else f"reference-{split}.safetensors")
+            refs[split] = reference(model, examples, file, run.max_tokens, run.dtype, run.device)
+    optims = optimizers(model, args)
+    step, tokens = load_training(out, model, optims) if args.resume else (0, 0)
+    keep_metrics(out / "metrics.jsonl", step)
+
+    def log(row: dict):
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+    def evaluate():
+        examples = run.splits["eval"]
+        batches = pack(examples, list(range(len(examples))), run.max_tokens)
+        value, found = run_batches(model, batches, loss, hyper, refs["eval"], run.dtype, run.device, backward=False)
+        log({"step": step} | {f"eval_{k}": v for k, v in {"loss": value.item(), **found}.items()})
+
+    interrupted: list[int] = []
+
+    def on_signal(number, _):
+        if interrupted:  # asked twice: at once
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=run.steps, initial=step, desc=loss.name, unit="step", disable=None)
+    examples, epoch, order = run.splits["train"], -1, []
+    try:
+        if args.eval_data and step == 0:
+            evaluate()
+        while step < run.steps and not interrupted:
+            began = time.perf_counter()
+            if epoch != step // run.steps_per_epoch:
+                epoch = step // run.steps_per_epoch
+                order = order_of_epoch(len(examples), args.seed, epoch)
+            at = step % run.steps_per_epoch * args.batch_size
+            batches = pack(examples, order[at : at + args.batch_size], run.max_tokens)
+            value, found = run_batches(model, batches, loss, hyper, refs["train"], run.dtype, run.device, backward=True)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+            value, rate = value.item(), learning_rate(step, run.steps, args)
+            if not math.isfinite(value) or not math.isfinite(norm):
+                return complain_non_finite(run, step, value, norm, batches)
+            for optim in optims:
+                for group in optim.param_groups:
+                    group["lr"] = rate
+                optim.step()
+                optim.zero_grad(set_to_none=True)
+            step, read, n = step + 1, sum(b.tokens.numel() for b in batches), sum(len(b.lines) for b in batches)
+            tokens, seconds = tokens + read, time.perf_counter() - began
+            log({
+                "step": step, "epoch": step / run.steps_per_epoch, "loss": value, "grad_norm": norm, "learning_rate": rate,
+                "num_tokens": tokens, **found, "examples_per_s": n / seconds, "tokens_per_s": read / seconds,
+            })  # fmt: skip
+            bar.set_postfix({"loss": f"{value:.4f}", "tokens/s": f"{read / seconds:.0f}"}, refresh=False)
+            bar.update()
+            if args.eval_data and (step == run.steps or (args.eval_every and step % args.eval_every == 0)):
+                evaluate()
+            if step % args.save_every == 0 and step < run.steps:
+                save_training(out, step, tokens, model, optims)
+        if step < run.steps:
+            save_training(out, step, tokens, model, optims)
+            bar.close()
+            print(f"interrupted after step {step} of {run.steps}, and saved. To go on:")
+            print(f"  python -m minibnf.train --resume --out {shlex.quote(args.out)}")
+            return 130
+    finally:
+        bar.close()
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    finish(run)
+    return 0
+
+
+def keep_metrics(file: Path, step: int) -> None:
+    """Drop what an interrupted run logged past its checkpoint at `step` (all of it at 0; the last line may be torn)."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if step else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(file)
+
+
+def complain_non_finite(run: Run, step: int, value: float, norm: float, batches: list[Batch]) -> int:
+    lines = sorted(line for b in batches for line in b.lines)
+    print(
+        f"\nstopped before step {step + 1}: loss {value}, gradient norm {norm}; nothing was changed by it.\n"
+        f"Its batch: lines {', '.join(map(str, lines))} of {run.args.data}.\n"
+        f"Look at those rows, or try a lower --lr. What went before: {run.out / 'metrics.jsonl'}",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def finish(run: Run) -> None:
+    """Write OUT/model and the figure, and say where everything lies."""
+    args, out = run.args, run.out
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    held_out = [row for row in rows if "eval_loss" in row]
+    table = {k: (held_out[0][k], held_out[-1][k]) for k in (held_out[0] if held_out else ()) if k != "step"}
+    with replacing(out / "model") as temporary:
+        save(run.model, temporary, DTYPES[args.save_dtype])
+        run.tokenizer.save(temporary)
+        (temporary / "README.md").write_text(model_card(run, table), encoding="utf-8")
+    try:
+        from minibnf.plots import training_curves
+    except ImportError:
+        figure = "none: pip install 'minibnf[plots]' draws one"
+    else:
+        figure = training_curves(rows, out / "figures" / "training.png", f"{args.loss} on {Path(args.data).name}")
+    for name, (first, last) in table.items():
+        print(f"{name:26} {first:10.4f} -> {last:.4f}")
+    print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
+
+
+def model_card(run: Run, table: dict) -> str:
+    args, f, base = run.args, run.facts, Path(run.args.model).name
+    hyper = ", ".join(f"{k} = {v}" for k, v in run.hyper.items()) or "no hyper-parameters"
+    card = f"""---
+base_model: {base}
+tags: [minibnf, {args.loss}, preference-alignment]
+---
+# {base}, trained with {args.loss}
+
+Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {f["pairs"]} pairs and {f["unpaired"]} unpaired responses.
+{f["steps"]} steps of {args.batch_size} examples, peak learning rate {args.lr:g}, {args.optimizer}, seed {args.seed}, {f["dtype"]}.
+Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
+"""
+    if table:
+        rows = "".join(f"| {k} | {first:.4f} | {last:.4f} |\n" for k, (first, last) in table.items())
+        card += f"\n| held-out | before | after |\n|---|---|---|\n{rows}"
+    return card
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run = setup(args := parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if run is None:
+        print(f"{args.out} holds this run, finished: its model lies in {Path(args.out) / 'model'}")
+        return 0
+    return train(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(2)
+settings.register_profile("test", max_examples=200, deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+settings.load_profile("test")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A tiny random Transformer in float64: 3 layers, 4 query heads on 2 key/value heads, weights large enough to matter."""
+    from minibnf.model import Config, Transformer
+
+    config = Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=True,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    model = Transformer(config, {}).init_weights(0).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+    return model

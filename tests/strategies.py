@@ -1,0 +1,66 @@
+"""Hypothesis strategies by name. Values are drawn directly and small, so that a failure shrinks to numbers one can read."""
+
+import torch
+from hypothesis import strategies as st
+
+from minibnf.data import Example
+from minibnf.losses import Responses
+
+SMALL = st.floats(min_value=-6, max_value=-0.01, allow_nan=False)
+EXTREME = st.one_of(
+    st.sampled_from([0.0, -1e-9, -1e-7, -1e-4, -20.0, -88.0, -104.0, -1e3, -1e4]), st.floats(min_value=-1e4, max_value=-1e-9)
+)
+
+
+@st.composite
+def responses(draw, values=SMALL, paired=None, max_responses=6, max_length=4, dtype=torch.float64):
+    """A Responses batch: 1 to max_responses responses of 1 to max_length tokens; paired True, False or (None) mixed.
+
+    Chosen and rejected stand in any order; a pair's log-probabilities may be equal to the reference's.
+    """
+    pairs, preferred = [], []
+    if paired is not False:
+        for _ in range(draw(st.integers(1 if paired else 0, max_responses // 2))):
+            first_is_chosen = draw(st.booleans())
+            i = len(preferred)
+            preferred += [first_is_chosen, not first_is_chosen]
+            pairs.append((i, i + 1) if first_is_chosen else (i + 1, i))
+    if not paired:
+        preferred += draw(st.lists(st.booleans(), min_size=0 if pairs else 1, max_size=max_responses - len(preferred) or 1))
+    lengths = [draw(st.integers(1, max_length)) for _ in preferred]
+    owner = [r for r, n in enumerate(lengths) for _ in range(n)]
+    logps = draw(st.lists(values, min_size=len(owner), max_size=len(owner)))
+    ref = [draw(st.one_of(st.just(x), values)) for x in logps]
+    return Responses(
+        torch.tensor(logps, dtype=dtype),
+        torch.tensor(ref, dtype=dtype),
+        torch.tensor(owner),
+        torch.tensor(preferred),
+        torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+    )
+
+
+@st.composite
+def hypers(draw, loss):
+    """Hyper-parameters of a loss: its defaults, or others that it allows."""
+    choices = {
+        "length": st.sampled_from(["shorter", "own", "batch", 7.0]),
+        "beta": st.sampled_from([0.1, 1.0, 2.5]),
+        "lam": st.sampled_from([0.0, 0.3, 1.0]),
+    }
+    return {name: draw(st.one_of(st.just(default), choices[name])) for name, default in loss.defaults.items()}
+
+
+@st.composite
+def examples(draw, vocabulary=97, max_examples=6):
+    """Token-id examples, paired and unpaired, some with the same prompt; at least one."""
+    prompts = [tuple(draw(st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=5))) for _ in range(2)]
+    response = st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=6).map(tuple)
+    found = []
+    for line in range(1, draw(st.integers(1, max_examples)) + 1):
+        prompt = draw(st.sampled_from(prompts))
+        if draw(st.booleans()):
+            found.append(Example(prompt, (draw(response), draw(response)), (True, False), line))
+        else:
+            found.append(Example(prompt, (draw(response),), (draw(st.booleans()),), line))
+    return found

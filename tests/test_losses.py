@@ -1,0 +1,288 @@
+"""The losses against autograd, against the published form over a whole vocabulary, and against arithmetic by hand."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from minibnf.losses import LOSSES, Responses, bnf_loss, bnf_potential, bnf_weight
+from tests.strategies import EXTREME, hypers, responses
+
+ALL = sorted(LOSSES)
+TOKENWISE = [name for name in ALL if not LOSSES[name].couples]
+
+
+def drawn(data, name, **how):
+    return data.draw(responses(paired=True if LOSSES[name].needs_pairs else None, **how)), data.draw(hypers(LOSSES[name]))
+
+
+# ------------------------------------------------------------------------------------------------ gradient = autograd
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_gradient_by_hand_is_the_gradient_of_the_value(name, data):
+    batch, hyper = drawn(data, name)
+    logps = batch.logps.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(LOSSES[name].value(replace(batch, logps=logps), **hyper), logps)
+    torch.testing.assert_close(LOSSES[name].gradient(batch, **hyper), expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_the_differentiable_call_is_the_value_and_passes_gradcheck(name, data):
+    batch, hyper = drawn(data, name)
+    assert LOSSES[name](batch, **hyper).item() == LOSSES[name].value(batch, **hyper).item()
+    # away from the kink of a gradient at p = r, where a finite difference straddles two branches
+    apart = torch.where((batch.logps - batch.ref_logps).abs() < 1e-4, batch.logps - 1e-3, batch.logps).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: 3 * LOSSES[name](replace(batch, logps=x), **hyper), (apart,), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- extreme values
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_finite_in_float32_wherever_log_probabilities_lie(name, data):
+    batch, hyper = drawn(data, name, values=EXTREME, dtype=torch.float32)
+    logps = batch.logps.clone().requires_grad_()
+    value = LOSSES[name].value(replace(batch, logps=logps), **hyper)
+    (by_autograd,) = torch.autograd.grad(value, logps)
+    assert torch.isfinite(value) and torch.isfinite(by_autograd).all()
+    assert torch.isfinite(LOSSES[name].gradient(batch, **hyper)).all()
+
+
+@given(p=EXTREME, r=EXTREME)
+@example(p=-1e-9, r=0.0)
+@example(p=-20.0, r=-1e-9)
+@example(p=-1e4, r=-9.999e3)
+def test_bnf_in_float32_equals_float64_to_rounding(p, r):
+    p32, r32 = torch.tensor([p]), torch.tensor([r])
+    for f in (bnf_weight, bnf_potential):
+        exact = f(p32.double(), r32.double())
+        # one rounding of the inputs' difference and a few of the result, relative
+        bound = 4e-6 * exact.abs() + 1e-37
+        assert (f(p32, r32).double() - exact).abs() <= bound, (f.__name__, f(p32, r32), exact)
+
+
+def test_bnf_weight_where_odds_have_limits():
+    """w = min(1, o(p)/o(r)): 1 at p = r, also at p = r = 1 and at p = r -> 0; 0 under a certain reference; p/r for tiny r."""
+    p = torch.tensor([0.0, -1e4, -1.0, -1e4, -90.0, -math.inf])
+    r = torch.tensor([0.0, -1e4, 0.0, -1e4 + 1, -89.0, -1.0])
+    expected = torch.tensor([1.0, 1.0, 0.0, math.exp(-1), math.exp(-1), 0.0])
+    torch.testing.assert_close(bnf_weight(p, r), expected)
+
+
+# ----------------------------------------------------------------------------------------- BNF as published, three ways
+
+
+def published_bnf(logits, targets, ref_logps, sign, length):
+    """-(s/|y|) Σ_tokens Σ_v q(v) log π(v), q by the paper's equations 4 and 5, held constant. logits (N, V)."""
+    log_pi = logits.log_softmax(-1)
+    pi = log_pi.exp().detach()
+    rows = torch.arange(len(targets))
+    p = pi[rows, targets]
+    q_y = (p / ref_logps.exp()).clamp(max=1)
+    q = (1 - q_y)[:, None] / (1 - p)[:, None] * pi
+    q[rows, targets] = q_y
+    return -(sign / length * (q * log_pi).sum(-1)).sum()
+
+
+@given(data=st.data())
+def test_bnf_has_the_gradient_of_the_published_form_in_every_logit(data):
+    N, V = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 6))
+    number = st.floats(-4, 4)
+    logits = torch.tensor(data.draw(st.lists(number, min_size=N * V, max_size=N * V)), dtype=torch.float64).reshape(N, V)
+    targets = torch.tensor(data.draw(st.lists(st.integers(0, V - 1), min_size=N, max_size=N)))
+    ref_logps = torch.tensor(data.draw(st.lists(st.floats(-5, -0.02), min_size=N, max_size=N)), dtype=torch.float64)
+    preferred = data.draw(st.booleans())
+    logits.requires_grad_()
+    (expected,) = torch.autograd.grad(published_bnf(logits, targets, ref_logps, 1 if preferred else -1, N), logits)
+    logps = logits.log_softmax(-1)[torch.arange(N), targets]
+    batch = Responses(logps, ref_logps, torch.zeros(N, dtype=torch.int64), torch.tensor([preferred]), torch.empty(0, 2).long())
+    (ours,) = torch.autograd.grad(LOSSES["bnf"](batch), logits)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(p=st.floats(-30, -1e-6), r=st.floats(-30, -1e-6))
+def test_feedback_is_a_tent(p, r):
+    """Identity 3: |dΦ/dz_y| = w (1 - p) is p (1-r)/r below the reference and 1 - p above it."""
+    p, r = torch.tensor([p], dtype=torch.float64), torch.tensor([r], dtype=torch.float64)
+    feedback = bnf_weight(p, r) * -torch.expm1(p)
+    tent = torch.where(p < r, (p - r).exp() * -torch.expm1(r), -torch.expm1(p))
+    torch.testing.assert_close(feedback, tent, rtol=1e-9, atol=0)
+    assert feedback <= -torch.expm1(r) + 1e-15  # the peak is at p = r
+
+
+@given(p=EXTREME, r=EXTREME)
+def test_below_the_reference_a_token_is_never_worth_more_than_a_nat(p, r):
+    p, r = torch.tensor([p], dtype=torch.float64), torch.tensor([r], dtype=torch.float64)
+    if p <= r:
+        assert 0 <= r - bnf_potential(p, r) <= 1 + 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------- by hand, and laws
+
+
+def test_bnf_by_hand():
+    """One pair. Chosen: two tokens, p = 1/2, 1/4 against r = 1/4, 1/2. Rejected: three, p = r = 1/2, p = 1/4 and r = 1/2 twice.
+
+    o(1/4) = 1/3, o(1/2) = 1, so w = 1, 1/3 and 1, 1/3, 1/3; both are divided by the shorter length, 2.
+    Φ(1/2 | 1/4) = log 1/2;  Φ(1/4 | 1/2) = log 1/2 + (log 1/2 - log 3/4)/1 = log 1/2 - log 3/2.
+    L = -1/2 (2 log 1/2 - log 3/2) + 1/2 (3 log 1/2 - 2 log 3/2) = 1/2 (log 1/2 - log 3/2) = 1/2 log 1/3.
+    """
+    p = torch.tensor([1 / 2, 1 / 4, 1 / 2, 1 / 4, 1 / 4], dtype=torch.float64).log()
+    r = torch.tensor([1 / 4, 1 / 2, 1 / 2, 1 / 2, 1 / 2], dtype=torch.float64).log()
+    batch = Responses(p, r, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+    assert LOSSES["bnf"](batch).item() == pytest.approx(0.5 * math.log(1 / 3), rel=1e-12)
+    expected = torch.tensor([-1 / 2, -1 / 6, 1 / 2, 1 / 6, 1 / 6], dtype=torch.float64)
+    torch.testing.assert_close(LOSSES["bnf"].gradient(batch), expected)
+
+
+def test_dpo_by_hand():
+    """S_w = -3 against -2, S_l = -1 against -3: Δ = -1 - 2 = -3, so at β = 1/3 L = log(1 + e) and the push is β σ(1)."""
+    batch = Responses(
+        torch.tensor([-1.0, -2.0, -1.0], dtype=torch.float64), torch.tensor([-1.0, -1.0, -3.0], dtype=torch.float64),
+        torch.tensor([0, 0, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]),
+    )  # fmt: skip
+    assert LOSSES["dpo"](batch, beta=1 / 3).item() == pytest.approx(math.log(1 + math.e))
+    push = 1 / 3 / (1 + math.exp(-1))
+    torch.testing.assert_close(
+        LOSSES["dpo"].gradient(batch, beta=1 / 3), torch.tensor([-push, -push, push], dtype=torch.float64)
+    )
+    with_nll = LOSSES["dpo"](batch, beta=1 / 3, lam=2.0).item()
+    assert with_nll == pytest.approx(math.log(1 + math.e) + 2 * 1.5)
+
+
+@given(batch=responses(paired=True), shift=st.floats(-0.5, 0))
+def test_dpo_depends_on_the_margin_only(batch, shift):
+    """Moving both responses of every pair by the same log-likelihood changes nothing."""
+    per_token = (shift / batch.lengths())[batch.owner]
+    moved = replace(batch, logps=batch.logps + per_token)
+    torch.testing.assert_close(LOSSES["dpo"](moved, beta=2.0), LOSSES["dpo"](batch, beta=2.0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_splitting_a_batch_and_weighing_the_parts_changes_nothing(name, data):
+    """The loss is a mean over examples, so parts count by their examples; the whole batch's mean length goes to each."""
+    (one, hyper), two = drawn(data, name), None
+    two, _ = drawn(data, name)
+    whole = Responses(
+        torch.cat([one.logps, two.logps]), torch.cat([one.ref_logps, two.ref_logps]),
+        torch.cat([one.owner, two.owner + len(one.preferred)]), torch.cat([one.preferred, two.preferred]),
+        torch.cat([one.pairs, two.pairs + len(one.preferred)]),
+    )  # fmt: skip
+    together = LOSSES[name].gradient(whole, **hyper)
+    if hyper.get("length") == "batch":
+        hyper["length"] = whole.lengths().mean().item()
+    n1, n2 = one.examples(), two.examples()
+    parts = [LOSSES[name].gradient(one, **hyper) * n1 / (n1 + n2), LOSSES[name].gradient(two, **hyper) * n2 / (n1 + n2)]
+    torch.testing.assert_close(together, torch.cat(parts), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_the_order_of_tokens_does_not_matter(name, data):
+    batch, hyper = drawn(data, name)
+    perm = torch.tensor(data.draw(st.permutations(range(len(batch.logps)))))
+    shuffled = replace(batch, logps=batch.logps[perm], ref_logps=batch.ref_logps[perm], owner=batch.owner[perm])
+    torch.testing.assert_close(LOSSES[name](shuffled, **hyper), LOSSES[name](batch, **hyper), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("length, divisors", [("own", (2, 3, 1)), ("shorter", (2, 2, 1)), ("batch", (2, 2, 2)), (5.0, (5, 5, 5))])
+def test_length_normalisers(length, divisors):
+    """A pair of lengths 2 and 3, an unpaired response of length 1, all at p = r, so that the gradient is -s / (|y| E), E = 2."""
+    x = torch.full((6,), -1.0, dtype=torch.float64)
+    batch = Responses(x, x, torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([True, False, True]), torch.tensor([[0, 1]]))
+    expected = torch.tensor([-1 / 2 / d * s for d, s, n in zip(divisors, (1, -1, 1), (2, 3, 1), strict=True) for _ in range(n)])
+    torch.testing.assert_close(LOSSES["bnf"].gradient(batch, length=length), expected.double())
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_nll_ignores_a_dispreferred_response_that_still_counts_as_an_example(name):
+    x = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64)
+    batch = Responses(x, x, torch.tensor([0, 0, 1]), torch.tensor([True, False]), torch.empty(0, 2).long())
+    sign = 0 if name == "nll" else -1
+    assert LOSSES[name](batch).item() == pytest.approx(0.5 * (1.5 + sign * 4.0))
+
+
+# ---------------------------------------------------------------------------------------------- the drop-in, and errors
+
+
+@given(batch=responses())
+def test_bnf_loss_on_padded_input_is_the_flat_loss(batch):
+    R, T = len(batch.preferred), int(batch.lengths().max()) + 2
+    logps, ref = torch.full((R, T), math.nan, dtype=torch.float64), torch.full((R, T), math.nan, dtype=torch.float64)
+    mask = torch.zeros(R, T, dtype=torch.bool)
+    for r in range(R):
+        n = int((batch.owner == r).sum())
+        logps[r, 1 : n + 1], ref[r, 1 : n + 1] = batch.logps[batch.owner == r], batch.ref_logps[batch.owner == r]
+        mask[r, 1 : n + 1] = True
+    logps.requires_grad_()
+    loss = bnf_loss(logps, ref, mask, batch.preferred, batch.pairs)
+    loss.backward()
+    assert loss.item() == pytest.approx(LOSSES["bnf"](batch).item())
+    torch.testing.assert_close(logps.grad[mask], LOSSES["bnf"].gradient(batch))
+    assert not logps.grad[~mask].any()
+
+
+def one_response(**changes):
+    fields = {
+        "logps": torch.tensor([-1.0, -2.0]), "ref_logps": torch.tensor([-1.0, -1.0]), "owner": torch.tensor([0, 0]),
+        "preferred": torch.tensor([True]), "pairs": torch.empty(0, 2, dtype=torch.int64),
+    }  # fmt: skip
+    return Responses(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"logps": torch.tensor([[-1.0, -2.0]])}, "logps must be a flat"),
+        ({"ref_logps": torch.tensor([-1.0])}, "ref_logps must be like logps"),
+        ({"owner": torch.tensor([0, 1])}, "outside 0..0"),
+        ({"owner": torch.tensor([1, 1]), "preferred": torch.tensor([True, False])}, "response 0 has no tokens"),
+        ({"preferred": torch.tensor([1])}, "preferred must be bool"),
+        ({"pairs": torch.tensor([[0, 0]])}, "a preferred response, a dispreferred"),
+        ({"pairs": torch.tensor([0, 1])}, "pairs must be int64"),
+        ({"logps": torch.tensor([1.0, 2.0])}, "a log-probability is at most 0"),
+    ],
+)
+def test_responses_that_do_not_fit_say_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        one_response(**changes)
+
+
+@pytest.mark.parametrize(
+    "name, hyper, changes, message",
+    [
+        ("bnf", {"beta": 0.1}, {}, "no hyper-parameter 'beta'"),
+        ("bnf", {"length": "longest"}, {}, "length='longest' must be"),
+        ("bnf", {"length": 0}, {}, "length=0 must be"),
+        ("dpo", {"beta": 0}, {}, "beta=0 must be a number above 0"),
+        ("dpo", {"lam": -1.0}, {}, "lam=-1.0 must be"),
+        ("dpo", {"lam": float("nan")}, {}, "lam=nan must be"),
+        ("bnf", {}, {"ref_logps": None}, "needs ref_logps"),
+        ("dpo", {}, {}, "needs every response in a pair"),
+    ],
+)
+def test_a_loss_that_cannot_be_computed_says_why(name, hyper, changes, message):
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name](one_response(**changes), **hyper)
+
+
+def test_losses_and_logprob_import_with_torch_alone():
+    """A fresh interpreter in which everything else that this project uses is forbidden."""
+    code = """
+import sys
+for name in ("numpy", "safetensors", "tqdm", "tokenizers", "sentencepiece", "jinja2", "matplotlib", "transformers"):
+    sys.modules[name] = None
+from minibnf.losses import Responses, LOSSES, bnf_loss
+from minibnf.logprob import token_logps
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

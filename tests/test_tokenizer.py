@@ -1,0 +1,331 @@
+"""The tokenizer's face over both formats, on vocabularies trained here: tiny byte-level BPEs and sentencepiece models."""
+
+import io
+import json
+import warnings
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from minibnf.tokenizer import load_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
+pytest.importorskip("jinja2", reason="needs minibnf[hf]")
+
+CORPUS = ["The capital of France is Paris.", "user assistant system", "How many apples are 12 and 34? 46.",
+          "<think> in text </think>", "im_start im_end <| |>", "naïve café, 你好, привет"] * 4
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TEMPLATES = {
+    "chatml": CHATML,
+    "trims": CHATML.replace("m['content']", "m['content'] | trim"),
+    "default system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML,
+    "closes with text": ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
+                         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"),
+    "builds from role": ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}"
+                         "{% if add_generation_prompt %}<|assistant|>{% endif %}"),
+    "concatenates": "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>",
+}
+ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
+PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def write_config(directory, template, **more):
+    config = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "pad_token": "<|endoftext|>",
+              "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | more))
+    return directory
+
+
+def byte_level(directory, template=CHATML, **more):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(ROLES)
+    tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<think>", "</think>", "  ")])
+    tokenizer.enable_truncation(8)  # as some published files have; must not bite
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return write_config(directory, template, **more)
+
+
+def sentence_piece(directory, template=CHATML, **options):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, byte_fallback=True, minloglevel=2,
+        hard_vocab_limit=False, num_threads=1, pad_id=3, **{
+            "model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False, "control_symbols": SPECIAL[:1] + ROLES,
+            "user_defined_symbols": [*SPECIAL[1:], "<think>", "</think>", "▁▁"]} | options)
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    return write_config(directory, template)
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory):
+    """{(format, template's name): Tokenizer}"""
+    found = {}
+    for kind, write in (("bpe", byte_level), ("sp", sentence_piece)):
+        base = write(tmp_path_factory.mktemp(kind))
+        for name, template in TEMPLATES.items():
+            write_config(base, template)
+            found[kind, name] = load_tokenizer(base)
+    return found
+
+
+each = pytest.mark.parametrize("kind", ["bpe", "sp"])
+fragments = st.sampled_from([*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "<", "<|", "<|im_", "im_end|>",
+                             "im_end", "|>", "end|>", "\n", " ", "  ", "user", "assistant", "\ue000", "\ue0002;", "2;", "naïve"])
+contents = st.lists(fragments | st.text(max_size=4), max_size=5).map("".join)
+roles = st.sampled_from(["system", "user", "assistant"])
+chats = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4)
+
+
+def controls(tokenizer, ids):
+    return [i for i in ids if i in set(tokenizer.control.values())]
+
+
+def expected_controls(tokenizer, name, chat):
+    """Worked out by hand for each template: what it writes of itself."""
+    start, end = tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
+    if name == "closes with text":
+        return []
+    if name == "concatenates":
+        return [end]
+    if name == "builds from role":
+        return [i for m in chat for i in (tokenizer.control[f"<|{m['role']}|>"], end)]
+    return [start, end] * (len(chat) + (name == "default system" and chat[0]["role"] != "system"))
+
+
+@each
+@pytest.mark.parametrize("name", TEMPLATES)
+@PROPERTY
+@example(chat=[{"role": "user", "content": "<|im_"}, {"role": "user", "content": "end|>"}])
+@example(chat=[{"role": "user", "content": "<|"}, {"role": "user", "content": "im_end"}, {"role": "user", "content": "|> \n"}])
+@example(chat=[{"role": "user", "content": "<|im_<|im_end|>end|>"}])
+@example(chat=[{"role": "user", "content": "\ue0002;\ue0012;<think>"}])
+@given(chat=chats)
+def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
+    tokenizer = loaded[kind, name]
+    ids = tokenizer.encode_chat(chat)
+    assert controls(tokenizer, ids) == expected_controls(tokenizer, name, chat)
+    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render(chat)
+
+
+@each
+@pytest.mark.parametrize("name", TEMPLATES)
+@PROPERTY
+@given(chat=st.lists(st.fixed_dictionaries({"role": roles, "content": st.text(max_size=12)}), min_size=1, max_size=4))
+def test_a_chat_without_control_text_is_its_rendering(loaded, kind, name, chat):
+    """Also through the twin tokenizer, which encode_chat leaves aside when it can."""
+    tokenizer = loaded[kind, name]
+    ids = tokenizer.encode(tokenizer.render(chat, True))
+    marks = tokenizer._marks(chat)
+    if controls(tokenizer, ids) == expected_controls(tokenizer, name, chat) + controls(
+            tokenizer, tokenizer.encode("".join(t for t in ("<|im_start|>", "<|assistant|>")
+                                                if tokenizer.render(chat, True)[len(tokenizer.render(chat)):].startswith(t)))):
+        assert tokenizer.encode_chat(chat, True) == ids
+        assert tokenizer.backend.encode_marked(tokenizer._marked(chat, True, marks)[0], marks[0]) == ids
+
+
+@each
+@PROPERTY
+@example(text="a  b <|im_end|>\n")
+@given(text=contents)
+def test_decode_inverts_encode(loaded, kind, text):
+    tokenizer = loaded[kind, "chatml"]
+    assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+
+
+@each
+def test_encode_reads_control_tokens_and_adds_none(loaded, kind):
+    tokenizer = loaded[kind, "chatml"]
+    ids = tokenizer.encode("<|im_start|>user\nHow many apples are 12 and 34?<|im_end|>")
+    assert controls(tokenizer, ids) == [tokenizer.bos_id, tokenizer.eos_id] == [ids[0], ids[-1]]
+    assert tokenizer.decode(ids) == "user\nHow many apples are 12 and 34?"
+    assert tokenizer.encode("") == []
+
+
+@each
+@pytest.mark.parametrize("name", ["chatml", "trims", "default system", "builds from role", "closes with text"])
+@PROPERTY
+@given(chat=chats, answer=contents)
+def test_the_boundary_is_that_of_inference(loaded, kind, name, chat, answer):
+    tokenizer = loaded[kind, name]
+    response = [{"role": "assistant", "content": answer}]
+    prompt, ids = tokenizer.encode_response(chat, response)
+    assert prompt == tokenizer.encode_chat(chat, True)
+    rest = tokenizer.render(chat + response)[len(tokenizer.render(chat, True)):]
+    if name == "closes with text":
+        assert tokenizer.decode(ids, skip_special=False) == rest and controls(tokenizer, ids) == []
+    else:
+        assert tokenizer.decode(ids, skip_special=False) == rest.removesuffix("\n")
+        assert controls(tokenizer, ids) == [tokenizer.eos_id] == ids[-1:]
+
+
+def test_a_response_of_several_turns_ends_with_its_last_turn(loaded):
+    tokenizer = loaded["bpe", "chatml"]
+    turns = [{"role": role, "content": "Paris"} for role in ("assistant", "user", "assistant")]
+    _, ids = tokenizer.encode_response([{"role": "user", "content": "?"}], turns)
+    assert ids.count(tokenizer.eos_id) == 3 and ids[-1] == tokenizer.eos_id
+
+
+def test_a_template_that_rewrites_the_prompt_has_no_boundary(tmp_path):
+    template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
+    tokenizer = load_tokenizer(byte_level(tmp_path, template))
+    with pytest.raises(ValueError, match="no boundary exists: from character 0 on"):
+        tokenizer.encode_response([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
+
+
+def test_a_template_that_acts_on_control_text_is_refused(tmp_path):
+    template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    tokenizer = load_tokenizer(byte_level(tmp_path, template))
+    assert tokenizer.encode_chat([{"role": "user", "content": "a"}]) == tokenizer.encode("a<|im_end|>")
+    with pytest.raises(ValueError, match="acts on control text inside a message"):
+        tokenizer.encode_chat([{"role": "assistant", "content": "<think>hm</think>a"}])
+
+
+def test_roles_build_role_tokens_but_never_an_end(loaded):
+    for kind in ("bpe", "sp"):
+        tokenizer = loaded[kind, "builds from role"]
+        ids = tokenizer.encode_chat([{"role": "im_end", "content": "user"}, {"role": "user", "content": "im_end"}])
+        assert controls(tokenizer, ids) == [tokenizer.eos_id, tokenizer.control["<|user|>"], tokenizer.eos_id]
+
+
+def test_nested_strings_and_keys_are_text_too(tmp_path):
+    template = "{% for m in messages %}{{ m['tool_calls'] | tojson }}<|im_end|>{% endfor %}"
+    tokenizer = load_tokenizer(byte_level(tmp_path, template))
+    chat = [{"role": "assistant", "tool_calls": [{"name": "<think>", "arguments": {"<|im_end|>": ["é<|im_start|>", 1]}}]}]
+    ids = tokenizer.encode_chat(chat)
+    assert controls(tokenizer, ids) == [tokenizer.eos_id]
+    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render(chat) and "é" in tokenizer.render(chat)
+
+
+def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
+    """A vocabulary in which ordinary merges spell '<think>', and one whose model looks words up before it merges."""
+    symbols = ["<", ">", "think", "<think", "t", "h", "i", "n", "k", "th", "in", "ink"]
+    merges = [("i", "n"), ("in", "k"), ("t", "h"), ("th", "ink"), ("<", "think"), ("<think", ">")]
+    for ignore_merges in (False, True):
+        model = tokenizers.models.BPE({t: i for i, t in enumerate([*symbols, "<think>", "<|im_end|>"])}, merges,
+                                      ignore_merges=ignore_merges)
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.add_special_tokens(["<|im_end|>"])
+        tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+            {"eos_token": "<|im_end|>", "chat_template": "{{ messages[0]['content'] }}<|im_end|>"}))
+        ours = load_tokenizer(tmp_path)
+        assert ours.encode_chat([{"role": "user", "content": "<think>"}]) == [3, 1, 13]
+        assert ours.encode("<think><|im_end|>") == [12, 13]
+
+
+def test_a_dummy_prefix_stands_at_the_beginning_only(tmp_path):
+    options = {"add_dummy_prefix": True, "user_defined_symbols": [], "control_symbols": SPECIAL + ROLES}
+    tokenizer = load_tokenizer(sentence_piece(tmp_path, CHATML, **options))
+    native = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert tokenizer.encode("Paris is") == native.encode("Paris is")
+    assert native.id_to_piece(tokenizer.encode("Paris<|im_end|>Paris"))[-1][0] != "▁"
+    chat, response = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
+    prompt, ids = tokenizer.encode_response(chat, response)
+    whole = tokenizer.encode(tokenizer.render(chat + response))
+    assert tokenizer.decode(prompt + ids, skip_special=False) == tokenizer.decode(whole, skip_special=False).removesuffix("\n")
+    assert native.id_to_piece(ids[0])[0] != "▁"
+
+
+def test_sentencepiece_text_is_encoded_as_sentencepiece_does(loaded, tmp_path):
+    native = sentencepiece.SentencePieceProcessor(model_file=str(loaded["sp", "chatml"].backend.path))
+    text = "The  capital<|im_start|>user\nnaïve \U0001f600<|im_end|>"  # user-defined pieces are read natively
+    assert loaded["sp", "chatml"].encode(text) == native.encode(text)
+    assert "<think>" in loaded["sp", "chatml"].control and "  " not in loaded["sp", "chatml"].control
+
+
+def test_tokens_and_attributes(tmp_path):
+    directory = byte_level(tmp_path)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    (directory / "config.json").write_text('{"eos_token_id": 1}')
+    tokenizer = load_tokenizer(directory)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (2, 1, 0) and tokenizer.end_ids == {0, 1, 2}
+    assert set(tokenizer.control) == {*SPECIAL, *ROLES, "<think>", "</think>"}
+    assert tokenizer.vocab_size == 406
+    assert len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8  # the file's truncation does not apply
+
+
+def test_save_copies_the_files(tmp_path):
+    (tmp_path / "a").mkdir()
+    tokenizer = load_tokenizer(byte_level(tmp_path / "a"))
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    tokenizer.save(tmp_path / "b" / "c")
+    tokenizer.save(tmp_path / "a")  # onto itself: nothing happens
+    names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in (tmp_path / "b" / "c").iterdir()) == names
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / "c" / n).read_bytes() for n in names)
+    assert load_tokenizer(tmp_path / "b" / "c").render([{"role": "user", "content": "x"}]) == "x"  # .jinja wins
+
+
+def test_templates_have_what_transformers_gives_them(tmp_path):
+    template = ("{%- for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ bos_token }}{{ strftime_now('%Y') | "
+                "length }}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ tools is none }}{{ eos_token }}")
+    tokenizer = load_tokenizer(byte_level(tmp_path, [{"name": "default", "template": template}]))
+    assert tokenizer.render([{"role": "user"}] * 2) == '<|im_start|>4{"role": "user"}True<|im_end|>'
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    (None, "has no chat template"), ([{"name": "rag", "template": ""}], "has no chat template"),
+    ("{% if %}", "malformed, line 1"), ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("{{ 'a' + messages[0]['name'] }}", "cannot render"), ("{{ messages.__class__.__mro__ }}", "unsafe"),
+])
+def test_template_errors(tmp_path, template, message):
+    tokenizer = load_tokenizer(byte_level(tmp_path, template))
+    with pytest.raises(ValueError, match=message):
+        tokenizer.render([{"role": "user", "content": "a", "name": None}])
+
+
+def test_loading_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+        load_tokenizer(tmp_path)
+    byte_level(tmp_path, eos_token="<end>")
+    with pytest.raises(ValueError, match=r"eos_token is '<end>', which tokenizer\.json does not hold"):
+        load_tokenizer(tmp_path)
+    write_config(tmp_path, CHATML, eos_token=None)
+    with pytest.raises(ValueError, match="eos_token is missing"):
+        load_tokenizer(tmp_path)
+    write_config(tmp_path, CHATML, added_tokens_decoder={"7": {"content": "<|im_end|>"}})
+    with pytest.raises(ValueError, match="gives '<|im_end|>' the id 7"):
+        load_tokenizer(tmp_path)
+    write_config(tmp_path, CHATML)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 4000}')
+    with pytest.raises(ValueError, match="an eos_token_id is 4000"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json is no JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="cannot be read as a sentencepiece model"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_beyond_the_vocabulary_and_lost_characters_are_told(tmp_path):
+    directory = byte_level(tmp_path)
+    tokenizer = load_tokenizer(directory)
+    with pytest.raises(ValueError, match="406 is no id"):
+        tokenizer.decode([406])
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    symbol = next(token for token in spec["model"]["vocab"] if token == "Ą")  # what spells the byte 4
+    spec["model"]["vocab"]["unused"] = spec["model"]["vocab"].pop(symbol)
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.encode("abc")
+        with pytest.raises(UserWarning, match="no token for"):
+            tokenizer.encode("a\x04")
