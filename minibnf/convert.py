@@ -59,6 +59,7 @@ def convert(gguf_path, directory):
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tokenizer.save(str(partial / "tokenizer.json"))
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # save_file keeps it from other users
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -66,14 +67,15 @@ def convert(gguf_path, directory):
 
 
 def open_gguf(path):
+    """The GGUFReader of a file."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise ImportError("reading GGUF files needs the package gguf: pip install 'minibnf[weights]'") from None
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
     try:
         return GGUFReader(path)
+    except OSError:
+        raise
     except Exception as error:  # the reader meets a bad file with whatever numpy raises first
         raise ValueError(f"{path} is no complete GGUF file ({error})") from None
 
@@ -87,13 +89,12 @@ def read_config(meta, tensor_names):
         raise ValueError(f"scaled rotary frequencies (type {scaling!r}, or a tensor rope_freqs.weight) are not supported")
     heads, width = meta["llama.attention.head_count"], meta["llama.embedding_length"]
     kv_heads = meta.get("llama.attention.head_count_kv", heads)
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+    if list in (type(heads), type(kv_heads)):
         raise ValueError("head counts that differ between layers are not supported")
     head_dim = meta.get("llama.attention.key_length", width // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
             raise ValueError(f"{key} is {meta[key]}, not the head dimension {head_dim}: not supported")
-    decimal = lambda x: float(str(np.float32(x)))  # noqa: E731  a float32's shortest decimal: 1e-05, not 9.99999974e-06
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
         "intermediate_size": meta["llama.feed_forward_length"], "num_hidden_layers": meta["llama.block_count"],
@@ -110,6 +111,11 @@ def read_config(meta, tensor_names):
     return config
 
 
+def decimal(x):
+    """A float32 as its shortest decimal: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(x)))
+
+
 def read_weights(tensors, config):
     """The tensors of a GGUF file -> {Hugging Face name: tensor}, each of them used, none missing."""
     from gguf import dequantize
@@ -124,11 +130,7 @@ def read_weights(tensors, config):
     if unknown := sorted(found - set(names)):
         raise ValueError(f"no plain Llama model: it has {len(unknown)} tensors more, {unknown[0]} the first of them")
 
-    width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
-    shapes = {"attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width),
-              "attn_output": (width, queries), "ffn_gate": (inner, width), "ffn_up": (inner, width),
-              "ffn_down": (width, inner), "token_embd": (vocabulary, width), "output": (vocabulary, width)}
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
     for tensor in tqdm(tensors, desc="dequantising", disable=None):
         part = tensor.name.split(".")[-2]
@@ -136,11 +138,8 @@ def read_weights(tensors, config):
             value = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise ValueError(f"the quantisation {tensor.tensor_type.name} of {tensor.name} is not supported") from None
-        if value.shape != shapes.get(part, (width,)):
-            raise ValueError(f"{tensor.name} has shape {value.shape}, the metadata asks for {shapes.get(part, (width,))}")
-        if part in ("attn_q", "attn_k"):
-            heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-            value = value.reshape(heads, -1, 2, width).swapaxes(1, 2).reshape(value.shape)  # the trap: rows de-interleaved
+        if part in heads:  # the trap: de-interleave each head's rows
+            value = value.reshape(heads[part], -1, 2, config["hidden_size"]).swapaxes(1, 2).reshape(value.shape)
         weights[names[tensor.name]] = torch.from_numpy(np.array(value, dtype=np.float32))  # a copy: the file is read-only
 
     # Matrices all of one half precision keep it, where that loses nothing of the (float32) norms either. Quantised ones

@@ -86,7 +86,7 @@ def _rows(path):
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 text: {error}") from None
             except json.JSONDecodeError as error:

@@ -4,15 +4,17 @@
     tokenizer.encode("<|im_start|>user\\n")                                  # text: control tokens in it are read
     tokenizer.encode_chat([{"role": "user", "content": "Hi <|im_end|>"}])   # messages: what they say is only ever text
 
-How the template's control tokens are told from those a message merely spells: the template renders a copy of the messages
-in which stand-ins of private-use characters replace the text of control tokens, so that every control token it shows is
-the template's own. Each of those becomes a mark, the stand-ins become text again, and the backend encodes the whole with
-control tokens spelt by their marks and by nothing else.
+How the template's control tokens are told from those a message merely spells: the template renders a copy of the
+messages in which stand-ins of private-use characters replace the text of control tokens, so every control token it shows
+is its own. Each of those becomes a mark (the mark character, the id, a semicolon), the stand-ins become text again, and
+the backend encodes the whole with control tokens spelt by marks and by nothing else.
 """
 
 import json
+import os
 import re
 import shutil
+import struct
 import warnings
 from datetime import datetime
 from functools import cached_property
@@ -23,7 +25,7 @@ FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_
          "generation_config.json")
 
 # Which added tokens are control tokens: all that are special, and all others with markup in them, such as <think> or
-# <tool_call>, for a template and a parser trust those just as much. Letters, digits and white space alone are vocabulary.
+# <tool_call>: templates and parsers trust those just as much. Letters, digits and white space alone are vocabulary.
 PLAIN = re.compile(r"[\w\s]*")
 
 
@@ -33,18 +35,16 @@ def load_tokenizer(directory):
     Raises FileNotFoundError where neither exists, ValueError where a file is malformed or two contradict each other,
     ImportError where tokenizer.json is to be read and the package tokenizers is missing.
     """
-    directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
-        return Tokenizer(directory, HuggingFace(directory / "tokenizer.json"))
-    if (directory / "tokenizer.model").is_file():
-        return Tokenizer(directory, SentencePiece(directory / "tokenizer.model"))
+    for name, backend in (("tokenizer.json", HuggingFace), ("tokenizer.model", SentencePiece)):
+        if (Path(directory) / name).is_file():
+            return Tokenizer(Path(directory), backend(Path(directory) / name))
     raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor tokenizer.model")
 
 
 class Tokenizer:
     """Text and messages to token ids and back.
 
-    vocab_size: every id is below it.  control: {text: id} of the control tokens.  eos_id; bos_id and pad_id may be None.
+    vocab_size: every id is below it.  control: {text: id} of the control tokens.  eos_id; bos_id, pad_id: may be None.
     end_ids: the ids that end a turn, which are eos_id and the eos_token_id of generation_config.json and config.json.
     """
 
@@ -56,38 +56,32 @@ class Tokenizer:
         for source in (backend.special, read_json(directory / "special_tokens_map.json"), self.config):
             texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in source.items()}
             self.special |= {key: t for key, t in texts.items() if key.endswith("_token") and isinstance(t, str)}
-        ids = {key: backend.id(self.special[key]) for key in ("eos_token", "bos_token", "pad_token") if key in self.special}
-        for key in ids:
-            if ids[key] is None:
+        if "eos_token" not in self.special:
+            raise ValueError(f"{path}: eos_token is missing, and no other file says which token ends a text")
+        self.eos_id, self.bos_id, self.pad_id = ids = [
+            backend.id(self.special[f"{k}_token"]) if f"{k}_token" in self.special else None for k in ("eos", "bos", "pad")]
+        for key, i in zip(("eos_token", "bos_token", "pad_token"), ids, strict=True):
+            if key in self.special and i is None:
                 raise ValueError(f"{path}: {key} is {self.special[key]!r}, which {backend.path.name} does not hold")
         for i, entry in self.config.get("added_tokens_decoder", {}).items():
-            if backend.id(entry["content"]) != int(i):
-                raise ValueError(f"{path}: added_tokens_decoder gives {entry['content']!r} the id {i}, {backend.path.name} "
-                                 f"gives it {backend.id(entry['content'])}")
-        if "eos_token" not in ids:
-            raise ValueError(f"{path}: eos_token is missing, and no other file says which token ends a text")
-        self.eos_id, self.bos_id, self.pad_id = ids["eos_token"], ids.get("bos_token"), ids.get("pad_token")
-        ends = {self.eos_id}
-        for name in ("generation_config.json", "config.json"):
-            value = read_json(directory / name).get("eos_token_id")
-            ends.update(value if isinstance(value, list) else [] if value is None else [value])
-        self.end_ids = frozenset(ends)
+            if (found := backend.id(entry["content"])) != int(i):
+                raise ValueError(f"{path}: {entry['content']!r} is to have id {i}, in {backend.path.name} it has {found}")
+        ends = [read_json(directory / f).get("eos_token_id") for f in ("generation_config.json", "config.json")]
+        ends = [i for value in ends for i in (value if isinstance(value, list) else [value]) if i is not None]
         if bad := [i for i in ends if type(i) is not int or not 0 <= i < self.vocab_size]:
-            raise ValueError(f"{directory}: an eos_token_id is {bad[0]!r}, no id of {backend.path.name}")
-
+            raise ValueError(f"{directory}: an eos_token_id is {bad[0]!r}, which is no id of {backend.path.name}")
+        self.end_ids = frozenset([self.eos_id, *ends])
         path = directory / "chat_template.jinja"
-        self.source = path.read_text(encoding="utf-8") if path.is_file() else self.config.get("chat_template")
-        if isinstance(self.source, list):
-            self.source = {entry["name"]: entry["template"] for entry in self.source}.get("default")
+        source = path.read_text(encoding="utf-8") if path.is_file() else self.config.get("chat_template")
+        self.source = {t["name"]: t["template"] for t in source}.get("default") if isinstance(source, list) else source
 
-        # What encode_chat needs: how to find control tokens, and which strings could be one end, or the middle, of one.
-        texts = sorted(self.control, key=len, reverse=True)  # the longest first, as the tokenizers match
-        self._pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        # For encode_chat: how to find control tokens, and which strings could be an end, or the middle, of one.
+        texts, functional = list(self.control), self.end_ids | {self.bos_id, self.pad_id}
+        self._pattern = any_of(texts)
         self._starts = tuple({t[:k] for t in texts for k in range(1, len(t))})
         self._finishes = tuple({t[k:] for t in texts for k in range(1, len(t))})
-        self._words = {re.sub(r"\W", "", t) for t in texts}
-        functional = self.end_ids | {self.bos_id, self.pad_id}
-        self._functional = {re.sub(r"\W", "", t) for t in texts if self.control[t] in functional}
+        self._words = {re.sub(r"\W", "", t) for t in texts} - {""}
+        self._functional = {re.sub(r"\W", "", t) for t in texts if self.control[t] in functional} - {""}
 
     def encode(self, text):
         """The ids of a text as it stands: control tokens written in it are read, none is added."""
@@ -101,12 +95,13 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special)
 
     def render(self, messages, add_generation_prompt=False):
-        """The chat template's text for a list of {"role", "content", ...}. ValueError: no template, or it refuses them."""
+        """The template's text for a list of {"role", "content", ...}. ValueError: no template, or it refuses them."""
+        template = self.template
         from jinja2 import TemplateError
 
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
-            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
-                                        documents=None, **self.special)
+            return template.render(given | self.special)
         except (TemplateError, TypeError) as error:  # TypeError: such as text + None
             raise ValueError(f"the chat template of {self.directory} cannot render these messages: {error}") from error
 
@@ -132,7 +127,7 @@ class Tokenizer:
         prompt, prompt_text = self._marked(messages, True, marks)
         full, text = self._marked([*messages, *response_messages], False, marks)
         if not text.startswith(prompt_text) or not full.startswith(prompt):
-            at = next((i for i, (a, b) in enumerate(zip(prompt_text, text, strict=False)) if a != b), len(text))
+            at = len(os.path.commonprefix([prompt_text, text]))
             raise ValueError("the chat template renders the prompt differently when a response follows, so no boundary "
                              f"exists: from character {at} on {prompt_text[at:at + 40]!r} becomes {text[at:at + 40]!r}")
         ids = self.backend.encode_marked(full[len(prompt):], marks[0], continuation=True)
@@ -141,55 +136,52 @@ class Tokenizer:
 
     def save(self, directory):
         """Copy the tokenizer's files, as they are, into a directory, which is made where it does not exist."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            if (self.directory / name).is_file() and directory.resolve() != self.directory.resolve():
-                shutil.copyfile(self.directory / name, directory / name)
+            if (self.directory / name).is_file() and not Path(directory).samefile(self.directory):
+                shutil.copyfile(self.directory / name, Path(directory) / name)
 
     def _marks(self, messages):
-        """Three private-use characters that occur in no message: for control tokens, stand-ins and guards."""
+        """Three private-use characters that occur nowhere: for control tokens, stand-ins and guards."""
         seen = json.dumps([messages, self.source, list(self.control)], ensure_ascii=False, default=str)
-        return list(islice((chr(i) for i in range(0xE000, 0xF900) if chr(i) not in seen), 3))
+        return list(islice((c for c in map(chr, range(0xE000, 0xF900)) if c not in seen), 3))
 
     def _shield(self, value, marks, key=None):
-        """A copy of the messages in which no string holds a control token or can become part of one.
+        """A copy of the messages in which no string holds a control token, or becomes part of one.
 
         A control token's text becomes a stand-in. A string that could be an end or the middle of one gets guards at its
         ends, inside white space, which templates trim. Words get none, for a template like '<|' + role + '|>' means the
-        token it builds; unless that token ends or pads a text, or the word is no role.
+        token it builds; unless that token begins, ends or pads a text, or the word is no role.
         """
-        if isinstance(value, dict):  # keys are looked up by the template and so get no guards
-            return {self._spell(k, marks) if isinstance(k, str) else k: self._shield(v, marks, k) for k, v in value.items()}
+        if isinstance(value, dict):  # the template looks keys up, so they get no guards
+            return {self._stand_in(k, marks): self._shield(v, marks, k) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._shield(item, marks) for item in value]
         if not isinstance(value, str):
             return value
-        value = self._spell(value, marks)
+        value = self._stand_in(value, marks)
         core = value.strip()
         if re.fullmatch(r"\w*", core):
-            risky = core in (self._functional if key == "role" else self._words) - {""}
+            guard = core in (self._functional if key == "role" else self._words)
         else:
-            risky = core.endswith(self._starts) or core.startswith(self._finishes) or any(core in t for t in self.control)
-        return value.replace(core, marks[2] + core + marks[2], 1) if risky else value
+            guard = core.endswith(self._starts) or core.startswith(self._finishes) or any(core in t for t in self.control)
+        return value.replace(core, marks[2] + core + marks[2], 1) if guard else value
 
-    def _spell(self, text, marks):
-        return self._pattern.sub(lambda m: f"{marks[1]}{self.control[m[0]]};", text)
+    def _stand_in(self, text, marks):
+        return self._pattern.sub(lambda m: f"{marks[1]}{self.control[m[0]]};", str(text))
 
     def _marked(self, messages, add_generation_prompt, marks):
         """The rendered chat, twice: with marks in place of the template's own control tokens, and as it is."""
-        text = self.render(messages, add_generation_prompt)
-        shielded = self.render(self._shield(messages, marks), add_generation_prompt)
         control, stand_in, guard = marks
-        texts = {str(i): t for t, i in self.control.items()}
-        marked, plain = (
-            re.sub(f"{stand_in}([0-9]+);", lambda m: texts[m[1]], version.replace(guard, ""))
-            for version in (self._pattern.sub(lambda m: f"{control}{self.control[m[0]]};", shielded), shielded))
-        if plain != text:
-            spelt = sorted({m[0] for m in self._pattern.finditer(json.dumps(messages, ensure_ascii=False, default=str))})
-            raise ValueError(f"the chat template of {self.directory} acts on control text inside a message ({spelt}), so it "
-                             "cannot be kept as ordinary text: take it out of the message")
-        return marked, text
+        texts = {str(i): text for text, i in self.control.items()}
+        shielded = self.render(self._shield(messages, marks), add_generation_prompt)
+        marked = self._pattern.sub(lambda m: f"{control}{self.control[m[0]]};", shielded)
+        marked, plain = (re.sub(f"{stand_in}([0-9]+);", lambda m: texts[m[1]], version.replace(guard, ""))
+                         for version in (marked, shielded))
+        if plain != self.render(messages, add_generation_prompt):
+            raise ValueError(f"the chat template of {self.directory} acts on control text inside a message (such as "
+                             "'</think>'), which is to be ordinary text: take it out of the message")
+        return marked, plain
 
     @cached_property
     def template(self):
@@ -204,7 +196,7 @@ class Tokenizer:
             raise ValueError(f"{self.directory} has no chat template: chat_template.jinja, or chat_template in "
                              "tokenizer_config.json (of several, the one named 'default')")
 
-        class Generation(Extension):  # {% generation %} marks an assistant's words, which changes nothing here
+        class Generation(Extension):  # {% generation %} only points out an assistant's words
             tags = {"generation"}  # noqa: RUF012
 
             def parse(self, parser):
@@ -217,11 +209,11 @@ class Tokenizer:
         def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja's own escapes HTML
             return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        environment.filters["tojson"] = tojson
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+        jinja.filters["tojson"] = tojson
+        jinja.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
-            return environment.from_string(self.source)
+            return jinja.from_string(self.source)
         except TemplateSyntaxError as error:
             raise ValueError(f"{self.directory}: the chat template is malformed, line {error.lineno}: {error}") from error
 
@@ -234,7 +226,7 @@ class HuggingFace:
             from tokenizers import Tokenizer as Fast
         except ImportError:
             raise ImportError(f"{path} needs the package tokenizers: pip install 'minibnf[hf]'") from None
-        self.path, self.special, self._twins = path, {}, {}
+        self.path, self.special, self.twins = path, {}, {}
         try:
             self.fast = Fast.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -245,48 +237,48 @@ class HuggingFace:
         self.id, self.vocab_size = self.fast.token_to_id, max(vocabulary.values()) + 1
         self.control = {token.content: i for i, token in self.fast.get_added_tokens_decoder().items()
                         if token.special or not PLAIN.fullmatch(token.content)}
-        # A byte-level BPE spells each byte by one printable character. Some vocabularies, SmolLM2's among them, lack a few
-        # of these, and the library then leaves such bytes out. So does transformers; here it is at least said.
+        # A byte-level BPE spells each byte by one printable character. Some vocabularies (SmolLM2's) lack a few of these,
+        # and then the library leaves such bytes out, as transformers does too. Here that is at least said.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        spelt = {b: chr(b) for b in printable}
-        spelt |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in spelt)}
-        bare = "ByteLevel" in repr(self.fast.pre_tokenizer) and getattr(self.fast.model, "unk_token", "") is None
-        self._unspelt = bytes(b for b in range(256) if bare and spelt[b] not in vocabulary)
+        others = [b for b in range(256) if b not in printable]
+        spelt = dict(zip(printable + others, map(chr, printable + list(range(256, 512))), strict=False))
+        byte_level = "ByteLevel" in repr(self.fast.pre_tokenizer) and getattr(self.fast.model, "unk_token", "") is None
+        self.unspelt = {b for b in range(256) if byte_level and spelt[b] not in vocabulary}
 
-    def _ids(self, fast, text):
-        if self._unspelt and (lost := sorted({c for c in text if set(c.encode()) & set(self._unspelt)})):
+    def ids(self, fast, text):
+        if self.unspelt and (lost := sorted({c for c in set(text) if not self.unspelt.isdisjoint(c.encode())})):
             warnings.warn(f"{self.path} has no token for {lost}: left out of a text", stacklevel=4)
         return fast.encode(text, add_special_tokens=False).ids
 
     def encode(self, text):
-        return self._ids(self.fast, text)
+        return self.ids(self.fast, text)
 
     def encode_marked(self, text, mark, continuation=False):
-        """The ids of a text whose control tokens are written mark + id + ';', by a twin that knows them so and only so."""
-        if mark not in self._twins:
-            self._twins = {mark: self._twin(mark)}
-        start = f"{mark}start;" if continuation else ""  # a token before the text: what follows begins nothing
-        return self._ids(self._twins[mark], start + text)[bool(start):]
+        if mark not in self.twins:
+            self.twins = {mark: self.twin(mark)}
+        start = f"{mark}start;" if continuation else ""  # a token before the text, so that the text begins nothing
+        return self.ids(self.twins[mark], start + text)[bool(start):]
 
-    def _twin(self, mark):
+    def twin(self, mark):
+        """This tokenizer with every control token renamed to its mark: text cannot spell it, nor can merges make it."""
         spec = json.loads(self.fast.to_str())
-        name = {text: f"{mark}{i};" for text, i in self.control.items()}
-        model, added = spec["model"], spec["added_tokens"]
+        names = {text: f"{mark}{i};" for text, i in self.control.items()}
+        model = spec["model"]
         if isinstance(model["vocab"], dict):
-            model["vocab"] = {name.get(token, token): i for token, i in model["vocab"].items()}
+            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
         else:  # Unigram
-            model["vocab"] = [[name.get(token, token), score] for token, score in model["vocab"]]
-        if "merges" in model:  # a merge into a control token would spell it out of ordinary ones
-            model["merges"] = [(a, b) for a, b in model["merges"] if not {a, b, a + b} & set(name)]
-        if model.get("unk_token") in name:
-            model["unk_token"] = name[model["unk_token"]]
-        for token in added:
-            token["content"] = name.get(token["content"], token["content"])
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        added.append({"id": self.vocab_size, "content": f"{mark}start;"} | plain)
+            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [(a, b) for a, b in model["merges"] if names.keys().isdisjoint((a, b, a + b))]
+        if "unk_token" in model:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        for token in spec["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        spec["added_tokens"].append({"id": self.vocab_size, "content": f"{mark}start;", "special": True} | flags)
         twin = type(self.fast).from_str(json.dumps(spec))
-        if moved := [text for text, i in self.control.items() if twin.token_to_id(name[text]) != i]:
-            raise ValueError(f"{self.path}: {moved[0]!r} has an id out of order, so messages cannot be kept apart from it")
+        if moved := [text for text, i in self.control.items() if twin.token_to_id(names[text]) != i]:
+            raise ValueError(f"{self.path}: {moved[0]!r} has an id out of order, so text cannot be kept apart from it")
         return twin
 
     def decode(self, ids, skip_special):
@@ -294,46 +286,40 @@ class HuggingFace:
 
 
 class SentencePiece:
-    """A tokenizer.model. Control and user-defined pieces are control tokens, which sentencepiece itself never reads here."""
+    """A tokenizer.model, whose control and user-defined pieces are control tokens."""
 
     def __init__(self, path):
-        from sentencepiece import SentencePieceProcessor
+        from sentencepiece import SentencePieceProcessor as Processor
 
-        self.path, proto = path, bytearray(path.read_bytes())
+        self.path, model, at = path, bytearray(path.read_bytes()), 0
         try:
-            pieces = SentencePieceProcessor(model_proto=bytes(proto))
+            pieces = Processor(model_proto=bytes(model))
         except RuntimeError as error:
             raise ValueError(f"{path} cannot be read as a sentencepiece model: {error}") from error
-        self.vocab_size, self.control, at = len(pieces), {}, 0
-        for i in range(len(pieces)):  # a ModelProto begins with its pieces: 0x0a, length, (... and last the type: 0x18, type)
-            size = shift = 0
-            while True:  # the length, seven bits a byte
-                at += 1
-                size |= (proto[at] & 127) << shift
-                shift += 7
-                if proto[at] < 128:
-                    break
-            at += size + 1
-            text = pieces.id_to_piece(i).replace("\u2581", " ")
-            user_defined = proto[at - 2:at] == b"\x18\x04" and not PLAIN.fullmatch(text)
+        self.vocab_size, self.control = len(pieces), {}
+        for i in range(len(pieces)):  # in the file a piece is its text, 0x15, its score and, unless normal, 0x18, its type
+            text = pieces.id_to_piece(i)
+            entry = text.encode() + b"\x15" + struct.pack("<f", pieces.get_score(i))
+            at = model.index(entry, at) + len(entry)
+            text = text.replace("\u2581", " ")
+            user_defined = model[at:at + 2] == b"\x18\x04" and not PLAIN.fullmatch(text)
             if user_defined:
-                proto[at - 1] = 3  # a control piece, which ordinary text cannot yield
+                model[at + 1] = 3  # makes it a control piece, which no text yields
             if user_defined or pieces.is_control(i):
                 self.control[text] = i
-        # The dummy prefix, a space before the text, belongs at its beginning only; a later field overrides an earlier one.
-        self.first = SentencePieceProcessor(model_proto=bytes(proto))
-        self.rest = SentencePieceProcessor(model_proto=bytes(proto + b"\x1a\x02\x18\x00"))
+        # The dummy prefix, a space before the text, belongs at its beginning only: rest has add_dummy_prefix off.
+        self.first, self.rest = Processor(model_proto=bytes(model)), Processor(model_proto=bytes(model + b"\x1a\x02\x18\x00"))
         ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "pad_token": pieces.pad_id()}
         self.special = {key: pieces.id_to_piece(i) for key, i in ids.items() if i >= 0}
-        self.texts = {i: text for text, i in self.control.items()}
-        self.pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or "(?!)")
+        self.texts, self.pattern = {i: text for text, i in self.control.items()}, any_of(self.control)
 
     def id(self, text):
-        i = self.first.piece_to_id(text.replace(" ", "\u2581"))
-        return i if self.first.id_to_piece(i).replace("\u2581", " ") == text else None
+        piece = text.replace(" ", "\u2581")
+        i = self.first.piece_to_id(piece)
+        return i if self.first.id_to_piece(i) == piece else None
 
     def encode(self, text):
-        mark = next(chr(i) for i in range(0xE000, 0xF900) if chr(i) not in text)
+        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
         return self.encode_marked(self.pattern.sub(lambda m: f"{mark}{self.control[m[0]]};", text), mark)
 
     def encode_marked(self, text, mark, continuation=False):
@@ -350,6 +336,11 @@ class SentencePiece:
             else:
                 text, processor = text + processor.decode(list(run)), self.rest
         return text
+
+
+def any_of(texts):
+    """The pattern that finds any of the texts, the longest first, as tokenizers do."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def read_json(path):

@@ -148,7 +148,8 @@ def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | N
         if loss.couples:
             logps = token_logps(hidden, unembed, batch.targets)
             return loss(batch.responses(logps, ref), **hyper), logps.detach()
-        shape = batch.responses(torch.zeros(len(batch.targets), device=hidden.device), ref)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        shape = batch.responses(torch.zeros(len(batch.targets), device=hidden.device, dtype=wide), ref)
         c = loss.token_coefficients(shape, **hyper)
         return one_sweep(hidden, unembed, batch.targets, ref, c, loss.potential, loss.slope)
 

@@ -80,9 +80,11 @@ def loaded(tmp_path_factory):
 
 
 each = pytest.mark.parametrize("kind", ["bpe", "sp"])
-fragments = st.sampled_from([*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "<", "<|", "<|im_", "im_end|>",
-                             "im_end", "|>", "end|>", "\n", " ", "  ", "user", "assistant", "\ue000", "\ue0002;", "2;", "naïve"])
-contents = st.lists(fragments | st.text(max_size=4), max_size=5).map("".join)
+fragments = st.sampled_from([*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "<", "<|", "<|im_",
+                             "im_end|>", "im_end", "|>", "end|>", "\n", " ", "  ", "user", "assistant", "\ue000", "\ue0002;",
+                             "2;", "naïve"])
+letters = st.characters(exclude_characters="▁", exclude_categories=["Cs"])  # ▁ is how sentencepiece writes a space
+contents = st.lists(fragments | st.text(letters, max_size=4), max_size=5).map("".join)
 roles = st.sampled_from(["system", "user", "assistant"])
 chats = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4)
 
@@ -121,17 +123,15 @@ def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
 @each
 @pytest.mark.parametrize("name", TEMPLATES)
 @PROPERTY
-@given(chat=st.lists(st.fixed_dictionaries({"role": roles, "content": st.text(max_size=12)}), min_size=1, max_size=4))
+@given(chat=st.lists(st.fixed_dictionaries({"role": roles, "content": st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)}),
+                     min_size=1, max_size=4))
 def test_a_chat_without_control_text_is_its_rendering(loaded, kind, name, chat):
-    """Also through the twin tokenizer, which encode_chat leaves aside when it can."""
+    """Also by way of the marks, which encode_chat leaves aside where it can."""
     tokenizer = loaded[kind, name]
     ids = tokenizer.encode(tokenizer.render(chat, True))
+    assert tokenizer.encode_chat(chat, True) == ids
     marks = tokenizer._marks(chat)
-    if controls(tokenizer, ids) == expected_controls(tokenizer, name, chat) + controls(
-            tokenizer, tokenizer.encode("".join(t for t in ("<|im_start|>", "<|assistant|>")
-                                                if tokenizer.render(chat, True)[len(tokenizer.render(chat)):].startswith(t)))):
-        assert tokenizer.encode_chat(chat, True) == ids
-        assert tokenizer.backend.encode_marked(tokenizer._marked(chat, True, marks)[0], marks[0]) == ids
+    assert tokenizer.backend.encode_marked(tokenizer._marked(chat, True, marks)[0], marks[0]) == ids
 
 
 @each
@@ -252,7 +252,7 @@ def test_tokens_and_attributes(tmp_path):
     tokenizer = load_tokenizer(directory)
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (2, 1, 0) and tokenizer.end_ids == {0, 1, 2}
     assert set(tokenizer.control) == {*SPECIAL, *ROLES, "<think>", "</think>"}
-    assert tokenizer.vocab_size == 406
+    assert tokenizer.vocab_size == len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 6
     assert len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8  # the file's truncation does not apply
 
 
@@ -296,7 +296,7 @@ def test_loading_errors(tmp_path):
     with pytest.raises(ValueError, match="eos_token is missing"):
         load_tokenizer(tmp_path)
     write_config(tmp_path, CHATML, added_tokens_decoder={"7": {"content": "<|im_end|>"}})
-    with pytest.raises(ValueError, match="gives '<|im_end|>' the id 7"):
+    with pytest.raises(ValueError, match="'<|im_end|>' is to have id 7"):
         load_tokenizer(tmp_path)
     write_config(tmp_path, CHATML)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 4000}')
@@ -317,8 +317,8 @@ def test_loading_errors(tmp_path):
 def test_ids_beyond_the_vocabulary_and_lost_characters_are_told(tmp_path):
     directory = byte_level(tmp_path)
     tokenizer = load_tokenizer(directory)
-    with pytest.raises(ValueError, match="406 is no id"):
-        tokenizer.decode([406])
+    with pytest.raises(ValueError, match="is no id of"):
+        tokenizer.decode([tokenizer.vocab_size])
     spec = json.loads((directory / "tokenizer.json").read_text())
     symbol = next(token for token in spec["model"]["vocab"] if token == "Ą")  # what spells the byte 4
     spec["model"]["vocab"]["unused"] = spec["model"]["vocab"].pop(symbol)

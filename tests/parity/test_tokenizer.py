@@ -1,0 +1,109 @@
+"""The converted SmolLM2-135M-Instruct against transformers: token ids, chats, and every weight of the same GGUF file."""
+
+import json
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
+pytest.importorskip("jinja2", reason="needs minibnf[hf]")
+
+from minibnf.convert import shipped_gguf  # noqa: E402
+from minibnf.tokenizer import load_tokenizer  # noqa: E402
+
+DIRECTORY = Path(__file__).parents[2] / "weights" / "smollm2-135m-instruct"
+pytestmark = pytest.mark.skipif(not (DIRECTORY / "model.safetensors").is_file(), reason=f"{DIRECTORY} is absent: run make weights")
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return load_tokenizer(DIRECTORY)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return transformers.AutoTokenizer.from_pretrained(DIRECTORY)
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    pytest.importorskip("gguf", reason="needs minibnf[weights]")
+    try:
+        return shipped_gguf()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def strings(count=400, digits=True):
+    """Words, white space, numbers, code, many scripts, control tokens and random characters, joined at random."""
+    draw = random.Random(0)
+    words = ["The", " capital", " of", "France", "don't", "I'LL", "naïve", "你好", "привет", "😀👍🏽", "עברית", "हिन्दी", "\n", "\n\n", " ",
+             "  ", "\t", "\r\n", "def f(x):", "    return", "!=", "...", "<|im_start|>", "<|im_end|>", "<|im_", "<file_sep>", "|>"]
+    numbers = ["1", "23", "2024", "3.14", "1e-5", "٣", "½", "²"] if digits else []
+    random_text = lambda: "".join(chr(draw.choice((draw.randint(32, 126), draw.randint(160, 0x2FFF), draw.randint(0x10000, 0x1FFFF))))  # noqa: E731
+                                  for _ in range(draw.randint(0, 6)))
+    made = ["".join(draw.choice([*words, *numbers, None]) or random_text() for _ in range(draw.randint(0, 12))) for _ in range(count)]
+    return made if digits else ["".join(c for c in text if not c.isnumeric()) for text in made]
+
+
+def test_ids_of_strings(ours, theirs):
+    for text in strings():
+        expected = theirs(text, add_special_tokens=False).input_ids
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of characters that SmolLM2 has no tokens for, and which both leave out
+            assert ours.encode(text) == expected, text
+        assert ours.decode(expected, skip_special=False) == theirs.decode(expected, clean_up_tokenization_spaces=False), text
+        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False), text
+
+
+def test_ids_of_chats(ours, theirs):
+    draw, texts = random.Random(1), [t for t in strings() if "<" not in t]
+    for _ in range(100):
+        roles = draw.choice([["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]])
+        chat = [{"role": role, "content": draw.choice(texts)} for role in roles]
+        for prompt in (False, True):
+            assert ours.render(chat, prompt) == theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+            expected = theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=True, return_dict=True).input_ids
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert ours.encode_chat(chat, prompt) == expected
+
+
+def test_special_ids(ours, theirs):
+    assert (ours.eos_id, ours.bos_id, ours.pad_id) == (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id)
+    assert ours.vocab_size == len(theirs) == json.loads((DIRECTORY / "config.json").read_text())["vocab_size"]
+
+
+def test_ids_of_the_tokenizer_that_transformers_makes_of_the_gguf(ours, gguf):
+    """Only for text without digits: transformers overlooks that the pre-tokenizer 'smollm' sets each digit apart."""
+    theirs = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    for text in strings(digits=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
+
+
+def test_weights_equal_transformers_reading_of_the_gguf(gguf, monkeypatch):
+    """Bit for bit, so the rows of q and k are in Hugging Face's order."""
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: True)  # asked for, but not needed here
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert expected.keys() == found.keys()
+    assert not [name for name in expected if not torch.equal(expected[name], found[name])]
+
+
+def test_the_model_says_paris_and_for_the_right_reason(theirs):
+    """The likelihood tells what plausible text does not: with q and k left as GGUF has them it is about 0.7 nats worse."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
+    ids = theirs("The capital of France is Paris, and the capital of Germany is Berlin.", return_tensors="pt").input_ids
+    prompt = theirs.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
+                                        add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.item() == pytest.approx(1.7154, abs=1e-3)
+        answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt.input_ids.shape[1]:]
+    assert theirs.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."

@@ -1,0 +1,227 @@
+"""Rows in, packed batches out: formats, errors with file, line and field, and equality with the padded computation."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minibnf.data import Example, order_of_epoch, pack, read_examples
+from minibnf.logprob import token_logps
+from minibnf.losses import LOSSES
+from minibnf.train import loss_and_logps
+from tests.strategies import examples
+from tests.test_losses import published_bnf
+
+
+class Letters:
+    """A stand-in tokenizer: a character is its code point; a chat is <role>content; and ends a turn with id 0."""
+
+    eos_id, vocab_size = 0, 0x110000
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def encode_chat(self, messages, add_generation_prompt=False):
+        text = "".join(f"<{m['role']}>{m['content']};" for m in messages)
+        return self.encode(text + "<assistant>" * add_generation_prompt)
+
+    def encode_response(self, messages, response):
+        if response[0]["role"] != "assistant":
+            raise ValueError("the response must begin with an assistant message")
+        rest = "".join(f"<{m['role']}>{m['content']};" for m in response).removeprefix("<assistant>")
+        return self.encode_chat(messages, True), [*self.encode(rest), 0]
+
+
+def said(role, content):
+    return [{"role": role, "content": content}]
+
+
+def read(tmp_path, *rows, **options):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return read_examples(file, Letters(), options.pop("max_length", 100), **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def test_the_three_formats_in_one_file(tmp_path):
+    paired = {"prompt": said("user", "a"), "chosen": said("assistant", "b"), "rejected": said("assistant", "c")}
+    implicit = {"chosen": said("user", "a") + said("assistant", "b"), "rejected": said("user", "a") + said("assistant", "c")}
+    unpaired = {"prompt": said("user", "a"), "completion": said("assistant", "b"), "label": False}
+    text = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    found, counts = read(tmp_path, paired, implicit, unpaired, text)
+    prompt = tuple(map(ord, "<user>a;<assistant>"))
+    b, c = tuple(map(ord, "b;")), tuple(map(ord, "c;"))
+    assert found[0] == Example(prompt, ((*b, 0), (*c, 0)), (True, False), 1)
+    assert found[1] == Example(prompt, ((*b, 0), (*c, 0)), (True, False), 2)
+    assert found[2] == Example(prompt, ((*b, 0),), (False,), 3)
+    assert found[3] == Example((97,), ((98, 0), (99, 0)), (True, False), 4)  # text as it is, then end of sequence
+    assert not counts
+
+
+def test_gzip_byte_order_mark_and_blank_lines(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    row = json.dumps({"prompt": "a", "completion": "é", "label": True}, ensure_ascii=False)
+    file.write_bytes(gzip.compress(f"\ufeff\n{row}\n\n".encode()))
+    found, _ = read_examples(file, Letters(), 100)
+    assert found == [Example((97,), ((ord("é"), 0),), (True,), 2)]
+
+
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"prompt": "a", ', "line 2, column 16: not valid JSON"),
+        ("[1]", "line 2: a row must be a JSON object, not list"),
+        ({"prompt": "a", "chosen": "b"}, "line 2: field 'rejected' is missing"),
+        ({"prompt": "a", "completion": "b"}, "line 2: an unpaired row needs the field 'label'"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "line 2: field 'label' must be true or false, not 1"),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, "line 2: field 'chosen' is empty"),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is empty"),
+        ({"prompt": said("user", "a"), "chosen": said("assistant", ""), "rejected": said("assistant", "c")}, "'chosen' is empty"),
+        ({"prompt": said("user", "a"), "chosen": [], "rejected": said("assistant", "c")}, "line 2: field 'chosen' is empty"),
+        ({"prompt": "a", "chosen": 3, "rejected": "c"}, "line 2: field 'chosen' must be text or a list of messages, not int"),
+        ({"prompt": "a", "chosen": said("assistant", "b"), "rejected": "c"}, "'prompt' and 'chosen' must both be text"),
+        ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "field 'prompt', message 0: needs text in 'role'"),
+        ({"chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is missing"),
+        ({"chosen": said("user", "a"), "rejected": said("user", "b")}, "share no first message"),
+        ({"chosen": said("user", "a"), "rejected": said("user", "a")}, "do not differ"),
+        ({"prompt": said("user", "a"), "chosen": said("user", "b"), "rejected": said("user", "c")}, "must begin with an assistant"),
+        ({"prompt": "a" * 60, "chosen": "b" * 60, "rejected": "c"}, "line 2: prompt and response together have 121 tokens"),
+        ({"prompt": "a" * 100, "chosen": "b", "rejected": "c"}, "line 2: prompt alone has 102 tokens"),
+    ],
+)
+def test_a_row_that_does_not_fit_says_where_and_why(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path, GOOD, row)
+    assert "rows.jsonl" in str(error.value)
+
+
+def test_not_utf_8(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
+        read_examples(tmp_path / "rows.jsonl", Letters(), 100)
+
+
+def test_overlong_rows_are_cut_or_left_out_only_when_asked_and_counted(tmp_path):
+    long = {"prompt": "a", "chosen": "b" * 200, "rejected": "c"}
+    found, counts = read(tmp_path, GOOD, long, overlong="truncate")
+    assert [len(r) for r in found[1].responses] == [99, 2] and counts == {"truncated": 1}
+    found, counts = read(tmp_path, GOOD, long, overlong="skip")
+    assert [e.line for e in found] == [1] and counts == {"skipped": 1}
+    with pytest.raises(ValueError, match="no rows left: all 1 are too long"):
+        read(tmp_path, long, overlong="skip")
+    with pytest.raises(ValueError, match="prompt alone"):
+        read(tmp_path, {"prompt": "a" * 100, "chosen": "b", "rejected": "c"}, overlong="truncate")
+
+
+def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch():
+    assert sorted(order_of_epoch(50, 0, 0)) == list(range(50))
+    assert order_of_epoch(50, 0, 0) == order_of_epoch(50, 0, 0) != order_of_epoch(50, 0, 1) != order_of_epoch(50, 1, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@given(found=examples(), data=st.data())
+def test_packing_keeps_every_response_once_and_bounds_every_micro_batch(found, data):
+    max_tokens = data.draw(st.integers(max(e.tokens for e in found), 60))
+    batches = pack(found, list(range(len(found))), max_tokens)
+    keys = sorted(key for b in batches for key in b.order)
+    assert keys == sorted((i, k) for i, e in enumerate(found) for k in range(len(e.responses)))
+    assert sum(len(b.pairs) for b in batches) == sum(len(e.responses) == 2 for e in found)
+    for b in batches:
+        assert b.tokens.numel() <= max_tokens
+        assert b.tokens.numel() == sum(prompt + sum(responses) for prompt, responses in b.layout)
+        targets = [t for i, k in b.order for t in found[i].responses[k]]
+        assert b.targets.tolist() == targets
+        assert b.preferred.tolist() == [found[i].preferred[k] for i, k in b.order]
+
+
+def test_one_prompt_is_stored_once():
+    found = [Example((1, 2), ((3,), (4, 5)), (True, False), 1), Example((1, 2), ((6, 7),), (True,), 2), Example((9,), ((3,),), (True,), 3)]
+    (b,) = pack(found, [0, 1, 2], 100)
+    assert b.layout == [(2, [0, 1, 1]), (1, [0])]  # a response's last token predicts nothing and is not read
+    assert b.tokens.tolist() == [[1, 2, 4, 6, 9]] and b.positions.tolist() == [[0, 1, 2, 2, 0]]
+    assert b.predictors.tolist() == [1, 1, 2, 1, 3, 4] and b.targets.tolist() == [3, 4, 5, 6, 7, 3]
+
+
+def test_an_example_longer_than_a_micro_batch_says_what_to_pass():
+    with pytest.raises(ValueError, match=r"line 7: .* pass --max-tokens 5"):
+        pack([Example((1, 2), ((3, 4, 5, 6),), (True,), 7)], [0], 4)
+
+
+def padded_logits(model, found):
+    """Logits (N, V) that predict each response token, every response with its own copy of the prompt, padded to one length."""
+    rows = [(e.prompt, r) for e in found for r in e.responses]
+    S = max(len(p) + len(r) for p, r in rows)
+    tokens = torch.tensor([[*p, *r, *[0] * (S - len(p) - len(r))] for p, r in rows])
+    logits = model(tokens)
+    return torch.cat([logits[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(rows)])
+
+
+@settings(max_examples=30)
+@given(found=examples(), data=st.data())
+def test_packed_equals_padded_in_value_and_in_every_gradient(tiny, found, data):
+    """float64, random micro-batch sizes: log-probabilities, and the gradient of a random function of them."""
+    max_tokens = data.draw(st.integers(max(e.tokens for e in found), 60))
+    targets = torch.tensor([t for e in found for r in e.responses for t in r])
+    expected = padded_logits(tiny, found).log_softmax(-1)[torch.arange(len(targets)), targets]
+    upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, list(tiny.parameters()), upstream)
+    start, at = {}, 0
+    for i, e in enumerate(found):
+        for k, r in enumerate(e.responses):
+            start[i, k], at = slice(at, at + len(r)), at + len(r)
+    tiny.zero_grad()
+    for b in pack(found, list(range(len(found))), max_tokens):
+        logps = tiny(b.tokens, b.positions, b.layout, head=lambda x, U, b=b: token_logps(x[0, b.predictors], U, b.targets))
+        torch.testing.assert_close(logps, torch.cat([expected[start[key]] for key in b.order]), rtol=1e-9, atol=1e-11)
+        logps.backward(torch.cat([upstream[start[key]] for key in b.order]))
+    for p, g in zip(tiny.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=20)
+@given(found=examples(), data=st.data())
+def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny, found, data):
+    """Every parameter, float64, 1e-9: packed one sweep, split into micro-batches, against autograd through the dynamic target
+    distribution over the whole vocabulary, padded, with its stop-gradient and the same length normaliser."""
+    max_tokens = data.draw(st.integers(max(e.tokens for e in found), 60))
+    logits, at, total = padded_logits(tiny, found), 0, 0.0
+    refs = {}
+    for i, e in enumerate(found):
+        for k, r in enumerate(e.responses):
+            z = logits[at : at + len(r)]
+            g = torch.Generator().manual_seed(97 * i + k)
+            ref = z.detach().log_softmax(-1)[torch.arange(len(r)), torch.tensor(r)]
+            ref = (ref + torch.randn(len(r), generator=g, dtype=torch.float64)).clamp(max=-1e-2)  # some above, some below
+            refs[i, k] = ref
+            total = total + published_bnf(z, torch.tensor(r), ref, 1 if e.preferred[k] else -1, min(map(len, e.responses)))
+            at += len(r)
+    wanted = torch.autograd.grad(total / len(found), list(tiny.parameters()))
+    tiny.zero_grad()
+    for b in pack(found, list(range(len(found))), max_tokens):
+        ref = torch.cat([refs[key] for key in b.order])
+        loss, _ = loss_and_logps(tiny, b, LOSSES["bnf"], {"length": "shorter"}, ref, torch.float64)
+        (loss * len(b.lines) / len(found)).backward()
+    scale = max(g.abs().max() for g in wanted)
+    for (name, p), g in zip(tiny.named_parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-9 * float(scale), msg=lambda m, name=name: f"{name}: {m}")
+
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the development data ../shared/data is not here")
+@pytest.mark.parametrize("name, rows", [("helpful", 800), ("gsm8k_pairs", 531)])
+def test_real_data_reads_whole(name, rows):
+    found, counts = read_examples(SHARED / name / "train.jsonl", Letters(), 10**6)
+    assert len(found) == rows and not counts

@@ -1,0 +1,129 @@
+"""token_logps and one_sweep against the naive expression over the whole (N, V), in float64 and with measured tolerances."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minibnf.logprob import one_sweep, token_logps
+from minibnf.losses import LOSSES, bnf_potential, bnf_weight
+
+
+def naive(hidden, unembed, targets, softcap=None):
+    logits = hidden @ unembed.t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def problem(N, D, V, seed=0, scale=1.0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=g, dtype=torch.float64).mul(scale).to(dtype).requires_grad_()
+    unembed = torch.randn(V, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,), generator=g)
+    upstream = torch.randn(N, generator=g, dtype=torch.float64)
+    return hidden, unembed, targets, upstream
+
+
+@given(N=st.integers(1, 9), D=st.integers(1, 5), V=st.integers(1, 12), chunk=st.integers(1, 10), softcap=st.sampled_from([None, 2.0]))
+def test_token_logps_and_its_backward_are_the_naive_expression(N, D, V, chunk, softcap):
+    hidden, unembed, targets, upstream = problem(N, D, V)
+    ours, theirs = token_logps(hidden, unembed, targets, chunk=chunk, softcap=softcap), naive(hidden, unembed, targets, softcap)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, unembed), upstream), torch.autograd.grad(theirs, (hidden, unembed), upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@given(N=st.integers(1, 9), V=st.integers(2, 12), chunk=st.integers(1, 10), softcap=st.sampled_from([None, 2.0]))
+def test_one_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
+    hidden, unembed, targets, c = problem(N, 4, V, seed=1)
+    ref = naive(hidden, unembed, targets).detach() + torch.linspace(-1, 1, N, dtype=torch.float64)
+    ref = ref.clamp(max=-1e-3)
+    loss, logps = one_sweep(hidden, unembed, targets, ref, c, bnf_potential, bnf_weight, chunk=chunk, softcap=softcap)
+    expected_logps = naive(hidden, unembed, targets, softcap)
+    expected = (c * bnf_potential(expected_logps, ref)).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-10, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(2 * loss, (hidden, unembed)), torch.autograd.grad(2 * expected, (hidden, unembed)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("N, D, V", [(252, 64, 507), (123, 32, 1031), (1, 16, 49152)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fast_path_loses_no_more_than_the_naive_one(N, D, V, dtype):
+    """Against a float64 oracle on the same rounded inputs, the error is at most the naive expression's, and a little."""
+    hidden, unembed, targets, upstream = problem(N, D, V, scale=0.5, dtype=dtype)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, unembed)]
+    exact = naive(*wide, targets)
+    exact = [exact.detach(), *torch.autograd.grad(exact, wide, upstream)]
+
+    def errors(f):
+        logps = f(hidden, unembed, targets)
+        found = [logps, *torch.autograd.grad(logps, (hidden, unembed), upstream.to(logps.dtype))]
+        return [(a.double() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
+
+    epsilon = torch.finfo(dtype).eps
+    for what, ours, theirs in zip(("logps", "dhidden", "dunembed"), errors(token_logps), errors(naive), strict=True):
+        assert ours <= 1.2 * theirs + epsilon / 2, (what, ours, theirs)
+
+
+def test_log_probabilities_near_0_keep_their_relative_accuracy():
+    """A target 30 above the others: log p = -log1p(9 e^-30), where 1 - exp(logsumexp) would give 0 in float32."""
+    hidden, unembed = torch.tensor([[1.0]]), torch.tensor([[30.0]] + [[0.0]] * 9)
+    logps = token_logps(hidden, unembed, torch.tensor([0]))
+    assert logps.item() == pytest.approx(-9 * torch.tensor(-30.0, dtype=torch.float64).exp().item(), rel=1e-5)
+
+
+def test_only_the_gradient_that_is_needed_is_made():
+    hidden, unembed, targets, c = problem(5, 4, 7)
+    ref = torch.full((5,), -1.0, dtype=torch.float64)
+    for h, u in ((hidden.detach(), unembed), (hidden, unembed.detach())):
+        for value in (token_logps(h, u, targets).sum(), one_sweep(h, u, targets, ref, c, bnf_potential, bnf_weight)[0]):
+            value.backward()
+    assert hidden.grad is not None and unembed.grad is not None
+    with torch.no_grad():
+        loss, _ = one_sweep(hidden, unembed, targets, ref, c, bnf_potential, bnf_weight)
+    assert not loss.requires_grad
+
+
+def test_a_bfloat16_hidden_state_leaves_a_float32_master_float32_gradients():
+    hidden, unembed, targets, _ = problem(6, 8, 11, dtype=torch.float32)
+    low = hidden.detach().bfloat16().requires_grad_()
+    for name in ("nll", "bnf"):
+        loss = LOSSES[name]
+        ref = torch.full((6,), -2.0)
+        value, logps = one_sweep(low, unembed, targets, ref, torch.full((6,), -1 / 6), loss.potential, loss.slope)
+        dhidden, dunembed = torch.autograd.grad(value, (low, unembed))
+        assert (logps.dtype, dhidden.dtype, dunembed.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert token_logps(low, unembed, targets).dtype == torch.float32
+
+
+def test_no_tensor_of_all_logits_is_ever_made():
+    """The largest allocation, forward and backward, at N V = 4 M: far below the 16 MB that (N, V) float32 would take."""
+    N, V = 2000, 2000
+    hidden, unembed, targets, _ = problem(N, 8, V, dtype=torch.float32)
+    c, ref = torch.full((N,), -1 / N), torch.full((N,), -3.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        token_logps(hidden, unembed, targets, chunk=64).sum().backward()
+        one_sweep(hidden, unembed, targets, ref, c, bnf_potential, bnf_weight, chunk=64)[0].backward()
+    largest = max(e.cpu_memory_usage for e in profile.events())
+    assert 64 * V * 4 <= largest < N * V * 4 / 4, largest
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden": torch.zeros(3, 4, 2)}, "hidden must be"),
+        ({"unembed": torch.zeros(5, 3)}, "hidden must be"),
+        ({"targets": torch.tensor([0, 1])}, "targets must be int64"),
+        ({"targets": torch.tensor([0, 1, 5])}, "targets must lie in 0..4"),
+        ({"targets": torch.tensor([0, 1, -100])}, "targets must lie in 0..4"),
+        ({"chunk": 0}, "chunk must be"),
+        ({"softcap": 0.0}, "softcap must be"),
+    ],
+)
+def test_arguments_that_do_not_fit_say_what_is_wrong(changes, message):
+    arguments = {"hidden": torch.zeros(3, 4), "unembed": torch.zeros(5, 4), "targets": torch.tensor([0, 1, 2]), **changes}
+    with pytest.raises(ValueError, match=message):
+        token_logps(**arguments)

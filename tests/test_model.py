@@ -1,0 +1,217 @@
+"""The Transformer's pieces against definitions, generation against the plain forward, checkpoints out and in."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minibnf import checkpoint
+from minibnf.checkpoint import fresh, load, save
+from minibnf.generate import generate, sample
+from minibnf.model import rotary, rotate
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
+    "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": 64, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save(fresh(tmp_path, seed=0), tmp_path)
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+@given(m=st.integers(0, 40), n=st.integers(0, 40), shift=st.integers(0, 40))
+def test_rotary_scores_depend_on_distance_only(m, n, shift):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64)
+
+    def score(m, n):
+        turned = [rotate(x, *rotary(torch.tensor([[[p]]]), 8, 1e4, torch.float64)) for x, p in ((q, m), (k, n))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=1e-9, atol=1e-9)
+
+
+def test_a_later_token_changes_nothing_before_it(tiny):
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    changed = tokens.clone()
+    changed[0, 3] = 9
+    a, b = tiny(tokens), tiny(changed)
+    torch.testing.assert_close(a[0, :3], b[0, :3], rtol=0, atol=0)
+    assert not torch.allclose(a[0, 3:], b[0, 3:])
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+@settings(max_examples=25)
+@given(prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=7), min_size=1, max_size=5))
+def test_greedy_generation_with_the_cache_is_the_plain_forwards_argmax(tiny, prompts):
+    """Prompts of different lengths, some repeated, in one batch: each as if it were alone, token by token without a cache."""
+    prompts = [*prompts, prompts[0]]
+    out = generate(tiny, prompts, max_new_tokens=6, temperature=0, stop_ids=[3])
+    for prompt, new in zip(prompts, out, strict=True):
+        text = list(prompt)
+        while len(text) < len(prompt) + 6 and (len(text) == len(prompt) or text[-1] != 3):
+            text.append(int(tiny(torch.tensor([text]))[0, -1].argmax()))
+        assert text[len(prompt) :] == new
+
+
+def test_sampling_reproduces_and_does_not_depend_on_the_batch(tiny, monkeypatch):
+    prompts = [[1, 2, 3], [4], [1, 2, 3], [5, 6]]
+    first = generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
+    assert first == generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
+    assert first != generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=2)
+    assert first[0] != first[2]  # the same prompt, another row, another draw
+    monkeypatch.setattr("minibnf.generate.CACHE_BYTES", 1)  # one row a turn
+    assert first == generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
+
+
+def test_sampling_frequencies_are_the_distribution():
+    """Chi-squared with 9 degrees of freedom over 20,000 draws, plain and with a nucleus; 40 is beyond one in 10^5."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(10, generator=g)
+    u = torch.rand(20000, generator=g)
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        p = (logits / temperature).softmax(0)
+        order = p.argsort(descending=True)
+        kept = order[: int((p[order].cumsum(0) - p[order] < top_p).sum())]
+        expected = torch.zeros(10)
+        expected[kept] = p[kept] / p[kept].sum() * len(u)
+        found = torch.bincount(sample(logits.expand(len(u), -1), u, temperature, top_p), minlength=10)
+        assert not found[expected == 0].any()
+        some = expected > 0
+        assert ((found - expected)[some] ** 2 / expected[some]).sum() < 40
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_a_draw_at_either_end_takes_a_token_of_the_nucleus(u):
+    logits = torch.tensor([[0.0, 5.0, -torch.inf, 4.0]])
+    assert sample(logits, torch.tensor([u]), 1.0, 1.0).item() in (0, 1, 3)
+    assert sample(logits, torch.tensor([u]), 1.0, 0.5).item() == 1
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [({"temperature": -1}, "temperature must be"), ({"top_p": 0}, "top_p above 0"), ({"max_new_tokens": 0}, "max_new_tokens 1")],
+)
+def test_impossible_settings_of_generation(tiny, how, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny, [[1]], **{"max_new_tokens": 2, **how})
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(tiny, [[1], []], max_new_tokens=2)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_what_is_saved_is_loaded_and_a_tied_weight_is_saved_once(directory):
+    model = load(directory)
+    with safe_open(directory / "model.safetensors", framework="pt") as tensors:
+        names = set(tensors.keys())
+    assert names == {name for name, _ in model.named_parameters()} and "lm_head.weight" not in names
+    assert "model.layers.1.self_attn.q_proj.weight" in names
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(tokens), fresh(directory, seed=0)(tokens), rtol=0, atol=0)
+    assert load(directory, dtype=torch.bfloat16).unembed.dtype == torch.bfloat16
+
+
+def test_an_untied_model_in_shards(directory, monkeypatch):
+    (directory / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": False}))
+    model = fresh(directory, seed=1)
+    (directory / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 5000)
+    save(model, directory)
+    files = sorted(f.name for f in directory.glob("model*"))
+    assert len(files) > 3 and "model.safetensors" not in files and "model.safetensors.index.json" in files
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10**9)
+    save(model, directory)  # the stale shards go, other files stay
+    assert [f.name for f in sorted(directory.glob("model*"))] == ["model.safetensors"] and (directory / "tokenizer.json").exists()
+    torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
+
+
+def change_tensors(directory, change):
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tied_unembedding_stored_twice_must_agree(directory):
+    change_tensors(directory, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    load(directory)
+    change_tensors(directory, lambda s: s["lm_head.weight"].add_(1))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+        load(directory)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop(NORM), "tensor 'model.norm.weight' is missing"),
+        (lambda s: s.update({"model.extra": torch.zeros(1)}), "tensor 'model.extra' is in the files but not"),
+        (lambda s: s.update({NORM: torch.zeros(3)}), r"tensor 'model.norm.weight' is \(3,\), but config.json says \(24,\)"),
+        (lambda s: s.update({NORM: torch.zeros(24, dtype=torch.int8)}), "quantised"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
+    change_tensors(directory, change)
+    with pytest.raises(ValueError, match=message):
+        load(directory)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"hidden_act": "gelu"}, "field 'hidden_act' = 'gelu' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "field 'rope_scaling'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "field 'rope_parameters'"),
+        ({"attention_bias": True}, "field 'attention_bias'"),
+        ({"model_type": "gemma2"}, "field 'model_type'"),
+        ({"attention_temperature": 2}, "field 'attention_temperature' is unknown"),
+        ({"hidden_size": "24"}, "field 'hidden_size' must be a number above 0"),
+        ({"num_key_value_heads": 2}, "must be a multiple"),
+    ],
+)
+def test_a_config_that_would_compute_something_else_is_refused(directory, fields, message):
+    (directory / "config.json").write_text(json.dumps(CONFIG | fields))
+    with pytest.raises(ValueError, match=message):
+        load(directory)
+
+
+def test_files_that_are_not_there_or_broken(directory, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load(tmp_path / "nowhere")
+    (directory / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load(directory)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        load(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load(directory)
+
+
+def test_an_interrupted_save_leaves_what_was_there(directory, monkeypatch):
+    before = (directory / "model.safetensors").read_bytes()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(fresh(directory, seed=9), directory)
+    assert (directory / "model.safetensors").read_bytes() == before
+    assert sorted(f.name for f in directory.iterdir()) == ["config.json", "model.safetensors"]
