@@ -7,6 +7,7 @@ Without MODEL.gguf it converts SmolLM2-135M-Instruct, which the PyPI package llm
 The trap: GGUF stores the rows of each head of q_proj and k_proj interleaved, because llama.cpp rotates neighbouring pairs
 of a head's features where Hugging Face rotates its two halves. Left that way the model still talks plausibly, only worse.
 """
+
 import argparse
 import importlib.util
 import json
@@ -74,10 +75,8 @@ def open_gguf(path):
         raise ImportError("reading GGUF files needs the package gguf: pip install 'minibnf[weights]'") from None
     try:
         return GGUFReader(path)
-    except OSError:
-        raise
     except Exception as error:  # the reader meets a bad file with whatever numpy raises first
-        raise ValueError(f"{path} is no complete GGUF file ({error})") from None
+        raise ValueError(f"{path} cannot be read as a GGUF file: {error}") from error
 
 
 def read_config(meta, tensor_names):

@@ -260,8 +260,8 @@ def choose(problem: Problem, answers: list[str]) -> tuple[str, str] | None:
     return min(itertools.product(best, worst), key=lambda pair: edit_distance(*pair))
 
 
-def pairs(kind: str, sample: Sample, count: int, seed: int) -> list[dict]:
-    """`count` pairs {"prompt", "chosen", "rejected"} from training prompts, both answers the base's own samples.
+def pairs(kind: str, sample: Sample, count: int, seed: int, split: str = "train") -> list[dict]:
+    """`count` pairs {"prompt", "chosen", "rejected"} from a split's prompts, both answers the base's own samples.
 
     kind "qa": the best against the worst of 4 samples by the judge. kind "math": of 6 samples, the right and the wrong
     one that are nearest to each other. Prompts whose samples give no pair are left out and more are drawn; QA prompts
@@ -271,7 +271,7 @@ def pairs(kind: str, sample: Sample, count: int, seed: int) -> list[dict]:
     if kind not in ("qa", "math"):
         raise ValueError(f"kind must be 'qa' or 'math', got {kind!r}")
     families, n = (QA, 4) if kind == "qa" else (REASONING, 6)
-    source, rng = _stream(families, "train", seed), random.Random(f"pairs/{kind}/{seed}")
+    source, rng = _stream(families, split, seed), random.Random(f"pairs/{kind}/{seed}")
     rows, asked = [], 0
     with tqdm(total=count, desc=f"{kind} pairs", disable=None) as bar:
         while len(rows) < count:
@@ -379,6 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("--count", type=int, required=True, help="how many rows or pairs")
     command.add_argument("--model", required=True, help="folder of the base model")  # pairs alone takes these
     command.add_argument("--kind", choices=("qa", "math"), required=True)
+    command.add_argument("--split", choices=tuple(PEOPLE_OF), default="train", help="of the prompts")
     command.add_argument("--unpaired", choices=("both", "chosen", "rejected"), help="unpaired rows, of these sides")
     args = parser.parse_args(arguments)
 
@@ -390,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
         from minibnf.checkpoint import load
         from minibnf.tokenizer import load_tokenizer
 
-        made = pairs(args.kind, sampler(load(args.model), load_tokenizer(args.model)), args.count, args.seed)
+        made = pairs(args.kind, sampler(load(args.model), load_tokenizer(args.model)), args.count, args.seed, args.split)
         made = unpaired(made, args.unpaired) if args.unpaired else made
     _write(args.out, (json.dumps(row).encode() + b"\n" for row in made))
 

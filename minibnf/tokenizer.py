@@ -11,7 +11,6 @@ the backend encodes the whole with control tokens spelt by marks and by nothing 
 """
 
 import json
-import os
 import re
 import shutil
 import struct
@@ -127,7 +126,7 @@ class Tokenizer:
         prompt, prompt_text = self._marked(messages, True, marks)
         full, text = self._marked([*messages, *response_messages], False, marks)
         if not text.startswith(prompt_text) or not full.startswith(prompt):
-            at = len(os.path.commonprefix([prompt_text, text]))
+            at = next((k for k in range(len(prompt_text)) if prompt_text[k] != text[k:k + 1]), len(prompt_text))
             raise ValueError("the chat template renders the prompt differently when a response follows, so no boundary "
                              f"exists: from character {at} on {prompt_text[at:at + 40]!r} becomes {text[at:at + 40]!r}")
         ids = self.backend.encode_marked(full[len(prompt):], marks[0], continuation=True)
@@ -154,7 +153,7 @@ class Tokenizer:
         token it builds; unless that token begins, ends or pads a text, or the word is no role.
         """
         if isinstance(value, dict):  # the template looks keys up, so they get no guards
-            return {self._stand_in(k, marks): self._shield(v, marks, k) for k, v in value.items()}
+            return {self._stand_in(str(k), marks): self._shield(v, marks, k) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._shield(item, marks) for item in value]
         if not isinstance(value, str):
@@ -168,7 +167,7 @@ class Tokenizer:
         return value.replace(core, marks[2] + core + marks[2], 1) if guard else value
 
     def _stand_in(self, text, marks):
-        return self._pattern.sub(lambda m: f"{marks[1]}{self.control[m[0]]};", str(text))
+        return self._pattern.sub(lambda m: f"{marks[1]}{self.control[m[0]]};", text)
 
     def _marked(self, messages, add_generation_prompt, marks):
         """The rendered chat, twice: with marks in place of the template's own control tokens, and as it is."""

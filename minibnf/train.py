@@ -161,7 +161,7 @@ def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, devic
 
     A micro-batch's loss is a mean over its own examples, so it counts by its share of all of them.
     """
-    total, sums = torch.zeros((), device=device), []
+    values, sums = [], []
     examples = sum(len(b.lines) for b in batches)
     hyper = batch_hyper(loss, hyper, batches)
     for batch in batches:
@@ -172,11 +172,11 @@ def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, devic
             value = value * (len(batch.lines) / examples)
         if backward:
             value.backward()
-        total += value.detach()
+        values.append(value.detach())
         r = batch.responses(logps, ref_logps)
         shift = None if ref is None else r.sums(logps - ref_logps)
         sums.append((r.sums(logps), shift, r.preferred, r.pairs))
-    return total, metrics(sums, hyper.get("beta", 1.0))
+    return torch.stack(values).sum(), metrics(sums, hyper.get("beta", 1.0))
 
 
 def metrics(sums: list, beta: float) -> dict:

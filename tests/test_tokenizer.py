@@ -85,6 +85,7 @@ fragments = st.sampled_from([*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</
                              "2;", "naïve"])
 letters = st.characters(exclude_characters="▁", exclude_categories=["Cs"])  # ▁ is how sentencepiece writes a space
 contents = st.lists(fragments | st.text(letters, max_size=4), max_size=5).map("".join)
+plain = st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)
 roles = st.sampled_from(["system", "user", "assistant"])
 chats = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4)
 
@@ -123,8 +124,7 @@ def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
 @each
 @pytest.mark.parametrize("name", TEMPLATES)
 @PROPERTY
-@given(chat=st.lists(st.fixed_dictionaries({"role": roles, "content": st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)}),
-                     min_size=1, max_size=4))
+@given(chat=st.lists(st.fixed_dictionaries({"role": roles, "content": plain}), min_size=1, max_size=4))
 def test_a_chat_without_control_text_is_its_rendering(loaded, kind, name, chat):
     """Also by way of the marks, which encode_chat leaves aside where it can."""
     tokenizer = loaded[kind, name]
@@ -269,8 +269,9 @@ def test_save_copies_the_files(tmp_path):
 
 
 def test_templates_have_what_transformers_gives_them(tmp_path):
-    template = ("{%- for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ bos_token }}{{ strftime_now('%Y') | "
-                "length }}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ tools is none }}{{ eos_token }}")
+    template = ("{%- for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ bos_token }}"
+                "{{ strftime_now('%Y') | length }}{% generation %}{{ m | tojson }}{% endgeneration %}"
+                "{% endfor %}{{ tools is none }}{{ eos_token }}")
     tokenizer = load_tokenizer(byte_level(tmp_path, [{"name": "default", "template": template}]))
     assert tokenizer.render([{"role": "user"}] * 2) == '<|im_start|>4{"role": "user"}True<|im_end|>'
 
@@ -287,7 +288,7 @@ def test_template_errors(tmp_path, template, message):
 
 
 def test_loading_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match="holds neither"):
         load_tokenizer(tmp_path)
     byte_level(tmp_path, eos_token="<end>")
     with pytest.raises(ValueError, match=r"eos_token is '<end>', which tokenizer\.json does not hold"):
@@ -296,14 +297,14 @@ def test_loading_errors(tmp_path):
     with pytest.raises(ValueError, match="eos_token is missing"):
         load_tokenizer(tmp_path)
     write_config(tmp_path, CHATML, added_tokens_decoder={"7": {"content": "<|im_end|>"}})
-    with pytest.raises(ValueError, match="'<|im_end|>' is to have id 7"):
+    with pytest.raises(ValueError, match="is to have id 7, in"):
         load_tokenizer(tmp_path)
     write_config(tmp_path, CHATML)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 4000}')
     with pytest.raises(ValueError, match="an eos_token_id is 4000"):
         load_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match="generation_config.json is no JSON"):
+    with pytest.raises(ValueError, match="is no JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a tokenizer"):

@@ -1,0 +1,359 @@
+"""The trainer: equal however a batch is split, bitwise the same when run again or resumed, clear when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from minibnf.checkpoint import fresh, load, save
+from minibnf.data import pack
+from minibnf.losses import LOSSES
+from minibnf.reference import forward_logps, reference
+from minibnf.smallworld import QUESTIONS, grammar, write_base
+from minibnf.tokenizer import load_tokenizer
+from minibnf.train import learning_rate, loss_hyper, main, metrics, run_batches
+from tests.strategies import examples, hypers
+
+
+def said(role, content):
+    return [{"role": role, "content": content}]
+
+
+def rows(count=24):
+    """Pairs: a helpful answer over a rude one, about the people of the small world."""
+    found = []
+    for question, about in list(QUESTIONS.items())[:count]:
+        styles = grammar(*about)
+        chosen, rejected = said("assistant", styles["helpful"][0]), said("assistant", styles["rude"][0])
+        found.append({"prompt": said("user", question), "chosen": chosen, "rejected": rejected})
+    return found
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a random model of the small world's shape, pairs, unpaired rows and held-out pairs."""
+    folder = tmp_path_factory.mktemp("world")
+    write_base(folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    save(fresh(folder / "model", seed=0), folder / "model")
+    write(folder / "pairs.jsonl", rows())
+    write(folder / "held-out.jsonl", rows(30)[24:])
+    sides = [(row["prompt"], row[side], side == "chosen") for row in rows() for side in ("chosen", "rejected")]
+    write(folder / "unpaired.jsonl", [{"prompt": p, "completion": c, "label": label} for p, c, label in sides])
+    return folder
+
+
+def arguments(world, out, *more, data="pairs.jsonl"):
+    return ["--model", str(world / "model"), "--data", str(world / data), "--out", str(out), "--batch-size", "6", *map(str, more)]
+
+
+def logged(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+@settings(max_examples=20)
+@given(found=examples(), data=st.data())
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_factory, name, found, data):
+    loss = LOSSES[name]
+    if loss.needs_pairs:
+        found = [e for e in found if len(e.responses) == 2] or [found[0]._replace(responses=((1, 2), (3,)), preferred=(True, False))]
+    hyper = data.draw(hypers(loss))
+    file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
+    ref = reference(tiny, found, file, 100, torch.float64, "cpu")
+    ref.logps = ref.logps.double().sub_(0.1).mul_(0.9)  # so that it is not the policy itself
+    smallest = max(e.tokens for e in found)
+
+    def step(max_tokens):
+        tiny.zero_grad()
+        batches = pack(found, list(range(len(found))), max_tokens)
+        value, numbers = run_batches(tiny, batches, loss, hyper, ref, torch.float64, "cpu", backward=True)
+        return value, [p.grad.clone() for p in tiny.parameters()], numbers
+
+    (value, gradient, numbers), (value_split, gradient_split, numbers_split) = step(10**6), step(smallest)
+    torch.testing.assert_close(value, value_split, rtol=1e-9, atol=1e-12)
+    for a, b in zip(gradient, gradient_split, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert numbers == pytest.approx(numbers_split)
+
+
+def test_metrics_by_hand():
+    """Two pairs in two micro-batches; β = 1/2. Shifts: chosen +1, -2; rejected -3, -2; margins (4, 0)/2."""
+    pair = torch.tensor([[0, 1]])
+    which = torch.tensor([True, False])
+    sums = [
+        (torch.tensor([-5.0, -7.0]), torch.tensor([1.0, -3.0]), which, pair),
+        (torch.tensor([-6.0, -9.0]), torch.tensor([-2.0, -2.0]), which, pair),
+    ]
+    expected = {
+        "logps/chosen": -5.5, "logps/rejected": -8.0, "rewards/chosen": -0.25, "rewards/rejected": -1.25,
+        "rewards/margins": 1.0, "rewards/accuracies": 0.5,
+    }  # fmt: skip
+    assert metrics(sums, 0.5) == pytest.approx(expected)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    args = Namespace(lr=1.0, warmup=0.2, decay=0.5)
+    rates = [learning_rate(step, 10, args) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_loss_arguments():
+    assert loss_hyper(LOSSES["dpo"], ["beta=2"]) == {"beta": 2.0, "lam": 0.0}
+    assert loss_hyper(LOSSES["bnf"], ["length=own"]) == {"length": "own"}
+    with pytest.raises(ValueError, match="write NAME=VALUE"):
+        loss_hyper(LOSSES["dpo"], ["beta"])
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, name, capsys):
+    out = tmp_path / "run"
+    more = ["--loss", name, "--epochs", 3, "--lr", 3e-3, "--eval-data", world / "held-out.jsonl"]
+    assert main(arguments(world, out, *more)) == 0
+    found = logged(out)
+    steps, held_out = [r for r in found if "loss" in r], [r for r in found if "eval_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 13)) and [r["step"] for r in held_out] == [0, 12]
+    assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
+    needed = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "logps/chosen", "logps/rejected"}
+    needed |= {"examples_per_s", "tokens_per_s"}
+    if LOSSES[name].needs_ref:
+        needed |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+        assert held_out[1]["eval_rewards/accuracies"] > 0.8
+    assert all(needed == set(r) for r in steps)
+    before, after = load(world / "model"), load(out / "model")
+    assert not torch.equal(before.unembed, after.unembed)
+    assert load_tokenizer(out / "model").encode("Hi") == load_tokenizer(world / "model").encode("Hi")
+    assert name in (out / "model" / "README.md").read_text() and (out / "config.json").is_file()
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("machine  cpu, float32", "12 of 6 examples: 3 epochs", str(out / "model"), "eval_loss"))
+    assert (out / "figures" / "training.png").is_file()
+
+
+def test_unpaired_rows_and_a_stop_in_mid_epoch(world, tmp_path):
+    assert main(arguments(world, tmp_path / "run", "--max-steps", 5, data="unpaired.jsonl")) == 0
+    last = logged(tmp_path / "run")[-1]
+    assert last["step"] == 5 and last["epoch"] == 5 / 8 and "rewards/chosen" in last and "rewards/margins" not in last
+
+
+def test_run_again_is_bitwise_the_same_and_a_seed_makes_another(world, tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert main(arguments(world, tmp_path / out, "--lr", 1e-3, "--seed", seed, "--max-tokens", 120)) == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_bfloat16_keeps_float32_masters_and_stays_near_float32(world, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        assert main(arguments(world, tmp_path / dtype, "--lr", 1e-3, "--epochs", 2, "--dtype", dtype)) == 0
+    wide, low = logged(tmp_path / "float32"), logged(tmp_path / "bfloat16")
+    assert weights(tmp_path / "bfloat16")["model.norm.weight"].dtype == torch.float32
+    assert all(a["loss"] == pytest.approx(b["loss"], abs=0.05) for a, b in zip(wide, low, strict=True))
+    assert low[-1]["rewards/margins"] == pytest.approx(wide[-1]["rewards/margins"], rel=0.1)
+
+
+def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(world, tmp_path, tiny, monkeypatch):
+    examples = [e for e in pack_examples(world)]
+    model, file = load(world / "model"), tmp_path / "reference.safetensors"
+    ref = reference(model, examples, file, 200, torch.float32, "cpu")
+    batch = pack(examples, [3, 0], 500)[0]
+    torch.testing.assert_close(ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("minibnf.reference.forward_logps", lambda *a: pytest.fail("computed again"))
+    assert torch.equal(reference(model, examples, file, 200, torch.float32, "cpu").logps, ref.logps)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        reference(model, examples, file, 200, torch.float32, "cpu")
+
+
+def pack_examples(world):
+    from minibnf.data import read_examples
+
+    return read_examples(world / "pairs.jsonl", load_tokenizer(world / "model"), 256)[0]
+
+
+def test_from_scratch_with_muon(world, tmp_path):
+    """A fresh model needs no weights in its folder; Muon and AdamW share the parameters and their state survives."""
+    (tmp_path / "base").mkdir()
+    for file in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "base" / file).write_bytes((world / "model" / file).read_bytes())
+    base = ["--model", str(tmp_path / "base"), "--from-scratch", "--loss", "nll", "--optimizer", "muon", "--lr", "3e-3"]
+    assert main(arguments(world, tmp_path / "run", "--epochs", 4, data="unpaired.jsonl")[2:] + base) == 0
+    found = logged(tmp_path / "run")
+    assert found[-1]["loss"] < 0.8 * found[0]["loss"]
+
+
+# ---------------------------------------------------------------------------------------------------- interruptions
+
+
+def start(world, out, *more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *more)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out, step, process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= step:
+            return
+        time.sleep(0.002)
+    pytest.fail(f"step {step} was not reached: {process.communicate()}")
+
+
+LONG = ["--lr", "1e-3", "--epochs", "40", "--save-every", "7", "--loss", "bnf", "--optimizer", "muon", "--max-tokens", "150"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert main(arguments(world, out, *LONG)) == 0
+    return out
+
+
+@pytest.mark.parametrize("step", [1, 16, 50])
+def test_killed_and_resumed_ends_bitwise_as_if_never_killed(world, tmp_path, uninterrupted, step):
+    out = tmp_path / "run"
+    process = start(world, out, *LONG)
+    wait_for_step(out, step, process)
+    process.kill()
+    process.wait()
+    assert not (out / "model").exists()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9')  # a torn line
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert same(weights(out), weights(uninterrupted))
+    ours, theirs = logged(out), logged(uninterrupted)
+    drop = lambda rows: [{k: v for k, v in r.items() if not k.endswith("_per_s")} for r in rows]  # noqa: E731
+    assert drop(ours) == drop(theirs)
+    assert main(["--resume", "--out", str(out)]) == 0  # finished: says so and does nothing
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_says_how_to_go_on(world, tmp_path, uninterrupted, number):
+    out = tmp_path / "run"
+    process = start(world, out, *LONG)
+    wait_for_step(out, 10, process)
+    process.send_signal(number)
+    text, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert f"python -m minibnf.train --resume --out {out}" in text
+    done = len(logged(out))
+    assert json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())["step"] == done
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert same(weights(out), weights(uninterrupted))
+
+
+def test_resuming_something_else_is_refused(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    process = start(world, out, *LONG)
+    wait_for_step(out, 2, process)
+    process.kill()
+    process.wait()
+    assert main(["--resume", "--out", str(out), "--lr", "1"]) == 1
+    assert "cannot resume, lr was 0.001 and is 1.0 now" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_an_earlier_config_can_be_changed(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(world, out, "--max-steps", 2)) == 0
+    assert main(arguments(world, out, "--max-steps", 2)) == 1
+    assert "--resume goes on with it, --overwrite deletes it" in capsys.readouterr().err
+    assert main(["--config", str(out / "config.json"), "--overwrite", "--epochs", "1"]) == 0
+    assert logged(out)[-1]["step"] == 4
+    assert main(["--config", str(out / "config.json"), "--out", str(tmp_path / "other"), "--loss", "dpo"]) == 0
+    assert logged(tmp_path / "other")[-1]["step"] == 4
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["arguments"]["loss"] == "dpo"
+
+
+def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path):
+    out = tmp_path / "run"
+    assert main(arguments(world, out, "--max-steps", 2)) == 0
+    assert main([*arguments(world, out, "--overwrite"), "--data", str(tmp_path / "missing.jsonl")]) == 1
+    assert (out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, place",
+    [
+        ("json", ("broken.jsonl, line 3", "not valid JSON")),
+        ("empty", ("broken.jsonl, line 3", "field 'rejected' is empty")),
+        ("tensor", ("model", "tensor 'model.norm.weight' is missing")),
+        ("unpaired", ("unpaired.jsonl, line 1", "needs pairs")),
+        ("max_tokens", ("--max-tokens 10", "tokens of the longest example")),
+        ("hyper", ("'bnf'", "no hyper-parameter 'beta'")),
+    ],
+)
+def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, change, place):
+    found, model = rows(), world / "model"
+    command = arguments(world, tmp_path / "out")
+    if change == "json":
+        (tmp_path / "broken.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found[:2]) + '{"prompt": [\n')
+    if change == "empty":
+        found[2]["rejected"] = said("assistant", "")
+        write(tmp_path / "broken.jsonl", found)
+    if change in ("json", "empty"):
+        command += ["--data", str(tmp_path / "broken.jsonl")]
+    if change == "tensor":
+        model = tmp_path / "model"
+        model.mkdir()
+        for file in (world / "model").iterdir():
+            (model / file.name).write_bytes(file.read_bytes())
+        broken = fresh(model, seed=0)
+        del broken.model.norm.weight
+        save(broken, model)
+        command += ["--model", str(model)]
+    if change == "unpaired":
+        command += ["--data", str(world / "unpaired.jsonl"), "--loss", "dpo"]
+    if change == "max_tokens":
+        command += ["--max-tokens", "10"]
+    if change == "hyper":
+        command += ["--loss-args", "beta=1"]
+    done = subprocess.run([sys.executable, "-m", "minibnf.train", *command], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert all(part in done.stderr for part in place)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(world, tmp_path, capsys):
+    broken = load(world / "model")
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    save(broken, tmp_path / "broken")
+    load_tokenizer(world / "model").save(tmp_path / "broken")
+    assert main([*arguments(world, tmp_path / "run"), "--model", str(tmp_path / "broken")]) == 1
+    errors = capsys.readouterr().err
+    assert "stopped before step 1: loss nan" in errors and "pairs.jsonl" in errors and "lines " in errors
+    assert not (tmp_path / "run" / "model").exists() and logged(tmp_path / "run") == []
