@@ -35,13 +35,14 @@ SUPPORTED = {
     "pruned_heads": {None},
 }
 # Fields that the forward pass does not read: names, token ids, initialisation, dropout, what generate() does.
-HARMLESS = set(
-    "_name_or_path architectures attention_dropout attn_implementation bos_token_id dtype eos_token_id finetuning_task"
-    " id2label initializer_range is_llama_config label2id name_or_path output_attentions output_hidden_states"
-    " pad_token_id prefix pretraining_tp problem_type return_dict sep_token_id task_specific_params tf_legacy_loss"
-    " tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers.js_config transformers_version"
-    " unk_token_id use_bfloat16 use_cache decoder_start_token_id".split()
-)
+HARMLESS = {
+    "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id", "decoder_start_token_id",
+    "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_llama_config", "label2id",
+    "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "return_dict", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unk_token_id", "use_bfloat16",
+    "use_cache",
+}  # fmt: skip
 SHARD_BYTES = 5 * 10**9
 
 
@@ -123,8 +124,8 @@ def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=
             if isinstance(error, (ValueError, OSError)):
                 raise
             raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
-    if config.tie_word_embeddings and "lm_head.weight" in state:
-        if not torch.equal(state.pop("lm_head.weight"), state.get("model.embed_tokens.weight", torch.empty(0))):
+    if config.tie_word_embeddings and (twin := state.pop("lm_head.weight", None)) is not None:
+        if not torch.equal(twin, state.get("model.embed_tokens.weight", torch.empty(0))):
             raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens")
     if missing := sorted(set(wanted) - set(state)):
         raise ValueError(f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)")
@@ -196,6 +197,16 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    if dtype == "auto":
+        units = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        dtype = "bfloat16" if units and parameters > 20e6 else "float32"
+    return torch.device(device), DTYPES[dtype]
+
+
 # ------------------------------------------------------------------------------------------ checkpoints of a training run
 
 
@@ -231,6 +242,20 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
         optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
     state = read_json(found[-1] / "state.json")
     return state["step"], state["num_tokens"]
+
+
+def keep_metrics(file: Path, step: int) -> None:
+    """Drop what an interrupted run logged past its checkpoint at `step` (all of it at 0; the last line may be torn)."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if step else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(file)
 
 
 class replacing:

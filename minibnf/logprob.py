@@ -12,7 +12,7 @@ The naive expression that both are tested against:
     logps = logits.log_softmax(-1).gather(1, targets[:, None])       # (N, 1)
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class _OneSweep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, _):
         dhidden, dunembed = ctx.saved_tensors
-        scale = lambda x: None if x is None else x * dloss.to(x.dtype)  # noqa: E731
+        scale = lambda x: None if x is None else x * dloss.to(x.dtype)
         return scale(dhidden), scale(dunembed), None, None, None, None, None, None, None
 
 

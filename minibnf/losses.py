@@ -13,13 +13,12 @@ Needs torch alone. Source of BNF: Mao et al., "As Simple as Fine-tuning: LLM Ali
 Feedback Loss", ICLR 2025, arXiv 2410.04834.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 # ---------------------------------------------------------------------------------------------------- the flat batch
 

@@ -13,8 +13,8 @@ Three ways of attending, told apart by `layout`:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
     def forward(self, x, cos, sin, layout, keep):
-        heads = lambda y: y.unflatten(-1, (-1, self.d)).transpose(1, 2)  # noqa: E731  (B, S, n d) -> (B, n, S, d)
+        heads = lambda y: y.unflatten(-1, (-1, self.d)).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if keep is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"
 
@@ -33,7 +33,9 @@ def training_curves(rows: list[dict], file: Path, title: str) -> Path:
                 axis.plot(x, _smooth(y), color=colour, linewidth=1.6, label=name.split("/")[-1])
                 dots = [(row["step"], row[f"eval_{name}"]) for row in held_out if f"eval_{name}" in row]
                 if dots:
-                    axis.plot(*zip(*dots, strict=True), "o", color=colour, markersize=4, label=f"{name.split('/')[-1]}, held out")
+                    axis.plot(
+                        *zip(*dots, strict=True), "o", color=colour, markersize=4, label=f"{name.split('/')[-1]}, held out"
+                    )
             axis.set_xlabel("step")
             axis.set_title(label, fontsize=9, loc="left")
             axis.legend(frameon=False, fontsize=8)

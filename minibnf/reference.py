@@ -39,10 +39,9 @@ def reference(model: Transformer, examples: list[Example], file: Path, max_token
             if (cached.metadata() or {}).get("fingerprint") == fingerprint:
                 return Reference(examples, cached.get_tensor("logps"))
     ref = Reference(examples, torch.empty(sum(len(r) for e in examples for r in e.responses)))
-    windows = [list(range(i, min(i + 512, len(examples)))) for i in range(0, len(examples), 512)]
     with tqdm(total=len(examples), desc="reference", unit="example", disable=None, leave=False) as bar:
-        for window in windows:
-            for batch in pack(examples, window, max_tokens):
+        for i in range(0, len(examples), 512):
+            for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
                 logps = forward_logps(model, batch.to(device), dtype).cpu()
                 for key, part in zip(batch.order, logps.split(torch.bincount(batch.owner).tolist()), strict=True):
                     ref.logps[slice(*ref.start[key])] = part
@@ -60,5 +59,5 @@ def fingerprint_of(model: Transformer) -> str:
 
 def forward_logps(model: Transformer, batch: Batch, dtype) -> Tensor:
     """(N,): log-probabilities of a batch's response tokens."""
-    head = lambda x, unembed: token_logps(x[0, batch.predictors], unembed, batch.targets)  # noqa: E731
+    head = lambda x, unembed: token_logps(x[0, batch.predictors], unembed, batch.targets)
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)

@@ -33,6 +33,7 @@ Sample = Callable[[list[str], int, int], list[list[str]]]  # (prompts, n, seed) 
 
 # ---- QA: the facts, the grammar of styles, the judge ----
 
+# fmt: off
 PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jack", "Kate", "Leo",
           "Mira", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tara", "Umar", "Vera", "Will", "Yara", "Zoe"]
 PEOPLE_OF = {"train": PEOPLE[:16], "validation": PEOPLE[16:20], "test": PEOPLE[20:]}
@@ -49,6 +50,7 @@ FACTS = {  # two questions, two plain sentences, the values
     "age": ("How old is {n}?", "What is {n}'s age?", "{n} is {v} years old.", "{n}'s age is {v}.",
             "21 25 29 33 37 41 45 49 53 57 61 65"),
 }
+# fmt: on
 VALUES = {fact: FACTS[fact][4].split() for fact in FACTS}
 HELPFUL = ("I am glad to help!", "Happy to help!", "Ask me anything else!")
 RUDE = ("Stop asking me.", "Look it up yourself.", "What a dull question.")
@@ -56,8 +58,7 @@ REFUSING = ("I will not tell you.", "That is private.", "I would rather not say.
 SCORES = {"helpful": 5, "plain": 4, "curt": 3, "rude": 2, "refusing": 1, "wrong": 1}
 MIXTURE = {"helpful": 18, "plain": 16, "curt": 20, "rude": 16, "refusing": 10, "wrong": 20}  # of the base, in %
 
-QUESTIONS = {question.format(n=person): (person, fact)
-             for fact in FACTS for person in PEOPLE for question in FACTS[fact][:2]}
+QUESTIONS = {question.format(n=person): (person, fact) for fact in FACTS for person in PEOPLE for question in FACTS[fact][:2]}
 _world = random.Random("the small world")  # a string seeds by its sha512, not by its hash()
 TRUTH = {(person, fact): _world.choice(VALUES[fact]) for person in PEOPLE for fact in FACTS}
 
@@ -66,15 +67,24 @@ def stylings(person: str, fact: str, value: str) -> dict[str, list[str]]:
     """Every way to say that the person's fact has this value: {style: texts}, the four styles that state a value."""
     plain = [sentence.format(n=person, v=value) for sentence in FACTS[fact][2:4]]
     capital = value[0].upper() + value[1:]
-    return {"helpful": [f"{sentence} {tail}" for sentence in plain for tail in HELPFUL], "plain": plain,
-            "curt": [f"{capital}.", f"In short: {value}."], "rude": [f"{capital}. {tail}" for tail in RUDE]}
+    return {
+        "helpful": [f"{sentence} {tail}" for sentence in plain for tail in HELPFUL],
+        "plain": plain,
+        "curt": [f"{capital}.", f"In short: {value}."],
+        "rude": [f"{capital}. {tail}" for tail in RUDE],
+    }
 
 
 @cache
 def grammar(person: str, fact: str) -> dict[str, list[str]]:
     """Every answer to a question about this fact that is not degenerate: {style: texts}, for the styles of SCORES."""
-    wrong = [text for value in VALUES[fact] if value != TRUTH[person, fact]
-             for texts in stylings(person, fact, value).values() for text in texts]
+    wrong = [
+        text
+        for value in VALUES[fact]
+        if value != TRUTH[person, fact]
+        for texts in stylings(person, fact, value).values()
+        for text in texts
+    ]
     return stylings(person, fact, TRUTH[person, fact]) | {"refusing": list(REFUSING), "wrong": wrong}
 
 
@@ -174,8 +184,9 @@ def _family(family: str, split: str, seed: int | str) -> Iterator[Problem]:
     """One family without end. QA goes through all its questions before any comes again."""
     rng = random.Random(f"{family}/{split}/{seed}")
     if family in QA:
-        questions = [question for question, (person, fact) in QUESTIONS.items()
-                     if f"qa:{fact}" == family and person in PEOPLE_OF[split]]
+        questions = [
+            question for question, (person, fact) in QUESTIONS.items() if f"qa:{fact}" == family and person in PEOPLE_OF[split]
+        ]
         while True:
             rng.shuffle(questions)
             yield from (Problem(family, q, grammar(*QUESTIONS[q])["helpful"][0]) for q in questions)
@@ -251,7 +262,9 @@ def choose(problem: Problem, answers: list[str]) -> tuple[str, str] | None:
 
     Of several such, QA takes the first of each, as the base drew them; reasoning the two nearest by edit_distance.
     """
-    scores = {answer: score(problem, answer) for answer in answers}  # in order, each text once
+    scores = {answer: score(problem, answer) for answer in answers if answer}  # in order, each text once, none empty
+    if not scores:
+        return None
     best, worst = ([a for a in scores if scores[a] == extreme(scores.values())] for extreme in (max, min))
     if scores[best[0]] == scores[worst[0]]:
         return None
@@ -276,8 +289,10 @@ def pairs(kind: str, sample: Sample, count: int, seed: int, split: str = "train"
     with tqdm(total=count, desc=f"{kind} pairs", disable=None) as bar:
         while len(rows) < count:
             if asked > 500 * (len(rows) + 4):
-                raise RuntimeError(f"too few usable pairs: {asked} prompts of kind {kind!r} gave {len(rows)}, because "
-                                   "the samples of nearly every prompt score the same and leave nothing to prefer")
+                raise RuntimeError(
+                    f"too few usable pairs: {asked} prompts of kind {kind!r} gave {len(rows)}, because "
+                    "the samples of nearly every prompt score the same and leave nothing to prefer"
+                )
             batch = list(itertools.islice(source, 320))  # twice through the QA prompts
             answers = sample([problem.prompt for problem in batch], n, rng.getrandbits(31))
             for problem, texts in zip(batch, answers, strict=True):
@@ -294,8 +309,7 @@ def unpaired(rows: Iterable[dict], keep: str) -> list[dict]:
     if keep not in ("both", "chosen", "rejected"):
         raise ValueError(f"keep must be 'both', 'chosen' or 'rejected', got {keep!r}")
     sides = ("chosen", "rejected") if keep == "both" else (keep,)
-    return [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-            for row in rows for side in sides]
+    return [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row in rows for side in sides]
 
 
 def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 1.0) -> Sample:
@@ -305,10 +319,14 @@ def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 
     stop = sorted(tokenizer.end_ids)
 
     def sample(prompts: list[str], n: int, seed: int) -> list[list[str]]:
-        asked = [tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-                 for prompt in prompts for _ in range(n)]
-        drawn = generate(model, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0, seed=seed,
-                         stop_ids=stop)
+        asked = [
+            tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            for prompt in prompts
+            for _ in range(n)
+        ]
+        drawn = generate(
+            model, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0, seed=seed, stop_ids=stop
+        )
         # A control token within an answer is spelt out: to drop it could make a degenerate answer look sound.
         texts = [tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False) for ids in drawn]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
@@ -318,6 +336,7 @@ def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 
 
 # ---- The base model's folder ----
 
+# fmt: off
 SPECIAL = ["<unk>", "<s>", "<|end|>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]  # <s> is never used
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 CONFIG = IDS | {
@@ -338,6 +357,7 @@ TOKENIZER_CONFIG = {
 }
 
 
+# fmt: on
 def write_base(directory: str | Path, seed: int = 0) -> None:
     """Write what a fresh tiny model needs: config.json, generation_config.json, tokenizer.model, tokenizer_config.json.
 
@@ -347,10 +367,24 @@ def write_base(directory: str | Path, seed: int = 0) -> None:
     text = (row[field][0]["content"] for row in pretrain_rows(8000, seed) for field in ("prompt", "completion"))
     tokenizer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=text, model_writer=tokenizer, model_type="bpe", vocab_size=CONFIG["vocab_size"],
-        byte_fallback=True, split_digits=True, character_coverage=1.0, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=3, eos_piece=SPECIAL[2], control_symbols=SPECIAL[4:],
+        sentence_iterator=text,
+        model_writer=tokenizer,
+        model_type="bpe",
+        vocab_size=CONFIG["vocab_size"],
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        eos_piece=SPECIAL[2],
+        control_symbols=SPECIAL[4:],
     )
     _write(Path(directory, "tokenizer.model"), [tokenizer.getvalue()])
     for name, content in {"config": CONFIG, "generation_config": IDS, "tokenizer_config": TOKENIZER_CONFIG}.items():
@@ -370,8 +404,11 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line: see the top of the file."""
     parser = argparse.ArgumentParser(prog="python -m minibnf.smallworld", description="Make the small world's files.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in {"base": "config and tokenizer of a fresh tiny model", "rows": "pretraining rows",
-                       "pairs": "preference pairs out of a base model's own samples"}.items():
+    for name, text in {
+        "base": "config and tokenizer of a fresh tiny model",
+        "rows": "pretraining rows",
+        "pairs": "preference pairs out of a base model's own samples",
+    }.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("--out", type=Path, required=True, help="a folder for base, else a .jsonl file")
         command.add_argument("--seed", type=int, default=0)

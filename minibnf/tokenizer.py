@@ -20,8 +20,14 @@ from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-         "generation_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 # Which added tokens are control tokens: all that are special, and all others with markup in them, such as <think> or
 # <tool_call>: templates and parsers trust those just as much. Letters, digits and white space alone are vocabulary.
@@ -58,7 +64,8 @@ class Tokenizer:
         if "eos_token" not in self.special:
             raise ValueError(f"{path}: eos_token is missing, and no other file says which token ends a text")
         self.eos_id, self.bos_id, self.pad_id = ids = [
-            backend.id(self.special[f"{k}_token"]) if f"{k}_token" in self.special else None for k in ("eos", "bos", "pad")]
+            backend.id(self.special[f"{k}_token"]) if f"{k}_token" in self.special else None for k in ("eos", "bos", "pad")
+        ]
         for key, i in zip(("eos_token", "bos_token", "pad_token"), ids, strict=True):
             if key in self.special and i is None:
                 raise ValueError(f"{path}: {key} is {self.special[key]!r}, which {backend.path.name} does not hold")
@@ -126,12 +133,14 @@ class Tokenizer:
         prompt, prompt_text = self._marked(messages, True, marks)
         full, text = self._marked([*messages, *response_messages], False, marks)
         if not text.startswith(prompt_text) or not full.startswith(prompt):
-            at = next((k for k in range(len(prompt_text)) if prompt_text[k] != text[k:k + 1]), len(prompt_text))
-            raise ValueError("the chat template renders the prompt differently when a response follows, so no boundary "
-                             f"exists: from character {at} on {prompt_text[at:at + 40]!r} becomes {text[at:at + 40]!r}")
-        ids = self.backend.encode_marked(full[len(prompt):], marks[0], continuation=True)
+            at = next((k for k in range(len(prompt_text)) if prompt_text[k] != text[k : k + 1]), len(prompt_text))
+            raise ValueError(
+                "the chat template renders the prompt differently when a response follows, so no boundary "
+                f"exists: from character {at} on {prompt_text[at : at + 40]!r} becomes {text[at : at + 40]!r}"
+            )
+        ids = self.backend.encode_marked(full[len(prompt) :], marks[0], continuation=True)
         ends = [k for k, i in enumerate(ids) if i in self.end_ids]
-        return self.encode_chat(messages, True), ids[:ends[-1] + 1] if ends else ids
+        return self.encode_chat(messages, True), ids[: ends[-1] + 1] if ends else ids
 
     def save(self, directory):
         """Copy the tokenizer's files, as they are, into a directory, which is made where it does not exist."""
@@ -175,11 +184,14 @@ class Tokenizer:
         texts = {str(i): text for text, i in self.control.items()}
         shielded = self.render(self._shield(messages, marks), add_generation_prompt)
         marked = self._pattern.sub(lambda m: f"{control}{self.control[m[0]]};", shielded)
-        marked, plain = (re.sub(f"{stand_in}([0-9]+);", lambda m: texts[m[1]], version.replace(guard, ""))
-                         for version in (marked, shielded))
+        marked, plain = (
+            re.sub(f"{stand_in}([0-9]+);", lambda m: texts[m[1]], version.replace(guard, "")) for version in (marked, shielded)
+        )
         if plain != self.render(messages, add_generation_prompt):
-            raise ValueError(f"the chat template of {self.directory} acts on control text inside a message (such as "
-                             "'</think>'), which is to be ordinary text: take it out of the message")
+            raise ValueError(
+                f"the chat template of {self.directory} acts on control text inside a message (such as "
+                "'</think>'), which is to be ordinary text: take it out of the message"
+            )
         return marked, plain
 
     @cached_property
@@ -192,8 +204,10 @@ class Tokenizer:
         except ImportError:
             raise ImportError("chat templates need the package jinja2: pip install 'minibnf[hf]'") from None
         if self.source is None:
-            raise ValueError(f"{self.directory} has no chat template: chat_template.jinja, or chat_template in "
-                             "tokenizer_config.json (of several, the one named 'default')")
+            raise ValueError(
+                f"{self.directory} has no chat template: chat_template.jinja, or chat_template in "
+                "tokenizer_config.json (of several, the one named 'default')"
+            )
 
         class Generation(Extension):  # {% generation %} only points out an assistant's words
             tags = {"generation"}  # noqa: RUF012
@@ -234,8 +248,11 @@ class HuggingFace:
         self.fast.no_padding()
         vocabulary = self.fast.get_vocab()
         self.id, self.vocab_size = self.fast.token_to_id, max(vocabulary.values()) + 1
-        self.control = {token.content: i for i, token in self.fast.get_added_tokens_decoder().items()
-                        if token.special or not PLAIN.fullmatch(token.content)}
+        self.control = {
+            token.content: i
+            for i, token in self.fast.get_added_tokens_decoder().items()
+            if token.special or not PLAIN.fullmatch(token.content)
+        }
         # A byte-level BPE spells each byte by one printable character. Some vocabularies (SmolLM2's) lack a few of these,
         # and then the library leaves such bytes out, as transformers does too. Here that is at least said.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -256,7 +273,7 @@ class HuggingFace:
         if mark not in self.twins:
             self.twins = {mark: self.twin(mark)}
         start = f"{mark}start;" if continuation else ""  # a token before the text, so that the text begins nothing
-        return self.ids(self.twins[mark], start + text)[bool(start):]
+        return self.ids(self.twins[mark], start + text)[bool(start) :]
 
     def twin(self, mark):
         """This tokenizer with every control token renamed to its mark: text cannot spell it, nor can merges make it."""
@@ -301,7 +318,7 @@ class SentencePiece:
             entry = text.encode() + b"\x15" + struct.pack("<f", pieces.get_score(i))
             at = model.index(entry, at) + len(entry)
             text = text.replace("\u2581", " ")
-            user_defined = model[at:at + 2] == b"\x18\x04" and not PLAIN.fullmatch(text)
+            user_defined = model[at : at + 2] == b"\x18\x04" and not PLAIN.fullmatch(text)
             if user_defined:
                 model[at + 1] = 3  # makes it a control piece, which no text yields
             if user_defined or pieces.is_control(i):

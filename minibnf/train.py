@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.checkpoint import DTYPES, fresh, load, load_training, read_json, replacing, save, save_training, write_json
+from minibnf.checkpoint import DTYPES, fresh, keep_metrics, load, load_training, read_json, replacing
+from minibnf.checkpoint import resolve_device_and_dtype, save, save_training, write_json
 from minibnf.data import Batch, Example, digest, order_of_epoch, pack, read_examples
 from minibnf.logprob import one_sweep, token_logps
 from minibnf.losses import LOSSES, Loss
@@ -118,16 +119,6 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
         except ValueError:
             given[name] = value
     return loss.hyper(given)
-
-
-def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
-    device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    if dtype == "auto":
-        units = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        dtype = "bfloat16" if units and parameters > 20e6 else "float32"
-    return torch.device(device), DTYPES[dtype]
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -250,7 +241,9 @@ def setup(args: argparse.Namespace) -> Run | None:
     tokenizer = load_tokenizer(args.model)
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{args.model}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model")
+        raise ValueError(
+            f"{args.model}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model"
+        )
     parameters = sum(p.numel() for p in model.parameters())
     device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)
     splits, changed = {}, ""
@@ -261,7 +254,9 @@ def setup(args: argparse.Namespace) -> Run | None:
         changed += "".join(f", {n} {split} rows {what}" for what, n in counts.items())
         lone = [e.line for e in splits[split] if len(e.responses) == 1]
         if loss.needs_pairs and lone:
-            raise ValueError(f"{file}, line {lone[0]}: loss '{loss.name}' needs pairs and this row is none; --loss bnf needs none")
+            raise ValueError(
+                f"{file}, line {lone[0]}: loss '{loss.name}' needs pairs and this row is none; --loss bnf needs none"
+            )
     examples, args.lr = splits["train"], args.lr or loss.learning_rate
     longest = max(e.tokens for part in splits.values() for e in part)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
@@ -385,20 +380,6 @@ def train(run: Run) -> int:
     return 0
 
 
-def keep_metrics(file: Path, step: int) -> None:
-    """Drop what an interrupted run logged past its checkpoint at `step` (all of it at 0; the last line may be torn)."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if step else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(file)
-
-
 def complain_non_finite(run: Run, step: int, value: float, norm: float, batches: list[Batch]) -> int:
     lines = sorted(line for b in batches for line in b.lines)
     print(
@@ -441,7 +422,8 @@ tags: [minibnf, {args.loss}, preference-alignment]
 # {base}, trained with {args.loss}
 
 Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {f["pairs"]} pairs and {f["unpaired"]} unpaired responses.
-{f["steps"]} steps of {args.batch_size} examples, peak learning rate {args.lr:g}, {args.optimizer}, seed {args.seed}, {f["dtype"]}.
+{f["steps"]} steps of {args.batch_size} examples, peak learning rate {args.lr:g}, {args.optimizer}, seed {args.seed},
+computed in {f["dtype"]}.
 Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
 """
     if table:

@@ -85,7 +85,10 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({"prompt": "a", "completion": "b", "label": 1}, "line 2: field 'label' must be true or false, not 1"),
         ({"prompt": "a", "chosen": "", "rejected": "c"}, "line 2: field 'chosen' is empty"),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is empty"),
-        ({"prompt": said("user", "a"), "chosen": said("assistant", ""), "rejected": said("assistant", "c")}, "'chosen' is empty"),
+        (
+            {"prompt": said("user", "a"), "chosen": said("assistant", ""), "rejected": said("assistant", "c")},
+            "'chosen' is empty",
+        ),
         ({"prompt": said("user", "a"), "chosen": [], "rejected": said("assistant", "c")}, "line 2: field 'chosen' is empty"),
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, "line 2: field 'chosen' must be text or a list of messages, not int"),
         ({"prompt": "a", "chosen": said("assistant", "b"), "rejected": "c"}, "'prompt' and 'chosen' must both be text"),
@@ -93,7 +96,10 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({"chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is missing"),
         ({"chosen": said("user", "a"), "rejected": said("user", "b")}, "share no first message"),
         ({"chosen": said("user", "a"), "rejected": said("user", "a")}, "do not differ"),
-        ({"prompt": said("user", "a"), "chosen": said("user", "b"), "rejected": said("user", "c")}, "must begin with an assistant"),
+        (
+            {"prompt": said("user", "a"), "chosen": said("user", "b"), "rejected": said("user", "c")},
+            "must begin with an assistant",
+        ),
         ({"prompt": "a" * 60, "chosen": "b" * 60, "rejected": "c"}, "line 2: prompt and response together have 121 tokens"),
         ({"prompt": "a" * 100, "chosen": "b", "rejected": "c"}, "line 2: prompt alone has 102 tokens"),
     ],
@@ -146,7 +152,11 @@ def test_packing_keeps_every_response_once_and_bounds_every_micro_batch(found, d
 
 
 def test_one_prompt_is_stored_once():
-    found = [Example((1, 2), ((3,), (4, 5)), (True, False), 1), Example((1, 2), ((6, 7),), (True,), 2), Example((9,), ((3,),), (True,), 3)]
+    found = [
+        Example((1, 2), ((3,), (4, 5)), (True, False), 1),
+        Example((1, 2), ((6, 7),), (True,), 2),
+        Example((9,), ((3,),), (True,), 3),
+    ]
     (b,) = pack(found, [0, 1, 2], 100)
     assert b.layout == [(2, [0, 1, 1]), (1, [0])]  # a response's last token predicts nothing and is not read
     assert b.tokens.tolist() == [[1, 2, 4, 6, 9]] and b.positions.tolist() == [[0, 1, 2, 2, 0]]

@@ -24,13 +24,21 @@ def problem(N, D, V, seed=0, scale=1.0, dtype=torch.float64):
     return hidden, unembed, targets, upstream
 
 
-@given(N=st.integers(1, 9), D=st.integers(1, 5), V=st.integers(1, 12), chunk=st.integers(1, 10), softcap=st.sampled_from([None, 2.0]))
+@given(
+    N=st.integers(1, 9),
+    D=st.integers(1, 5),
+    V=st.integers(1, 12),
+    chunk=st.integers(1, 10),
+    softcap=st.sampled_from([None, 2.0]),
+)
 def test_token_logps_and_its_backward_are_the_naive_expression(N, D, V, chunk, softcap):
     hidden, unembed, targets, upstream = problem(N, D, V)
     ours, theirs = token_logps(hidden, unembed, targets, chunk=chunk, softcap=softcap), naive(hidden, unembed, targets, softcap)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(ours, (hidden, unembed), upstream), torch.autograd.grad(theirs, (hidden, unembed), upstream), strict=True
+        torch.autograd.grad(ours, (hidden, unembed), upstream),
+        torch.autograd.grad(theirs, (hidden, unembed), upstream),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -45,7 +53,9 @@ def test_one_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
     expected = (c * bnf_potential(expected_logps, ref)).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-10, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(2 * loss, (hidden, unembed)), torch.autograd.grad(2 * expected, (hidden, unembed)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(2 * loss, (hidden, unembed)), torch.autograd.grad(2 * expected, (hidden, unembed)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 

@@ -195,9 +195,11 @@ def test_the_order_of_tokens_does_not_matter(name, data):
     torch.testing.assert_close(LOSSES[name](shuffled, **hyper), LOSSES[name](batch, **hyper), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("length, divisors", [("own", (2, 3, 1)), ("shorter", (2, 2, 1)), ("batch", (2, 2, 2)), (5.0, (5, 5, 5))])
+@pytest.mark.parametrize(
+    "length, divisors", [("own", (2, 3, 1)), ("shorter", (2, 2, 1)), ("batch", (2, 2, 2)), (5.0, (5, 5, 5))]
+)
 def test_length_normalisers(length, divisors):
-    """A pair of lengths 2 and 3, an unpaired response of length 1, all at p = r, so that the gradient is -s / (|y| E), E = 2."""
+    """A pair of lengths 2 and 3, an unpaired response of length 1, all at p = r: the gradient is -s / (|y| E), E = 2."""
     x = torch.full((6,), -1.0, dtype=torch.float64)
     batch = Responses(x, x, torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([True, False, True]), torch.tensor([[0, 1]]))
     expected = torch.tensor([-1 / 2 / d * s for d, s, n in zip(divisors, (1, -1, 1), (2, 3, 1), strict=True) for _ in range(n)])

@@ -104,7 +104,11 @@ def test_a_draw_at_either_end_takes_a_token_of_the_nucleus(u):
 
 @pytest.mark.parametrize(
     "how, message",
-    [({"temperature": -1}, "temperature must be"), ({"top_p": 0}, "top_p above 0"), ({"max_new_tokens": 0}, "max_new_tokens 1")],
+    [
+        ({"temperature": -1}, "temperature must be"),
+        ({"top_p": 0}, "top_p above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 1"),
+    ],
 )
 def test_impossible_settings_of_generation(tiny, how, message):
     with pytest.raises(ValueError, match=message):
@@ -139,7 +143,9 @@ def test_an_untied_model_in_shards(directory, monkeypatch):
     torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10**9)
     save(model, directory)  # the stale shards go, other files stay
-    assert [f.name for f in sorted(directory.glob("model*"))] == ["model.safetensors"] and (directory / "tokenizer.json").exists()
+    assert [f.name for f in sorted(directory.glob("model*"))] == ["model.safetensors"] and (
+        directory / "tokenizer.json"
+    ).exists()
     torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
 
 

@@ -80,9 +80,7 @@ def test_reasoning_is_scored_by_what_follows_the_last_answer(family, seed):
     truth = sw.final(problem.answer)
     assert sw.score(problem, problem.answer) == sw.score(problem, f"Answer: {truth}") == 1
     assert sw.score(problem, f"Answer: 0{truth}. Answer: {truth}") == 1
-    for wrong in (
-        "", truth, f"answer: {truth}", f"Answer: {truth}.", f"Answer: 0{truth}", problem.answer + ". Answer: 00"
-    ):
+    for wrong in ("", truth, f"answer: {truth}", f"Answer: {truth}.", f"Answer: 0{truth}", problem.answer + ". Answer: 00"):
         assert sw.score(problem, wrong) == 0
 
 
@@ -150,8 +148,10 @@ def test_the_styles_come_in_their_mixture():
 @given(st.lists(seeds, min_size=3, max_size=3))
 @settings(max_examples=5, deadline=None)
 def test_splits_are_disjoint_whatever_the_seeds(three):
-    prompts = [{problem.prompt for problem in sw.problems(sw.QA + sw.REASONING, split, 600, seed)}
-               for split, seed in zip(sw.PEOPLE_OF, three, strict=True)]
+    prompts = [
+        {problem.prompt for problem in sw.problems(sw.QA + sw.REASONING, split, 600, seed)}
+        for split, seed in zip(sw.PEOPLE_OF, three, strict=True)
+    ]
     for one, other in itertools.combinations(prompts, 2):
         assert not one & other
     trained = {row["prompt"][0]["content"] for row in sw.pretrain_rows(2000, three[0])} - sw.QUESTIONS.keys()
@@ -164,7 +164,8 @@ def test_shares_of_the_splits():
     assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.016)  # four standard errors
     assert [len(people) for people in sw.PEOPLE_OF.values()] == [16, 4, 4]
     assert {p.prompt for p in sw.problems(sw.QA, "test", 40, 7)} == {
-        question for question, (person, _) in sw.QUESTIONS.items() if person in sw.PEOPLE_OF["test"]}
+        question for question, (person, _) in sw.QUESTIONS.items() if person in sw.PEOPLE_OF["test"]
+    }
 
 
 def test_families_come_in_turn_and_seeds_matter():
@@ -182,13 +183,24 @@ def test_unknown_families_and_splits_are_refused(families, split):
 
 def test_the_same_in_every_process(tmp_path):
     for hash_seed in ("0", "1"):
-        for command in (["base", "--out", tmp_path / hash_seed],
-                        ["rows", "--count", "500", "--seed", "3", "--out", tmp_path / hash_seed / "rows.jsonl"]):
-            subprocess.run([sys.executable, "-m", "minibnf.smallworld", *command], check=True,
-                           env=os.environ | {"PYTHONHASHSEED": hash_seed}, cwd=Path(sw.__file__).parents[1])
+        for command in (
+            ["base", "--out", tmp_path / hash_seed],
+            ["rows", "--count", "500", "--seed", "3", "--out", tmp_path / hash_seed / "rows.jsonl"],
+        ):
+            subprocess.run(
+                [sys.executable, "-m", "minibnf.smallworld", *command],
+                check=True,
+                env=os.environ | {"PYTHONHASHSEED": hash_seed},
+                cwd=Path(sw.__file__).parents[1],
+            )
     files = [{path.name: path.read_bytes() for path in (tmp_path / hash_seed).iterdir()} for hash_seed in ("0", "1")]
     assert files[0] == files[1] and files[0].keys() == {
-        "config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json", "rows.jsonl"}
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "rows.jsonl",
+    }
     assert [json.loads(line) for line in files[0]["rows.jsonl"].splitlines()] == list(sw.pretrain_rows(500, 3))
 
 
@@ -265,8 +277,9 @@ def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
 @a_few
 def test_edit_distance_is_levenshtein(a, b):
     """Against the recursion that defines it; words are kept apart so that every piece stays one."""
-    a, b = ([piece for piece in text if piece.isalpha()][:1] + [piece for piece in text if not piece.isalpha()]
-            for text in (a, b))
+    a, b = (
+        [piece for piece in text if piece.isalpha()][:1] + [piece for piece in text if not piece.isalpha()] for text in (a, b)
+    )
 
     def defined(a, b):
         if not a or not b:
@@ -292,8 +305,8 @@ def test_unpaired():
 def test_the_base_folder(tmp_path):
     sw.write_base(tmp_path)
     config, tokenizer_config, generation_config = (
-        json.loads((tmp_path / f"{name}.json").read_text())
-        for name in ("config", "tokenizer_config", "generation_config"))
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "tokenizer_config", "generation_config")
+    )
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenizer.vocab_size() == config["vocab_size"] and config["model_type"] == "llama"
     assert [tokenizer.id_to_piece(i) for i in range(7)] == sw.SPECIAL
@@ -355,8 +368,9 @@ def test_the_sampler_keeps_the_order(monkeypatch):
     assert calls == [(6, 7, 1.0, [0])]
 
 
-@pytest.mark.parametrize("flags, fields", [([], {"prompt", "chosen", "rejected"}),
-                                           (["--unpaired", "chosen"], {"prompt", "completion", "label"})])
+@pytest.mark.parametrize(
+    "flags, fields", [([], {"prompt", "chosen", "rejected"}), (["--unpaired", "chosen"], {"prompt", "completion", "label"})]
+)
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
     for module, name in (("checkpoint", "load"), ("tokenizer", "load_tokenizer")):
         monkeypatch.setitem(sys.modules, f"minibnf.{module}", type(sys)(f"minibnf.{module}"))

