@@ -179,7 +179,7 @@ def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | 
     with replacing(directory / ".saving") as temporary:
         for i, shard in enumerate(shards):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, temporary / file, metadata={"format": "pt"})
+            write_tensors(temporary / file, shard)
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
@@ -194,7 +194,20 @@ def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | 
 
 
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """A safetensors file, whole or not at all, and readable by whom the umask lets read it (the library's own is not)."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+    temporary.chmod(mode)
+    temporary.replace(path)
 
 
 def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
@@ -214,10 +227,10 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
     """OUT/checkpoints/step-N: weights, optimizer states and counts, complete or absent; older ones go once it is there."""
     directory = out / "checkpoints" / f"step-{step:07d}"
     with replacing(directory) as temporary:
-        save_file({n: p.detach().cpu() for n, p in model.named_parameters()}, temporary / "model.safetensors")
+        write_tensors(temporary / "model.safetensors", {n: p.detach().cpu() for n, p in model.named_parameters()})
         for i, optim in enumerate(optims):
             state = {f"{k}.{name}": x for k, s in optim.state_dict()["state"].items() for name, x in s.items()}
-            save_file(state, temporary / f"optimizer-{i}.safetensors")
+            write_tensors(temporary / f"optimizer-{i}.safetensors", state)
         write_json(temporary / "state.json", {"step": step, "num_tokens": tokens})
     for old in directory.parent.iterdir():
         if old != directory:

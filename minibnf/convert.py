@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
+
+from minibnf.checkpoint import write_tensors
 
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -73,8 +74,7 @@ def convert(gguf_path, directory):
         ]:
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tokenizer.save(str(partial / "tokenizer.json"))
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # save_file keeps it from other users
+        write_tensors(partial / "model.safetensors", weights)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

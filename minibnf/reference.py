@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from minibnf.checkpoint import write_tensors
 from minibnf.data import Batch, Example, digest, pack
 from minibnf.logprob import token_logps
 from minibnf.model import Transformer
@@ -46,9 +46,7 @@ def reference(model: Transformer, examples: list[Example], file: Path, max_token
                 for key, part in zip(batch.order, logps.split(torch.bincount(batch.owner).tolist()), strict=True):
                     ref.logps[slice(*ref.start[key])] = part
                 bar.update(len(batch.lines))
-    temporary = file.with_suffix(".tmp")
-    save_file({"logps": ref.logps}, temporary, metadata={"fingerprint": fingerprint})
-    temporary.replace(file)
+    write_tensors(file, {"logps": ref.logps}, {"fingerprint": fingerprint})
     return ref
 
 

@@ -229,6 +229,12 @@ class Run:
     facts: dict  # what config.json and the first lines printed say of all this
 
 
+RESUME_NEEDS = (  # what decides a run's numbers and so may not change in mid-run
+    "loss loss_args from_scratch parameters data_sha256 steps batch_size lr warmup decay optimizer weight_decay grad_clip seed"
+    " dtype max_tokens"
+).split()
+
+
 def setup(args: argparse.Namespace) -> Run | None:
     """Check every input. None if OUT holds this run finished; ValueError or OSError for what the user must mend."""
     out, loss = Path(args.out), LOSSES[args.loss]
@@ -272,10 +278,11 @@ def setup(args: argparse.Namespace) -> Run | None:
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
     if args.resume and (out / "config.json").exists():
-        before = read_json(out / "config.json")["facts"]
-        for key in ("parameters", "dtype", "lr", "loss_args", "steps", "max_tokens", "data_sha256"):
-            if before[key] != facts[key]:
-                raise ValueError(f"{out}: cannot resume, {key} was {before[key]} and is {facts[key]} now")
+        earlier = read_json(out / "config.json")
+        before, now = earlier["arguments"] | earlier["facts"], vars(args) | facts
+        for key in RESUME_NEEDS:
+            if before[key] != now[key]:
+                raise ValueError(f"{out}: cannot resume, {key} was {before[key]} and is {now[key]} now")
     return Run(args, out, loss, hyper, tokenizer, model.to(device), device, dtype, max_tokens, splits,
                steps_per_epoch, facts["steps"], facts)  # fmt: skip
 
@@ -435,9 +442,12 @@ Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2
 def main(argv: list[str] | None = None) -> int:
     try:
         run = setup(args := parse(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted before anything was written", file=sys.stderr)
+        return 130
     if run is None:
         print(f"{args.out} holds this run, finished: its model lies in {Path(args.out) / 'model'}")
         return 0

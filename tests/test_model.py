@@ -129,6 +129,8 @@ def test_what_is_saved_is_loaded_and_a_tied_weight_is_saved_once(directory):
     tokens = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(model(tokens), fresh(directory, seed=0)(tokens), rtol=0, atol=0)
     assert load(directory, dtype=torch.bfloat16).unembed.dtype == torch.bfloat16
+    modes = [(directory / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert modes[0] == modes[1]  # readable by the same people
 
 
 def test_an_untied_model_in_shards(directory, monkeypatch):
@@ -219,5 +221,6 @@ def test_an_interrupted_save_leaves_what_was_there(directory, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(fresh(directory, seed=9), directory)
+    monkeypatch.undo()
     assert (directory / "model.safetensors").read_bytes() == before
     assert sorted(f.name for f in directory.iterdir()) == ["config.json", "model.safetensors"]
