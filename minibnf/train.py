@@ -41,6 +41,9 @@ from minibnf.tokenizer import load_tokenizer
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
+WIDTH = 576  # the default learning rates are for this hidden size; Adam's steps must shrink as layers widen
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     rates = ", ".join(f"{loss.name} {loss.learning_rate:g}" for loss in LOSSES.values())
     p = argparse.ArgumentParser("minibnf.train", description="Align a checkpoint on preference data.", allow_abbrev=False)
@@ -59,7 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a("--epochs", type=int, metavar="N", help="passes over the data (default: 1)")
     a("--max-steps", type=int, metavar="N", help="stop after N steps instead, repeating the data if need be")
     a("--batch-size", type=int, default=32, metavar="N", help="examples (pairs, unpaired responses) a step; default 32")
-    a("--lr", type=float, help=f"peak learning rate; by default the loss's own, found by trying (see README): {rates}")
+    a("--lr", type=float, help=f"peak learning rate; default {WIDTH}/hidden_size times the loss's own, which was found "
+      f"by trying on SmolLM2-135M (hidden_size {WIDTH}) and the small world: {rates}")  # fmt: skip
     a("--warmup", type=float, default=0.1, metavar="X", help="share of the steps over which it rises; default 0.1")
     a("--decay", type=float, default=0.9, metavar="X", help="share of the steps over which it falls to 0; default 0.9")
     a("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for matrices, with adamw for the rest")
@@ -188,23 +192,23 @@ def metrics(sums: list, beta: float) -> dict:
     return found
 
 
-def optimizers(model: Transformer, args) -> list[torch.optim.Optimizer]:
+def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimizer]:
     """AdamW; with muon, Muon for the matrices of the layers (its step scaled to AdamW's size) and AdamW for the rest."""
     named = list(model.named_parameters())
     matrices = [p for n, p in named if args.optimizer == "muon" and p.dim() == 2 and n.startswith("model.layers.")]
     rest = [p for n, p in named if all(p is not m for m in matrices)]
-    adamw = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     if not matrices:
         return [adamw]
-    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
 
 
-def learning_rate(step: int, total: int, args) -> float:
+def learning_rate(step: int, total: int, lr: float, args) -> float:
     """At step 0..total-1: rises linearly over the warm-up, stays, falls linearly to 0 over the decay."""
     rise = (step + 1) / max(1.0, args.warmup * total)
     fall = (total - step) / max(1.0, args.decay * total)
-    return args.lr * min(1.0, rise, fall)
+    return lr * min(1.0, rise, fall)
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -263,7 +267,7 @@ def setup(args: argparse.Namespace) -> Run | None:
             raise ValueError(
                 f"{file}, line {lone[0]}: loss '{loss.name}' needs pairs and this row is none; --loss bnf needs none"
             )
-    examples, args.lr = splits["train"], args.lr or loss.learning_rate
+    examples, lr = splits["train"], args.lr or loss.learning_rate * WIDTH / model.config.hidden_size
     longest = max(e.tokens for part in splits.values() for e in part)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
@@ -271,7 +275,7 @@ def setup(args: argparse.Namespace) -> Run | None:
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     pairs = sum(len(e.responses) == 2 for e in examples)
     facts = {
-        "device": str(device), "dtype": str(dtype).removeprefix("torch."), "parameters": parameters, "lr": args.lr,
+        "device": str(device), "dtype": str(dtype).removeprefix("torch."), "parameters": parameters, "lr": lr,
         "loss_args": hyper, "pairs": pairs, "unpaired": len(examples) - pairs, "data_sha256": digest(examples),
         "tokens_per_epoch": sum(e.tokens for e in examples), "changed": changed.removeprefix(", "),
         "steps": args.max_steps or (args.epochs or 1) * steps_per_epoch, "max_tokens": max_tokens,
@@ -294,7 +298,7 @@ def announce(run: Run) -> None:
     print(f"data     {args.data}: {f['pairs']} pairs, {f['unpaired']} unpaired, {f['tokens_per_epoch']:,} tokens an epoch")
     if f["changed"]:
         print(f"         {f['changed']}")
-    print(f"loss     {run.loss.name}{hyper}, lr {args.lr:g}, {args.optimizer}")
+    print(f"loss     {run.loss.name}{hyper}, lr {f['lr']:.3g}, {args.optimizer}")
     print(f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most")
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
     print(f"steps    {run.steps} of {args.batch_size} examples: {epochs}", flush=True)
@@ -317,7 +321,7 @@ def train(run: Run) -> int:
         for split, examples in run.splits.items():
             file = out / ("reference.safetensors" if split == "train" else f"reference-{split}.safetensors")
             refs[split] = reference(model, examples, file, run.max_tokens, run.dtype, run.device)
-    optims = optimizers(model, args)
+    optims = optimizers(model, args, run.facts["lr"])
     step, tokens = load_training(out, model, optims) if args.resume else (0, 0)
     keep_metrics(out / "metrics.jsonl", step)
 
@@ -353,7 +357,7 @@ def train(run: Run) -> int:
             batches = pack(examples, order[at : at + args.batch_size], run.max_tokens)
             value, found = run_batches(model, batches, loss, hyper, refs["train"], run.dtype, run.device, backward=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
-            value, rate = value.item(), learning_rate(step, run.steps, args)
+            value, rate = value.item(), learning_rate(step, run.steps, run.facts["lr"], args)
             if not math.isfinite(value) or not math.isfinite(norm):
                 return complain_non_finite(run, step, value, norm, batches)
             for optim in optims:
@@ -429,7 +433,7 @@ tags: [minibnf, {args.loss}, preference-alignment]
 # {base}, trained with {args.loss}
 
 Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {f["pairs"]} pairs and {f["unpaired"]} unpaired responses.
-{f["steps"]} steps of {args.batch_size} examples, peak learning rate {args.lr:g}, {args.optimizer}, seed {args.seed},
+{f["steps"]} steps of {args.batch_size} examples, peak learning rate {f["lr"]:.3g}, {args.optimizer}, seed {args.seed},
 computed in {f["dtype"]}.
 Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
 """

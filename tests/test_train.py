@@ -132,8 +132,8 @@ def test_metrics_by_hand():
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    args = Namespace(lr=1.0, warmup=0.2, decay=0.5)
-    rates = [learning_rate(step, 10, args) for step in range(10)]
+    args = Namespace(warmup=0.2, decay=0.5)
+    rates = [learning_rate(step, 10, 1.0, args) for step in range(10)]
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
@@ -308,7 +308,9 @@ def test_a_folder_that_holds_a_run_is_refused_and_an_earlier_config_can_be_chang
     assert logged(out)[-1]["step"] == 4
     assert main(["--config", str(out / "config.json"), "--out", str(tmp_path / "other"), "--loss", "dpo"]) == 0
     assert logged(tmp_path / "other")[-1]["step"] == 4
-    assert json.loads((tmp_path / "other" / "config.json").read_text())["arguments"]["loss"] == "dpo"
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["arguments"]["loss"] == "dpo" and config["arguments"]["lr"] is None
+    assert config["facts"]["lr"] == LOSSES["dpo"].learning_rate * 576 / 32  # the other loss's own, not the first one's
 
 
 def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path):
