@@ -168,6 +168,23 @@ def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(number))).tolist()
 
 
+def mismatched(examples: list[Example], max_tokens: int) -> list[Example]:
+    """For each example, its prompt with the responses of the next one (cyclically) that has another prompt and fits.
+
+    What KTO estimates its reference point from. Raises ValueError where all prompts are the same.
+    """
+    n, found = len(examples), []
+    for i, example in enumerate(examples):
+        for j in range(i + 1, i + n):
+            moved = example._replace(responses=examples[j % n].responses, preferred=examples[j % n].preferred)
+            if examples[j % n].prompt != example.prompt and moved.tokens <= max_tokens:
+                found.append(moved)
+                break
+        else:
+            raise ValueError(f"line {example.line}: no other prompt's response fits its prompt; kto needs one to compare with")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------ packing
 
 

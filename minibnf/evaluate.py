@@ -18,7 +18,7 @@ from torch import Tensor
 from minibnf.checkpoint import load
 from minibnf.data import pack, read_examples
 from minibnf.model import Transformer
-from minibnf.reference import forward_logps
+from minibnf.forward import forward_logps
 from minibnf.smallworld import QA, REASONING, Problem, problems, sampler, score
 from minibnf.tokenizer import load_tokenizer
 

@@ -36,6 +36,7 @@ def one_sweep(
     unembed: Tensor,
     targets: Tensor,
     ref_logps: Tensor | None,
+    preferred: Tensor,
     c: Tensor,
     potential: Callable,
     slope: Callable,
@@ -45,13 +46,14 @@ def one_sweep(
 ) -> tuple[Tensor, Tensor]:
     """L = Σ_i c_i Φ(log p_i) and its gradients in one pass over the vocabulary: what fine-tuning costs.
 
-    hidden (N, D), unembed (V, D), targets (N,) as above; c (N,) from Loss.token_coefficients; potential and slope are
-    Φ(logps, ref_logps) and dΦ/dlogps, elementwise. Returns the scalar loss, differentiable in hidden and unembed, and
-    logps (N,), detached. A token's dlogps is known once its own log p is, so dlogits is made while the chunk's
-    probabilities are still there: the product with the vocabulary is not computed again in backward.
+    hidden (N, D), unembed (V, D), targets (N,) as above; ref_logps (N,) or None; preferred (N,) bool, by token; c (N,) from
+    Loss.token_coefficients; potential and slope are its Φ(logps, ref_logps, preferred) and dΦ/dlogps, elementwise.
+    Returns the scalar loss, differentiable in hidden and unembed, and logps (N,), detached.
+    A token's dlogps is known once its own log p is, so dlogits is made while the chunk's probabilities are still there:
+    the product with the vocabulary is not computed again in backward.
     """
     _check(hidden, unembed, targets, chunk, softcap)
-    return _OneSweep.apply(hidden, unembed, targets, ref_logps, c, potential, slope, chunk, softcap)
+    return _OneSweep.apply(hidden, unembed, targets, ref_logps, preferred, c, potential, slope, chunk, softcap)
 
 
 # Derivation. With z = hidden @ unembed.T and an upstream g_i = dL/dlogps_i,
@@ -118,7 +120,7 @@ class _TokenLogps(torch.autograd.Function):
 
 class _OneSweep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, unembed, targets, ref_logps, c, potential, slope_of, chunk, softcap):
+    def forward(ctx, hidden, unembed, targets, ref_logps, preferred, c, potential, slope_of, chunk, softcap):
         logps, u = _float_like(hidden, len(targets)), unembed.to(hidden.dtype)
         wanted = any(ctx.needs_input_grad[:2])
         dhidden, dunembed = _empty_gradients(hidden, unembed, ctx.needs_input_grad)
@@ -126,9 +128,9 @@ class _OneSweep(torch.autograd.Function):
         for i in _chunks(len(targets), unembed, chunk):
             e, rest, total, logps[i], slope = _softmax_parts(hidden[i], u, targets[i], softcap)
             ref = None if ref_logps is None else ref_logps[i].to(logps.dtype)
-            loss += (c[i] * potential(logps[i], ref)).sum()
+            loss += (c[i] * potential(logps[i], ref, preferred[i])).sum()
             if wanted:
-                dlogps = c[i] * slope_of(logps[i], ref)
+                dlogps = c[i] * slope_of(logps[i], ref, preferred[i])
                 dlogits = _dlogits_in_place(e, rest, total, targets[i], slope, dlogps)
                 _accumulate(dhidden, dunembed, i, dlogits, hidden[i], u)
         ctx.save_for_backward(dhidden, _like(dunembed, unembed))
@@ -140,7 +142,7 @@ class _OneSweep(torch.autograd.Function):
     def backward(ctx, dloss, _):
         dhidden, dunembed = ctx.saved_tensors
         scale = lambda x: None if x is None else x * dloss.to(x.dtype)
-        return scale(dhidden), scale(dunembed), None, None, None, None, None, None, None
+        return scale(dhidden), scale(dunembed), *[None] * 8
 
 
 def _chunks(N: int, unembed: Tensor, chunk: int | None) -> list[slice]:

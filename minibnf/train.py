@@ -5,8 +5,8 @@
     python -m minibnf.train --config runs/bnf/config.json --seed 1 --out runs/bnf-seed1     # an earlier run, changed
     python -m minibnf.train --resume --out OUT                                              # go on after an interruption
 
-OUT then holds model/ (Hugging Face layout), metrics.jsonl (one object a step, TRL's names), config.json, reference*.safetensors
-(the reference's log-probabilities, computed once), checkpoints/ (the newest one) and figures/.
+OUT then holds model/ (Hugging Face layout), metrics.jsonl (one object a step, TRL's names), config.json, the reference's
+log-probabilities (computed once), checkpoints/ (the newest one) and figures/.
 
 The loss of a step is the mean over its --batch-size examples, however they are split into micro-batches of at most
 --max-tokens. A run is a function of its arguments: the order of the data depends on --seed and the epoch alone, so a run
@@ -31,11 +31,10 @@ from tqdm import tqdm
 
 from minibnf.checkpoint import DTYPES, fresh, keep_metrics, load, load_training, read_json, replacing
 from minibnf.checkpoint import resolve_device_and_dtype, save, save_training, write_json
-from minibnf.data import Batch, Example, digest, order_of_epoch, pack, read_examples
-from minibnf.logprob import one_sweep, token_logps
+from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
-from minibnf.reference import Reference, reference
+from minibnf.forward import kl_estimate, reference, run_batches
 from minibnf.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -112,12 +111,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def loss_hyper(loss: Loss, texts: list[str]) -> dict:
-    """["beta=0.5", "length=own"] -> the loss's hyper-parameters. Raises ValueError for what is not one."""
-    given = {}
+    """["beta=0.5", "length=own"] -> the loss's hyper-parameters (kto's kl as 0 for now: every step computes it)."""
+    given = {"kl": 0.0} if "kl" in loss.defaults else {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1")
+        if not equals or name == "kl":
+            raise ValueError(f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1" + " (kl is computed)" * (name == "kl"))
         try:
             given[name] = float(value)
         except ValueError:
@@ -126,70 +125,6 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
-
-
-def batch_hyper(loss: Loss, hyper: dict, batches: list[Batch]) -> dict:
-    """length="batch" means the whole batch's mean response length, whatever a micro-batch holds."""
-    if hyper.get("length") != "batch":
-        return hyper
-    return {**hyper, "length": sum(len(b.targets) for b in batches) / sum(len(b.preferred) for b in batches)}
-
-
-def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
-    """The micro-batch's loss (scalar, differentiable) and its response log-probabilities (N,), detached."""
-
-    def head(x, unembed):
-        hidden = x[0, batch.predictors]
-        if loss.couples:
-            logps = token_logps(hidden, unembed, batch.targets)
-            return loss(batch.responses(logps, ref), **hyper), logps.detach()
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        shape = batch.responses(torch.zeros(len(batch.targets), device=hidden.device, dtype=wide), ref)
-        c = loss.token_coefficients(shape, **hyper)
-        return one_sweep(hidden, unembed, batch.targets, ref, c, loss.potential, loss.slope)
-
-    return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
-
-
-def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, device, *, backward: bool) -> tuple[Tensor, dict]:
-    """The loss over all micro-batches (a scalar tensor, gradients accumulated if backward) and the metrics by response.
-
-    A micro-batch's loss is a mean over its own examples, so it counts by its share of all of them.
-    """
-    values, sums = [], []
-    examples = sum(len(b.lines) for b in batches)
-    hyper = batch_hyper(loss, hyper, batches)
-    for batch in batches:
-        batch = batch.to(device)
-        ref_logps = None if ref is None else ref.of(batch)
-        with torch.set_grad_enabled(backward):
-            value, logps = loss_and_logps(model, batch, loss, hyper, ref_logps, dtype)
-            value = value * (len(batch.lines) / examples)
-        if backward:
-            value.backward()
-        values.append(value.detach())
-        r = batch.responses(logps, ref_logps)
-        shift = None if ref is None else r.sums(logps - ref_logps)
-        sums.append((r.sums(logps), shift, r.preferred, r.pairs))
-    return torch.stack(values).sum(), metrics(sums, hyper.get("beta", 1.0))
-
-
-def metrics(sums: list, beta: float) -> dict:
-    """TRL's names. logps: log-likelihoods of whole responses in nats. rewards: beta (1 where a loss has none) times the
-
-    log-likelihood's shift against the reference; margins and accuracies are over pairs. Absent where undefined.
-    """
-    preferred = torch.cat([p for *_, p, _ in sums]).cpu()
-    logps = torch.cat([s for s, *_ in sums]).cpu()
-    names = {"chosen": preferred, "rejected": ~preferred}
-    found = {f"logps/{name}": logps[which].mean().item() for name, which in names.items() if which.any()}
-    if sums[0][1] is not None:
-        rewards = beta * torch.cat([s for _, s, *_ in sums]).cpu()
-        found |= {f"rewards/{name}": rewards[which].mean().item() for name, which in names.items() if which.any()}
-        margins = torch.cat([beta * (s[pairs[:, 0]] - s[pairs[:, 1]]) for _, s, _, pairs in sums]).cpu()
-        if len(margins):
-            found |= {"rewards/margins": margins.mean().item(), "rewards/accuracies": (margins > 0).float().mean().item()}
-    return found
 
 
 def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimizer]:
@@ -316,11 +251,12 @@ def train(run: Run) -> int:
     arguments = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "config")}
     write_json(out / "config.json", {"arguments": arguments, "facts": run.facts})
     announce(run)
-    refs: dict = dict.fromkeys(run.splits)
+    sets = dict(run.splits) | {f"{split}-kl": mismatched(e, run.max_tokens) for split, e in run.splits.items() if "kl" in hyper}
+    refs: dict = dict.fromkeys(sets)
     if loss.needs_ref:
-        for split, examples in run.splits.items():
-            file = out / ("reference.safetensors" if split == "train" else f"reference-{split}.safetensors")
-            refs[split] = reference(model, examples, file, run.max_tokens, run.dtype, run.device)
+        for name, examples in sets.items():
+            file = out / f"reference-{name}.safetensors"
+            refs[name] = reference(model, examples, file, run.max_tokens, run.dtype, run.device)
     optims = optimizers(model, args, run.facts["lr"])
     step, tokens = load_training(out, model, optims) if args.resume else (0, 0)
     keep_metrics(out / "metrics.jsonl", step)
@@ -329,10 +265,16 @@ def train(run: Run) -> int:
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
+    def forward(split: str, indices: list[int], backward: bool) -> tuple[list[Batch], Tensor, dict]:
+        """The batches of these examples, their loss and metrics."""
+        batches, now = pack(sets[split], indices, run.max_tokens), hyper
+        if "kl" in hyper:
+            others = pack(sets[f"{split}-kl"], indices, run.max_tokens)
+            now = hyper | {"kl": kl_estimate(model, refs[f"{split}-kl"], others, run.dtype, run.device)}
+        return batches, *run_batches(model, batches, loss, now, refs[split], run.dtype, run.device, backward=backward)
+
     def evaluate():
-        examples = run.splits["eval"]
-        batches = pack(examples, list(range(len(examples))), run.max_tokens)
-        value, found = run_batches(model, batches, loss, hyper, refs["eval"], run.dtype, run.device, backward=False)
+        _, value, found = forward("eval", list(range(len(sets["eval"]))), backward=False)
         log({"step": step} | {f"eval_{k}": v for k, v in {"loss": value.item(), **found}.items()})
 
     interrupted: list[int] = []
@@ -344,7 +286,7 @@ def train(run: Run) -> int:
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=run.steps, initial=step, desc=loss.name, unit="step", disable=None)
-    examples, epoch, order = run.splits["train"], -1, []
+    epoch, order = -1, []
     try:
         if args.eval_data and step == 0:
             evaluate()
@@ -352,10 +294,9 @@ def train(run: Run) -> int:
             began = time.perf_counter()
             if epoch != step // run.steps_per_epoch:
                 epoch = step // run.steps_per_epoch
-                order = order_of_epoch(len(examples), args.seed, epoch)
+                order = order_of_epoch(len(sets["train"]), args.seed, epoch)
             at = step % run.steps_per_epoch * args.batch_size
-            batches = pack(examples, order[at : at + args.batch_size], run.max_tokens)
-            value, found = run_batches(model, batches, loss, hyper, refs["train"], run.dtype, run.device, backward=True)
+            batches, value, found = forward("train", order[at : at + args.batch_size], backward=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
             value, rate = value.item(), learning_rate(step, run.steps, run.facts["lr"], args)
             if not math.isfinite(value) or not math.isfinite(norm):

@@ -7,9 +7,10 @@ from minibnf.data import Example
 from minibnf.losses import Responses
 
 SMALL = st.floats(min_value=-6, max_value=-0.01, allow_nan=False)
-EXTREME = st.one_of(
-    st.sampled_from([0.0, -1e-9, -1e-7, -1e-4, -20.0, -88.0, -104.0, -1e3, -1e4]), st.floats(min_value=-1e4, max_value=-1e-9)
+UNCERTAIN = st.one_of(  # from nearly certain to all but impossible
+    st.sampled_from([-1e-9, -1e-7, -1e-4, -20.0, -88.0, -104.0, -1e3, -1e4]), st.floats(min_value=-1e4, max_value=-1e-9)
 )
+EXTREME = st.one_of(st.just(0.0), UNCERTAIN)
 
 
 @st.composite
@@ -47,8 +48,15 @@ def hypers(draw, loss):
         "length": st.sampled_from(["shorter", "own", "batch", 7.0]),
         "beta": st.sampled_from([0.1, 1.0, 2.5]),
         "lam": st.sampled_from([0.0, 0.3, 1.0]),
+        "alpha": st.sampled_from([0.0, 0.01, 1.0]),
+        "gamma": st.sampled_from([0.0, 0.5, 1.6]),
+        "delta": st.sampled_from([0.0, 1.0, 30.0]),
+        "lam_d": st.sampled_from([0.5, 1.0]),
+        "lam_u": st.sampled_from([1.0, 2.0]),
+        "kl": st.sampled_from([0.0, 0.7, 5.0]),
     }
-    return {name: draw(st.one_of(st.just(default), choices[name])) for name, default in loss.defaults.items()}
+    chosen = {name: draw(st.one_of(st.just(default), choices[name])) for name, default in loss.defaults.items()}
+    return {name: draw(choices[name]) if x is None else x for name, x in chosen.items()}
 
 
 @st.composite

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minibnf.data import Example, order_of_epoch, pack, read_examples
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
-from minibnf.train import loss_and_logps
+from minibnf.forward import loss_and_logps
 from tests.strategies import examples
 from tests.test_losses import published_bnf
 

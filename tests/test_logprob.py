@@ -9,6 +9,9 @@ from minibnf.logprob import one_sweep, token_logps
 from minibnf.losses import LOSSES, bnf_potential, bnf_weight
 
 
+GOOD = torch.ones(2000, dtype=torch.bool)  # preferred tokens
+
+
 def naive(hidden, unembed, targets, softcap=None):
     logits = hidden @ unembed.t()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -48,7 +51,9 @@ def test_one_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
     hidden, unembed, targets, c = problem(N, 4, V, seed=1)
     ref = naive(hidden, unembed, targets).detach() + torch.linspace(-1, 1, N, dtype=torch.float64)
     ref = ref.clamp(max=-1e-3)
-    loss, logps = one_sweep(hidden, unembed, targets, ref, c, bnf_potential, bnf_weight, chunk=chunk, softcap=softcap)
+    loss, logps = one_sweep(
+        hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight, chunk=chunk, softcap=softcap
+    )
     expected_logps = naive(hidden, unembed, targets, softcap)
     expected = (c * bnf_potential(expected_logps, ref)).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
@@ -89,11 +94,14 @@ def test_only_the_gradient_that_is_needed_is_made():
     hidden, unembed, targets, c = problem(5, 4, 7)
     ref = torch.full((5,), -1.0, dtype=torch.float64)
     for h, u in ((hidden.detach(), unembed), (hidden, unembed.detach())):
-        for value in (token_logps(h, u, targets).sum(), one_sweep(h, u, targets, ref, c, bnf_potential, bnf_weight)[0]):
+        for value in (
+            token_logps(h, u, targets).sum(),
+            one_sweep(h, u, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight)[0],
+        ):
             value.backward()
     assert hidden.grad is not None and unembed.grad is not None
     with torch.no_grad():
-        loss, _ = one_sweep(hidden, unembed, targets, ref, c, bnf_potential, bnf_weight)
+        loss, _ = one_sweep(hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight)
     assert not loss.requires_grad
 
 
@@ -103,7 +111,7 @@ def test_a_bfloat16_hidden_state_leaves_a_float32_master_float32_gradients():
     for name in ("nll", "bnf"):
         loss = LOSSES[name]
         ref = torch.full((6,), -2.0)
-        value, logps = one_sweep(low, unembed, targets, ref, torch.full((6,), -1 / 6), loss.potential, loss.slope)
+        value, logps = one_sweep(low, unembed, targets, ref, GOOD[:6], torch.full((6,), -1 / 6), loss.potential, loss.slope)
         dhidden, dunembed = torch.autograd.grad(value, (low, unembed))
         assert (logps.dtype, dhidden.dtype, dunembed.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     assert token_logps(low, unembed, targets).dtype == torch.float32
@@ -116,7 +124,7 @@ def test_no_tensor_of_all_logits_is_ever_made():
     c, ref = torch.full((N,), -1 / N), torch.full((N,), -3.0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         token_logps(hidden, unembed, targets, chunk=64).sum().backward()
-        one_sweep(hidden, unembed, targets, ref, c, bnf_potential, bnf_weight, chunk=64)[0].backward()
+        one_sweep(hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight, chunk=64)[0].backward()
     largest = max(e.cpu_memory_usage for e in profile.events())
     assert 64 * V * 4 <= largest < N * V * 4 / 4, largest
 

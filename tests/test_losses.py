@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minibnf.losses import LOSSES, Responses, bnf_loss, bnf_potential, bnf_weight
-from tests.strategies import EXTREME, hypers, responses
+from tests.strategies import EXTREME, UNCERTAIN, hypers, responses
 
 ALL = sorted(LOSSES)
 TOKENWISE = [name for name in ALL if not LOSSES[name].couples]
@@ -49,7 +49,8 @@ def test_the_differentiable_call_is_the_value_and_passes_gradcheck(name, data):
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
 def test_finite_in_float32_wherever_log_probabilities_lie(name, data):
-    batch, hyper = drawn(data, name, values=EXTREME, dtype=torch.float32)
+    values = UNCERTAIN if name == "orpo" else EXTREME  # odds are infinite at p = 1, and so is orpo by its definition
+    batch, hyper = drawn(data, name, values=values, dtype=torch.float32)
     logps = batch.logps.clone().requires_grad_()
     value = LOSSES[name].value(replace(batch, logps=logps), **hyper)
     (by_autograd,) = torch.autograd.grad(value, logps)
@@ -181,7 +182,7 @@ def test_splitting_a_batch_and_weighing_the_parts_changes_nothing(name, data):
     together = LOSSES[name].gradient(whole, **hyper)
     if hyper.get("length") == "batch":
         hyper["length"] = whole.lengths().mean().item()
-    n1, n2 = one.examples(), two.examples()
+    n1, n2 = [len(x.preferred) if LOSSES[name].per_response else x.examples() for x in (one, two)]
     parts = [LOSSES[name].gradient(one, **hyper) * n1 / (n1 + n2), LOSSES[name].gradient(two, **hyper) * n2 / (n1 + n2)]
     torch.testing.assert_close(together, torch.cat(parts), rtol=1e-9, atol=1e-15)
 
@@ -206,7 +207,7 @@ def test_length_normalisers(length, divisors):
     torch.testing.assert_close(LOSSES["bnf"].gradient(batch, length=length), expected.double())
 
 
-@pytest.mark.parametrize("name", TOKENWISE)
+@pytest.mark.parametrize("name", ["nll", "unlikelihood"])
 def test_nll_ignores_a_dispreferred_response_that_still_counts_as_an_example(name):
     x = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64)
     batch = Responses(x, x, torch.tensor([0, 0, 1]), torch.tensor([True, False]), torch.empty(0, 2).long())

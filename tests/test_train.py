@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from minibnf.checkpoint import fresh, load, save
 from minibnf.data import pack
 from minibnf.losses import LOSSES
-from minibnf.reference import forward_logps, reference
+from minibnf.forward import forward_logps, metrics, reference, run_batches
 from minibnf.smallworld import QUESTIONS, grammar, write_base
 from minibnf.tokenizer import load_tokenizer
-from minibnf.train import learning_rate, loss_hyper, main, metrics, run_batches
+from minibnf.train import learning_rate, loss_hyper, main
 from tests.strategies import examples, hypers
 
 
@@ -200,7 +200,7 @@ def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(world,
     ref = reference(model, examples, file, 200, torch.float32, "cpu")
     batch = pack(examples, [3, 0], 500)[0]
     torch.testing.assert_close(ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("minibnf.reference.forward_logps", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("minibnf.forward.forward_logps", lambda *a: pytest.fail("computed again"))
     assert torch.equal(reference(model, examples, file, 200, torch.float32, "cpu").logps, ref.logps)
     with torch.no_grad():
         next(model.parameters()).mul_(2)

@@ -1,0 +1,138 @@
+"""From packed batches to log-probabilities, losses, gradients and metrics; the frozen reference, computed once and cached."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from minibnf.checkpoint import write_tensors
+from minibnf.data import Batch, Example, digest, pack
+from minibnf.logprob import one_sweep, token_logps
+from minibnf.losses import Loss
+from minibnf.model import Transformer
+
+
+def forward_logps(model: Transformer, batch: Batch, dtype) -> Tensor:
+    """(N,): log-probabilities of a batch's response tokens."""
+    head = lambda x, unembed: token_logps(x[0, batch.predictors], unembed, batch.targets)
+    return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
+
+
+class Reference:
+    """The reference's log-probabilities of every response token of a data set, flat, and where each response begins."""
+
+    def __init__(self, examples: list[Example], logps: Tensor):
+        self.logps, self.start, at = logps, {}, 0
+        for i, example in enumerate(examples):
+            for k, response in enumerate(example.responses):
+                self.start[i, k] = at, at + len(response)
+                at += len(response)
+
+    def of(self, batch: Batch) -> Tensor:
+        """(N,): the reference log-probabilities of a batch's response tokens."""
+        return torch.cat([self.logps[slice(*self.start[key])] for key in batch.order]).to(batch.targets.device)
+
+
+@torch.no_grad()
+def reference(model: Transformer, examples: list[Example], file: Path, max_tokens: int, dtype, device) -> Reference:
+    """Computed once and cached in file; a cached one is used if it belongs to these tokens, this model and this dtype."""
+    fingerprint = hashlib.sha256(f"{digest(examples)} {dtype} {fingerprint_of(model)}".encode()).hexdigest()
+    if file.is_file():
+        with safe_open(file, framework="pt") as cached:
+            if (cached.metadata() or {}).get("fingerprint") == fingerprint:
+                return Reference(examples, cached.get_tensor("logps"))
+    ref = Reference(examples, torch.empty(sum(len(r) for e in examples for r in e.responses)))
+    with tqdm(total=len(examples), desc="reference", unit="example", disable=None, leave=False) as bar:
+        for i in range(0, len(examples), 512):
+            for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
+                logps = forward_logps(model, batch.to(device), dtype).cpu()
+                for key, part in zip(batch.order, logps.split(torch.bincount(batch.owner).tolist()), strict=True):
+                    ref.logps[slice(*ref.start[key])] = part
+                bar.update(len(batch.lines))
+    write_tensors(file, {"logps": ref.logps}, {"fingerprint": fingerprint})
+    return ref
+
+
+def fingerprint_of(model: Transformer) -> str:
+    """Tells models apart by two sums over every parameter."""
+    return json.dumps([[p.double().sum().item(), p.double().square().sum().item()] for p in model.parameters()])
+
+
+@torch.no_grad()
+def kl_estimate(model: Transformer, ref: Reference, batches: list[Batch], dtype, device) -> Tensor:
+    """KTO's reference point z0, a scalar: max(0, mean over mismatched responses of their log-likelihood's shift), in nats."""
+    shifts = []
+    for batch in batches:
+        batch = batch.to(device)
+        logps = forward_logps(model, batch, dtype)
+        shifts.append(batch.responses(logps, None).sums(logps - ref.of(batch)))
+    return torch.cat(shifts).mean().clamp(min=0)
+
+
+def batch_hyper(loss: Loss, hyper: dict, batches: list[Batch]) -> dict:
+    """length="batch" means the whole batch's mean response length, whatever a micro-batch holds."""
+    if hyper.get("length") != "batch":
+        return hyper
+    return {**hyper, "length": sum(len(b.targets) for b in batches) / sum(len(b.preferred) for b in batches)}
+
+
+def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
+    """The micro-batch's loss (scalar, differentiable) and its response log-probabilities (N,), detached."""
+
+    def head(x, unembed):
+        hidden = x[0, batch.predictors]
+        if loss.couples:
+            logps = token_logps(hidden, unembed, batch.targets)
+            return loss(batch.responses(logps, ref), **hyper), logps.detach()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        shape = batch.responses(torch.zeros(len(batch.targets), device=hidden.device, dtype=wide), ref)
+        c, preferred = loss.token_coefficients(shape, **hyper), batch.preferred[batch.owner]
+        return one_sweep(hidden, unembed, batch.targets, ref, preferred, c, loss.potential, loss.slope)
+
+    return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
+
+
+def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, device, *, backward: bool) -> tuple[Tensor, dict]:
+    """The loss over all micro-batches (a scalar tensor, gradients accumulated if backward) and the metrics by response.
+
+    A micro-batch's loss is a mean over its own examples, so it counts by its share of all of them.
+    """
+    values, sums = [], []
+    count = lambda batch: len(batch.preferred if loss.per_response else batch.lines)
+    examples = sum(map(count, batches))
+    hyper = batch_hyper(loss, hyper, batches)
+    for batch in batches:
+        batch = batch.to(device)
+        ref_logps = None if ref is None else ref.of(batch)
+        with torch.set_grad_enabled(backward):
+            value, logps = loss_and_logps(model, batch, loss, hyper, ref_logps, dtype)
+            value = value * (count(batch) / examples)
+        if backward:
+            value.backward()
+        values.append(value.detach())
+        r = batch.responses(logps, ref_logps)
+        shift = None if ref is None else r.sums(logps - ref_logps)
+        sums.append((r.sums(logps), shift, r.preferred, r.pairs))
+    return torch.stack(values).sum(), metrics(sums, hyper.get("beta", 1.0))
+
+
+def metrics(sums: list, beta: float) -> dict:
+    """TRL's names. logps: log-likelihoods of whole responses in nats. rewards: beta (1 where a loss has none) times the
+
+    log-likelihood's shift against the reference; margins and accuracies are over pairs. Absent where undefined.
+    """
+    preferred = torch.cat([p for *_, p, _ in sums]).cpu()
+    logps = torch.cat([s for s, *_ in sums]).cpu()
+    names = {"chosen": preferred, "rejected": ~preferred}
+    found = {f"logps/{name}": logps[which].mean().item() for name, which in names.items() if which.any()}
+    if sums[0][1] is not None:
+        rewards = beta * torch.cat([s for _, s, *_ in sums]).cpu()
+        found |= {f"rewards/{name}": rewards[which].mean().item() for name, which in names.items() if which.any()}
+        margins = torch.cat([beta * (s[pairs[:, 0]] - s[pairs[:, 1]]) for _, s, _, pairs in sums]).cpu()
+        if len(margins):
+            found |= {"rewards/margins": margins.mean().item(), "rewards/accuracies": (margins > 0).float().mean().item()}
+    return found
