@@ -9,13 +9,13 @@ ONE := OMP_NUM_THREADS=1  # the small world's tensors are too small to share
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-train-small: .venv/small ## align weights/tiny with BNF on the small world and print before against after (a minute)
+train-small: .venv/small ## align weights/tiny with BNF on the small world and print before against after (half a minute)
 	@mkdir -p $(RUN)
 	$(ONE) $(BIN)/python -m minibnf.smallworld pairs --model weights/tiny --kind qa --count 1024 --out $(RUN)/pairs.jsonl
 	$(ONE) $(BIN)/python -m minibnf.smallworld pairs --model weights/tiny --kind qa --count 256 --seed 1 --split validation \
 		--out $(RUN)/held-out.jsonl
 	$(ONE) $(BIN)/python -m minibnf.train --model weights/tiny --data $(RUN)/pairs.jsonl --eval-data $(RUN)/held-out.jsonl \
-		--loss bnf --epochs 6 --lr 3e-4 --out $(RUN)/bnf --overwrite
+		--loss bnf --epochs 6 --out $(RUN)/bnf --overwrite
 	@echo
 	$(ONE) $(BIN)/python -m minibnf.evaluate --base weights/tiny --model $(RUN)/bnf/model --pairs $(RUN)/held-out.jsonl
 

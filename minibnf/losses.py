@@ -55,7 +55,7 @@ def coefficients(responses: Responses, length: str | float) -> Tensor:
 
 
 def bnf_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor | None = None) -> Tensor:
-    """Φ(p), elementwise: BNF's closed-form potential (theory.md, Identity 2), free of stop-gradients.
+    """Φ(p), elementwise: BNF's closed-form potential, free of stop-gradients (minibnf's identity 2).
 
     The paper's target q(y) = min(p/r, 1) is held constant when differentiating; the field of gradients it makes is
     conservative, so it has a potential, continuous with its first derivative at p = r:
@@ -81,7 +81,7 @@ def bnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor | None = None
 
         w = (p/r) / (1 + o(r) u) = (p/r) (1-r)/(1-p) = o(p)/o(r)
 
-    which is (q(y) - p)/(1 - p) of the paper's target (Identity 1): its gradient in z_v is -(s/|y|) w (1[v=y] - π_v).
+    which is (q(y) - p)/(1 - p) of the paper's target (identity 1): its gradient in z_v is -(s/|y|) w (1[v=y] - π_v).
     The released code adds 1e-6 to two denominators, which halves the gradient at p = r = 1e-6; here there is no epsilon.
     """
     below, d, x = _below_reference(logps, ref_logps)
@@ -89,7 +89,7 @@ def bnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor | None = None
 
 
 def rbnf_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    """BNF with retrieval (theory.md, 'Beyond the paper'; minibnf's own): a preferred token's Φ has slope max(r, w).
+    """BNF with retrieval, minibnf's own and not in the paper: a preferred token's Φ has slope max(r, w).
 
     BNF's w = o(p)/o(r) meets r at p*, where o(p*) = r o(r), so p* = r² / (1 - r + r²). From there down Φ goes on with
     slope r:   Φ = Φ_bnf(p*) + r (log p - log p*).   With y = r (1-r) and h2 = -log1p(-y)/y, 1 - r + r² = 1 - y gives

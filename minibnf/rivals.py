@@ -41,8 +41,8 @@ def dpo_value(responses: Responses, beta: float, lam: float) -> Tensor:
     """-log σ(β Δ) - λ a_w;  Δ = (S_w - S_ref,w) - (S_l - S_ref,l), sequence sums in nats.
 
     Rafailov et al. 2023, arXiv 2305.18290, equation 7; λ > 0 adds the chosen response's mean negative log-likelihood:
-    DPO + NLL, iterative RPO (Pang et al. 2024, arXiv 2404.19733, equation 2). TRL's `sigmoid` is λ = 0 (it takes no notice
-    of label_smoothing); its `sft` term averages over all chosen tokens of the batch, not over each response first.
+    DPO + NLL, iterative RPO (Pang et al. 2024, arXiv 2404.19733v3, equation 1, λ = 1 there). TRL's `sigmoid` is λ = 0 (it
+    takes no notice of label_smoothing); its `sft` term averages over all chosen tokens of the batch at once.
     """
     S_w, S_l = _sums(responses, against_reference=True)
     return (-F.logsigmoid(beta * (S_w - S_l)) - lam * _means(responses)[0]).mean()
@@ -62,8 +62,8 @@ def dpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
 def rdpo_value(responses: Responses, beta: float, alpha: float) -> Tensor:
     """-log σ(β Δ + α (|y_w| - |y_l|)): DPO for the reward r - α|y|, which makes length cost α nats a token.
 
-    Park et al. 2024, arXiv 2403.19159, equation 9. Its optimum has β log(π/π_ref) = r - α|y| + const, so r is the log-ratio
-    plus α|y|, hence the + inside σ. TRL has no such loss.
+    Park et al. 2024, arXiv 2403.19159. Secondary sources disagree on α's sign; it follows from the optimum, where
+    β log(π/π_ref) = r - α|y| + const, so r is the log-ratio plus α|y|, hence the + inside σ. TRL has no such loss.
     """
     return -F.logsigmoid(_rdpo_margin(responses, beta, alpha)).mean()
 
@@ -99,7 +99,7 @@ def ipo_gradient(responses: Responses, beta: float) -> Tensor:
 def slic_value(responses: Responses, delta: float, lam: float) -> Tensor:
     """max(0, δ - S_w + S_l) - λ S_w, sequence sums.
 
-    Zhao et al. 2023, arXiv 2305.10425, equation 1 (SLiC-HF), its regularisation target being the chosen response. TRL's `hinge`
+    Zhao et al. 2023, arXiv 2305.10425, equation 4 (SLiC-HF), its regularisation target being the chosen response. TRL's `hinge`
     is another loss: max(0, 1 - βΔ) against the reference, without the likelihood term.
     """
     S_w, S_l = _sums(responses)
@@ -164,7 +164,7 @@ def simpo_gradient(responses: Responses, beta: float, gamma: float) -> Tensor:
 def cpo_value(responses: Responses, beta: float, lam: float) -> Tensor:
     """-log σ(β (S_w - S_l)) - λ a_w: DPO against a uniform reference, with likelihood.
 
-    Xu et al. 2024, arXiv 2401.08417, equations 5 and 6. The paper's NLL sums over tokens; TRL's averages (over all chosen
+    Xu et al. 2024, arXiv 2401.08417, equations 3 and 5. The paper's NLL sums over tokens; TRL's averages (over all chosen
     tokens of the batch), and here it averages over each response.
     """
     S_w, S_l = _sums(responses)
@@ -184,7 +184,7 @@ def cpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
 def kto_value(responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor) -> Tensor:
     """Mean over responses of λ_d (1 - σ(β (R - z0))) if preferred, λ_u (1 - σ(β (z0 - R))) if not;  R = S - S_ref, z0 = kl.
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8 (λ_y - v). Pairs are ignored: each response is an example.
+    Ethayarajh et al. 2024, arXiv 2402.01306, equation 7. Pairs are ignored: each response is an example.
     kl, detached: the paper's estimate of KL(π, π_ref), max(0, mean of R over prompts with other prompts' responses); the
     trainer computes it (mismatching once, over the data). TRL rotates the completions by one within a batch of the map that
     prepares the data, and averages over the devices' batches; the authors' own code does as the paper.

@@ -83,7 +83,7 @@ def test_bnf_weight_where_odds_have_limits():
 
 
 def published_bnf(logits, targets, ref_logps, sign, length):
-    """-(s/|y|) Σ_tokens Σ_v q(v) log π(v), q by the paper's equations 4 and 5, held constant. logits (N, V)."""
+    """-(s/|y|) Σ_tokens Σ_v q(v) log π(v), q the paper's dynamic target distribution, held constant. logits (N, V)."""
     log_pi = logits.log_softmax(-1)
     pi = log_pi.exp().detach()
     rows = torch.arange(len(targets))

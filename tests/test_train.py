@@ -113,6 +113,8 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_
     torch.testing.assert_close(value, value_split, rtol=1e-9, atol=1e-12)
     for a, b in zip(gradient, gradient_split, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    for found in (numbers, numbers_split):
+        found.pop("rewards/accuracies", None)  # of two equal responses either may be ahead by a rounding
     assert numbers == pytest.approx(numbers_split)
 
 
