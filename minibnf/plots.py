@@ -1,11 +1,15 @@
 """Every figure, from metrics and comparison JSON alone. Needs matplotlib (extra `plots`); draws without a display."""
 
+import sys
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from minibnf.feedback import feedback
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"
 
@@ -46,7 +50,58 @@ def training_curves(rows: list[dict], file: Path, title: str) -> Path:
     return file
 
 
+CURVES = {  # loss: (colour, line style, hyper-parameters)
+    "bnf": (GOOD, "-", {}),
+    "rbnf": ("#2f6fab", (0, (5, 1.5)), {}),
+    "unlikelihood": (BAD, "-", {}),
+    "nll": (BAD, "-", {}),
+    "dpo": ("#a05aa8", "-", {"beta": 0.1}),
+    "simpo": ("#c58b1b", "--", {"beta": 2.0}),
+    "kto": (PLAIN, "-.", {"beta": 0.1}),
+}
+
+
+def feedback_curves(file: Path, r: float = 0.4) -> Path:
+    """The tent of BNF beside the one-directional curves of the others, for a rejected and a chosen token of reference r."""
+    p = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
+    panels = {
+        "rejected": ["unlikelihood", "dpo", "simpo", "kto", "bnf"],
+        "chosen": ["nll", "dpo", "simpo", "kto", "rbnf", "bnf"],
+    }
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "minibnf",
+             "axes.facecolor": "white", "savefig.facecolor": "white"}  # fmt: skip
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        for axis, (kind, names) in zip(axes, panels.items(), strict=True):
+            for name in names:
+                colour, line, hyper = CURVES[name]
+                y = feedback(name, p, r, kind == "chosen", **hyper)
+                at_r = feedback(name, torch.tensor([r], dtype=p.dtype), r, kind == "chosen", **hyper)
+                label = name + "".join(f" β={v:g}" for v in hyper.values())
+                axis.plot(
+                    p, y / at_r * (1 - r), linestyle=line, color=colour, label=label, linewidth=2.4 if name == "bnf" else 1.3
+                )
+            axis.axvline(r, color="#999999", linewidth=0.8, linestyle=":")
+            axis.annotate("reference r", (r, 0.03), xytext=(4, 0), textcoords="offset points", fontsize=8, color="#666666")
+            axis.set_xlim(0, 1)
+            axis.set_xlabel("probability p of the token under the policy")
+            axis.set_title(f"a {kind} token (each curve scaled to 1 - r at p = r)", fontsize=10, loc="left")
+            axis.legend(frameon=False, fontsize=8, loc="upper right")
+        axes[0].set_ylabel("push on its logit, |∂L/∂z|")
+        axes[0].set_ylim(0, 1.35)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+        plt.close(figure)
+    return file
+
+
 def _smooth(y) -> list[float]:
     """A running mean over a tenth of the points, centred."""
     half = max(1, len(y) // 20)
     return [sum(y[max(0, i - half) : i + half + 1]) / len(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m minibnf.plots FILE.svg    draws the feedback curves")
+    print(feedback_curves(Path(sys.argv[1])))

@@ -1,9 +1,12 @@
 """The losses against autograd, against the published form over a whole vocabulary, and against arithmetic by hand."""
 
 import math
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +130,33 @@ def test_below_the_reference_a_token_is_never_worth_more_than_a_nat(p, r):
         assert 0 <= r - bnf_potential(p, r) <= 1 + 1e-12
 
 
+def released_bnf_weight(p, r):
+    """The released code's gradient on the token's own logit, over 1 - p: it adds 1e-6 to two denominators."""
+    target = (p / (r + 1e-6)).clamp(max=1)
+    rest = (1 - target + 1e-6) / (1 - p + 1e-6)
+    return (target - (target + rest * (1 - p)) * p) / (1 - p)  # -dz_y of -(target log p + rest Σ_v≠y π_v log π_v)
+
+
+def test_what_the_released_codes_epsilons_cost():
+    """At the reference the weight is 1. With epsilons it is about r/(r + 1e-6): half at 1e-6 and a hundredth at 1e-8."""
+    r = torch.tensor([0.5, 1e-4, 1e-6, 1e-8], dtype=torch.float64)
+    assert bnf_weight(r.log(), r.log()).tolist() == [1, 1, 1, 1]
+    assert released_bnf_weight(r, r).tolist() == pytest.approx([1 - 2e-6, 1 - 0.0099, 0.5, 0.0099], rel=1e-2)
+
+
+def test_what_dividing_by_the_shortest_of_the_micro_batch_costs():
+    """Pairs of lengths (2, 3) and (8, 9) in one micro-batch: the released code divides both by 2, so the second pair weighs
+
+    four times what it does alone, and the loss depends on how the batch was split. Here it does not."""
+    lengths = torch.tensor([2, 3, 8, 9])
+    owner = torch.arange(4).repeat_interleave(lengths)
+    x = torch.full((len(owner),), -1.0, dtype=torch.float64)
+    batch = Responses(x, x, owner, torch.tensor([True, False] * 2), torch.tensor([[0, 1], [2, 3]]))
+    ours = LOSSES["bnf"].gradient(batch)[owner == 2][0]
+    theirs = LOSSES["bnf"].gradient(batch, length=float(lengths.min()))[owner == 2][0]
+    assert (theirs / ours).item() == pytest.approx(4)
+
+
 # ---------------------------------------------------------------------------------------------------- by hand, and laws
 
 
@@ -143,29 +173,6 @@ def test_bnf_by_hand():
     assert LOSSES["bnf"](batch).item() == pytest.approx(0.5 * math.log(1 / 3), rel=1e-12)
     expected = torch.tensor([-1 / 2, -1 / 6, 1 / 2, 1 / 6, 1 / 6], dtype=torch.float64)
     torch.testing.assert_close(LOSSES["bnf"].gradient(batch), expected)
-
-
-def test_dpo_by_hand():
-    """S_w = -3 against -2, S_l = -1 against -3: Δ = -1 - 2 = -3, so at β = 1/3 L = log(1 + e) and the push is β σ(1)."""
-    batch = Responses(
-        torch.tensor([-1.0, -2.0, -1.0], dtype=torch.float64), torch.tensor([-1.0, -1.0, -3.0], dtype=torch.float64),
-        torch.tensor([0, 0, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]),
-    )  # fmt: skip
-    assert LOSSES["dpo"](batch, beta=1 / 3).item() == pytest.approx(math.log(1 + math.e))
-    push = 1 / 3 / (1 + math.exp(-1))
-    torch.testing.assert_close(
-        LOSSES["dpo"].gradient(batch, beta=1 / 3), torch.tensor([-push, -push, push], dtype=torch.float64)
-    )
-    with_nll = LOSSES["dpo"](batch, beta=1 / 3, lam=2.0).item()
-    assert with_nll == pytest.approx(math.log(1 + math.e) + 2 * 1.5)
-
-
-@given(batch=responses(paired=True), shift=st.floats(-0.5, 0))
-def test_dpo_depends_on_the_margin_only(batch, shift):
-    """Moving both responses of every pair by the same log-likelihood changes nothing."""
-    per_token = (shift / batch.lengths())[batch.owner]
-    moved = replace(batch, logps=batch.logps + per_token)
-    torch.testing.assert_close(LOSSES["dpo"](moved, beta=2.0), LOSSES["dpo"](batch, beta=2.0), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -289,3 +296,32 @@ from minibnf.losses import Responses, LOSSES, bnf_loss
 from minibnf.logprob import token_logps
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_built_wheel_works_where_only_torch_is_installed(tmp_path):
+    """pip builds the wheel; unpacked without its dependencies, the drop-in imports and runs from there, torch beside it."""
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    source = Path(__file__).parent.parent
+    copied = tmp_path / "source"
+    copied.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "minibnf"):
+        (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, copied / name)
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, copied], check=True)
+    (wheel,) = tmp_path.glob("minibnf-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    code = """
+import sys
+for name in ("numpy", "safetensors", "tqdm", "tokenizers", "sentencepiece", "jinja2", "matplotlib", "transformers"):
+    sys.modules[name] = None
+import torch, minibnf
+from minibnf.losses import bnf_loss
+assert minibnf.__file__.startswith(sys.argv[1]), minibnf.__file__
+logps = torch.full((2, 3), -1.0, requires_grad=True)
+loss = bnf_loss(logps, torch.full((2, 3), -1.0), torch.ones(2, 3).bool(), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+loss.backward()
+print(logps.grad[:, 0].tolist())
+"""
+    run = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "site"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert done.stdout.strip() == "[-0.3333333432674408, 0.3333333432674408]"

@@ -1,0 +1,107 @@
+"""Feedback curves against formulas written out for each loss; shifts and their Gini coefficient."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minibnf.feedback import feedback, gini, target_logits
+from minibnf.losses import LOSSES
+
+P = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
+
+
+def sigma(x):
+    return 1 / (1 + torch.exp(-x))
+
+
+def formulas(p, r, s, n):
+    """|dL/dz_y| of one token of a response of n; s = +1 if chosen, -1 if rejected; x = log(p/r), other tokens at r."""
+    x, o = (p / r).log(), lambda q: q / (1 - q)
+    w = torch.where(p < r, o(p) / o(r), torch.ones_like(p))
+    a, log_r = (p.log() + (n - 1) * math.log(r)) / n, math.log(r)
+    mean_logit = a - torch.log(1 - a.exp()) - (log_r - math.log(1 - r))
+    odds_push = sigma(-s * mean_logit) / (1 - a.exp())
+    nll = 1.0 if s > 0 else 0.0
+    return {
+        "bnf": w / n,
+        "rbnf": torch.maximum(w, torch.full_like(p, r)) / n if s > 0 else w / n,
+        "nll": torch.full_like(p, nll) / n,
+        "unlikelihood": torch.ones_like(p) / n,
+        "dpo": 0.1 * sigma(-0.1 * s * x),
+        "rdpo": 0.1 * sigma(-0.1 * s * x),
+        "ipo": (2 * (s * x / n - 5)).abs() / n,
+        "slic": (s * x < 1).double() + 0.1 * nll,
+        "kto": 0.1 * sigma(0.1 * x) * sigma(-0.1 * x),
+        "orpo": (nll + 0.1 * odds_push) / n,
+        "simpo": 2 * sigma(1 - 2 * s * x / n) / n,
+        "cpo": 0.1 * sigma(-0.1 * s * x) + nll / n,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("r, preferred, length", [(0.3, True, 1), (0.3, False, 1), (0.8, True, 3), (0.05, False, 4)])
+def test_every_curve_is_its_formula(name, r, preferred, length):
+    expected = formulas(P, r, 1 if preferred else -1, length)[name] * (1 - P)
+    torch.testing.assert_close(feedback(name, P, r, preferred, length=length), expected, rtol=1e-9, atol=1e-12)
+
+
+@given(r=st.floats(0.01, 0.99), preferred=st.booleans())
+def test_bnf_rises_then_falls_with_its_peak_at_the_reference(r, preferred):
+    p = torch.cat([P, torch.tensor([r], dtype=torch.float64)]).sort().values
+    y = feedback("bnf", p, r, preferred)
+    steps = y.diff()
+    assert (steps[p[1:] <= r] >= 0).all() and (steps[p[:-1] >= r] <= 0).all()
+    assert y.max().item() == pytest.approx(1 - r) and p[y.argmax()].item() == pytest.approx(r)
+
+
+def test_log_likelihoods_push_grows_all_the_way_down():
+    assert (feedback("unlikelihood", P, 0.3, False).diff() < 0).all()
+
+
+def test_the_pushes_on_all_other_logits_add_up_to_that_on_the_tokens_own():
+    """Through a real softmax, for every loss: Σ_{v != y} |dL/dz_v| = |dL/dz_y|."""
+    from minibnf.responses import Responses
+
+    torch.manual_seed(0)
+    logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    targets, ref = torch.tensor([1, 2, 3, 4]), torch.full((4,), -2.0, dtype=torch.float64)
+    for name, loss in LOSSES.items():
+        logps = logits.log_softmax(-1)[torch.arange(4), targets]
+        batch = Responses(logps, ref, torch.tensor([0, 0, 1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+        value = loss(batch, **({"kl": 0.1} if name == "kto" else {}))
+        (dz,) = torch.autograd.grad(value, logits)
+        own = dz[torch.arange(4), targets].abs()
+        torch.testing.assert_close(dz.abs().sum(1) - own, own, rtol=1e-9, atol=1e-15)
+
+
+# --------------------------------------------------------------------------------------------------- shifts and the Gini
+
+
+def test_target_logits_are_the_rows_of_the_whole_product():
+    torch.manual_seed(0)
+    hidden, unembed, targets = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 6, 3, 3, 1])
+    expected = (hidden @ unembed.t())[torch.arange(5), targets]
+    torch.testing.assert_close(target_logits(hidden, unembed, targets), expected)
+    torch.testing.assert_close(target_logits(hidden, unembed, targets, softcap=2.0), 2 * torch.tanh(expected / 2))
+    assert target_logits(hidden.bfloat16(), unembed.bfloat16(), targets).dtype == torch.float32
+
+
+def test_gini_by_hand():
+    """(1, 3): differences |1-3| twice of four, mean 1; over twice the mean 2: 1/4. One of n holds all: 1 - 1/n."""
+    assert gini(torch.tensor([1.0, -3.0])) == pytest.approx(1 / 4)
+    assert gini(torch.tensor([0.0, 0.0, 0.0, 7.0])) == pytest.approx(3 / 4)
+    assert gini(torch.ones(5)) == pytest.approx(0) and gini(torch.zeros(3)) == 0
+    with pytest.raises(ValueError, match="nothing"):
+        gini(torch.empty(0))
+
+
+@given(x=st.lists(st.floats(-5, 5), min_size=1, max_size=8), k=st.floats(0.1, 10))
+def test_gini_is_half_the_mean_difference_over_the_mean_and_knows_no_scale(x, k):
+    t = torch.tensor(x, dtype=torch.float64).abs()
+    if t.sum() > 1e-6:
+        plain = (t[:, None] - t[None]).abs().mean() / (2 * t.mean())
+        assert gini(torch.tensor(x)) == pytest.approx(plain.item(), abs=1e-5)
+        assert gini(k * t) == pytest.approx(gini(t), abs=1e-9) and 0 <= gini(t) <= 1 - 1 / len(x) + 1e-9

@@ -1,0 +1,249 @@
+"""What each loss says, as laws named by what they say; float64. And the arithmetic of each, once, by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minibnf.losses import LOSSES, bnf_weight, rbnf_weight
+from minibnf.responses import Responses
+from tests.strategies import EXTREME, SMALL, UNCERTAIN, hypers, responses
+
+close = dict(rtol=1e-9, atol=1e-12)
+
+
+def pair(chosen, rejected, ref_chosen=None, ref_rejected=None):
+    """One pair from lists of log-probabilities, float64."""
+    logps = torch.tensor([*chosen, *rejected], dtype=torch.float64)
+    ref = torch.tensor([*(ref_chosen or chosen), *(ref_rejected or rejected)], dtype=torch.float64)
+    owner = torch.tensor([0] * len(chosen) + [1] * len(rejected))
+    return Responses(logps, ref, owner, torch.tensor([True, False]), torch.tensor([[0, 1]]))
+
+
+def moved(batch, by):
+    """Every response's log-likelihood moved by by[r] (R,), evenly over its tokens."""
+    return replace(batch, logps=batch.logps + (by / batch.lengths())[batch.owner])
+
+
+PAIR = dict(ref_chosen=[-1.0, -1.0], ref_rejected=[-3.0])
+BY_HAND = {  # S_w = -3, S_l = -1, a_w = -1.5, a_l = -1; shifts -1 and +2, Δ = -3; Δ̄ = -0.5 - 2 = -2.5
+    "dpo": ({"beta": 1 / 3}, math.log(1 + math.e)),
+    "rdpo": ({"beta": 1 / 3, "alpha": 2.0}, math.log(1 + math.exp(-1))),  # -1 + 2 (2 - 1) = 1
+    "ipo": ({"beta": 0.5}, 3.5**2),
+    "slic": ({"delta": 1.0, "lam": 0.5}, 1 + 3 - 1 + 1.5),
+    "simpo": ({"beta": 2.0, "gamma": 1.0}, math.log(1 + math.exp(2))),  # 2 (-0.5) - 1 = -2
+    "cpo": ({"beta": 0.5, "lam": 2.0}, math.log(1 + math.e) + 3.0),
+    "kto": ({"beta": 1.0, "lam_d": 2.0, "lam_u": 1.0, "kl": 1.0}, (2 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-1))) / 2),
+    "nll": ({}, 1.5),
+    "unlikelihood": ({}, 1.5 - 1.0),
+    "orpo": ({"lam": 1.0}, 1.5 + math.log(1 + (math.exp(-1) / (1 - math.exp(-1))) / (math.exp(-1.5) / (1 - math.exp(-1.5))))),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_by_hand(name):
+    hyper, expected = BY_HAND[name]
+    assert LOSSES[name](pair([-1.0, -2.0], [-1.0], **PAIR), **hyper).item() == pytest.approx(expected, rel=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------- laws
+
+
+@given(batch=responses(paired=True), shift=st.floats(-0.5, 0))
+@pytest.mark.parametrize("name", ["dpo", "rdpo"])
+def test_dpo_depends_on_the_margin_only(name, batch, shift):
+    """Moving both responses of every pair by the same log-likelihood changes nothing: only the margin counts."""
+    both = torch.full_like(batch.lengths(), shift)
+    torch.testing.assert_close(LOSSES[name](moved(batch, both), beta=2.0), LOSSES[name](batch, beta=2.0), **close)
+
+
+@given(batch=responses(paired=True), data=st.data())
+def test_rdpo_is_dpo_at_alpha_0_and_for_equal_lengths(batch, data):
+    beta = data.draw(st.sampled_from([0.1, 2.0]))
+    torch.testing.assert_close(LOSSES["rdpo"](batch, beta=beta, alpha=0.0), LOSSES["dpo"](batch, beta=beta), **close)
+    same_length = pair([-1.0, -2.0], [-0.5, -3.0], [-2.0, -1.0], [-1.0, -1.0])
+    torch.testing.assert_close(
+        LOSSES["rdpo"](same_length, beta=beta, alpha=9.0), LOSSES["dpo"](same_length, beta=beta), **close
+    )
+
+
+@given(batch=responses(paired=True), beta=st.sampled_from([0.1, 0.5, 2.0]), nudge=st.floats(-0.2, 1))
+def test_ipo_is_least_at_its_target_and_pulls_back_beyond_it(batch, beta, nudge):
+    """The reference put so that every averaged margin is 1/(2β): loss and gradient vanish; off it the loss is the square."""
+
+    def with_margin(x):
+        return replace(batch, ref_logps=batch.logps - batch.preferred[batch.owner].double() * x)
+
+    at_target = with_margin(1 / (2 * beta))
+    assert LOSSES["ipo"](at_target, beta=beta).item() == pytest.approx(0, abs=1e-20)
+    assert LOSSES["ipo"].gradient(at_target, beta=beta).abs().max() < 1e-9
+    off = with_margin(1 / (2 * beta) + nudge)
+    assert LOSSES["ipo"](off, beta=beta).item() == pytest.approx(nudge**2, abs=1e-9)
+    chosen = LOSSES["ipo"].gradient(off, beta=beta)[batch.preferred[batch.owner]]
+    if abs(nudge) > 1e-6:
+        assert (chosen.sign() == math.copysign(1, nudge)).all()  # beyond its target the chosen response is pushed down
+
+
+@given(batch=responses(paired=True, max_length=3), times=st.integers(2, 4))
+@pytest.mark.parametrize("name", ["simpo", "ipo", "orpo"])
+def test_losses_of_means_are_unchanged_when_every_token_is_repeated(name, batch, times):
+    again = {k: getattr(batch, k).repeat_interleave(times) for k in ("logps", "ref_logps", "owner")}
+    torch.testing.assert_close(LOSSES[name](replace(batch, **again)), LOSSES[name](batch), **close)
+
+
+@given(batch=responses(), kl=st.floats(0, 3), d=st.floats(0, 4))
+def test_kto_pushes_equally_both_ways_at_its_reference_point_and_less_on_either_side(batch, kl, d):
+    """At R = z0 each response is pushed by β λ/4; at R = z0 + d and z0 - d by the same, smaller amount."""
+
+    def pushes(offset):
+        shift = ((kl + offset) / batch.lengths())[batch.owner]
+        at = replace(batch, logps=batch.logps + shift.clamp(max=0), ref_logps=batch.logps - shift.clamp(min=0))
+        g = LOSSES["kto"].gradient(at, beta=0.5, kl=kl) * len(batch.preferred)
+        assert torch.equal(g < 0, batch.preferred[batch.owner])  # up if preferred, down if not
+        return g.abs()
+
+    torch.testing.assert_close(pushes(0.0), torch.full_like(batch.logps, 0.5 / 4), **close)
+    torch.testing.assert_close(pushes(d), pushes(-d), **close)
+    assert (pushes(d) <= 0.5 / 4 + 1e-12).all()
+
+
+@given(a=st.floats(-5, -0.05), lam=st.sampled_from([0.1, 1.0]))
+def test_orpos_two_terms_balance_where_the_algebra_says(a, lam):
+    """At a_w = a_l = a the odds ratio is 1 and σ(-ρ) = 1/2: the ratio pulls the rejected one down by λ/(2 (1 - e^a)), and the
+
+    chosen one up by the same, on top of the NLL's 1: a sum of pushes of -1 however sure the model is."""
+    g = LOSSES["orpo"].gradient(pair([a], [a]), lam=lam)
+    half = lam / (2 * (1 - math.exp(a)))
+    torch.testing.assert_close(g, torch.tensor([-1 - half, half], dtype=torch.float64), **close)
+
+
+@given(batch=responses(paired=True), extra=st.floats(0.01, 5))
+def test_slic_is_flat_beyond_its_margin(batch, extra):
+    """Once S_w - S_l >= δ only the likelihood term is left: with λ = 0 the loss and every gradient are 0."""
+    S = batch.sums(batch.logps)
+    delta = float((S[batch.pairs[:, 0]] - S[batch.pairs[:, 1]]).min()) - extra
+    if delta >= 0:
+        assert LOSSES["slic"](batch, delta=delta, lam=0.0) == 0
+        assert not LOSSES["slic"].gradient(batch, delta=delta, lam=0.0).any()
+    g = LOSSES["slic"].gradient(batch, delta=1e6, lam=0.0) * len(batch.pairs)
+    assert torch.equal(g, torch.where(batch.preferred[batch.owner], -1.0, 1.0).double())  # within it: one for one
+
+
+@given(batch=responses(paired=True))
+def test_cpo_is_dpo_with_a_uniform_reference_and_likelihood(batch):
+    uniform = replace(batch, ref_logps=torch.zeros_like(batch.logps))
+    a_w = (batch.sums(batch.logps) / batch.lengths())[batch.pairs[:, 0]].mean()
+    expected = LOSSES["dpo"](uniform, beta=0.3) - 0.7 * a_w
+    torch.testing.assert_close(LOSSES["cpo"](batch, beta=0.3, lam=0.7), expected, **close)
+
+
+@given(batch=responses())
+def test_bnf_at_the_reference_is_unlikelihood_and_never_pushes_harder(batch):
+    at_reference = replace(batch, ref_logps=batch.logps)
+    unlikelihood = LOSSES["unlikelihood"].gradient(batch)
+    torch.testing.assert_close(LOSSES["bnf"].gradient(at_reference, length="own"), unlikelihood, **close)
+    assert (LOSSES["bnf"].gradient(batch, length="own").abs() <= unlikelihood.abs() + 1e-15).all()
+
+
+@given(p=EXTREME, r=EXTREME)
+def test_rbnf_retrieves_preferred_tokens_and_treats_the_others_as_bnf_does(p, r):
+    p, r = torch.tensor([p], dtype=torch.float64), torch.tensor([r], dtype=torch.float64)
+    w = bnf_weight(p, r)
+    assert torch.equal(rbnf_weight(p, r, torch.tensor([False])), w)
+    assert torch.equal(rbnf_weight(p, r, torch.tensor([True])), torch.maximum(w, r.exp()))
+
+
+@given(batch=responses())
+@pytest.mark.parametrize("name", ["nll", "unlikelihood"])
+def test_fine_tuning_and_its_opposite(name, batch):
+    """Sums over responses of their mean log-probability: with the sign of the label, or the preferred ones alone."""
+    a = batch.sums(batch.logps) / batch.lengths()
+    sign = torch.where(batch.preferred, 1.0, -1.0 if name == "unlikelihood" else 0.0)
+    torch.testing.assert_close(LOSSES[name](batch), -(sign * a).sum() / batch.examples(), **close)
+
+
+# ------------------------------------------------------------------------------------- invariances every loss must have
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@given(data=st.data())
+def test_permuting_responses_changes_nothing(name, data):
+    batch = data.draw(responses(paired=True if LOSSES[name].needs_pairs else None))
+    hyper = data.draw(hypers(LOSSES[name]))
+    order = torch.tensor(data.draw(st.permutations(range(len(batch.preferred)))))  # new response j is old order[j]
+    place = order.argsort()
+    other = replace(batch, owner=place[batch.owner], preferred=batch.preferred[order], pairs=place[batch.pairs])
+    torch.testing.assert_close(LOSSES[name](other, **hyper), LOSSES[name](batch, **hyper), **close)
+    torch.testing.assert_close(LOSSES[name].gradient(other, **hyper), LOSSES[name].gradient(batch, **hyper), **close)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@given(data=st.data())
+def test_padding_changes_nothing(name, data):
+    batch = data.draw(responses(paired=True if LOSSES[name].needs_pairs else None))
+    hyper = data.draw(hypers(LOSSES[name]))
+    R, T = len(batch.preferred), int(batch.lengths().max()) + data.draw(st.integers(0, 3))
+    logps, ref = (torch.full((R, T), -math.inf, dtype=torch.float64) for _ in range(2))
+    mask = torch.zeros(R, T, dtype=torch.bool)
+    for r in range(R):
+        start = data.draw(st.integers(0, T - int((batch.owner == r).sum())))
+        where = slice(start, start + int((batch.owner == r).sum()))
+        logps[r, where], ref[r, where], mask[r, where] = batch.logps[batch.owner == r], batch.ref_logps[batch.owner == r], True
+    padded = Responses.from_padded(logps.requires_grad_(), ref, mask, batch.preferred, batch.pairs)
+    value = LOSSES[name](padded, **hyper)
+    torch.testing.assert_close(value, LOSSES[name](batch, **hyper), **close)
+    (dlogps,) = torch.autograd.grad(value, logps)
+    torch.testing.assert_close(dlogps[mask], LOSSES[name].gradient(batch, **hyper), **close)
+    assert not dlogps[~mask].any()
+
+
+# ------------------------------------------------------------- float32 against the float64 oracle, and against the naive
+
+
+def naive_bnf_weight(p, r):
+    """The usual careful expression: exp(min(0, logit p - logit r)), each logit with the two branches of log(1 - e^l)."""
+
+    def logit(x):
+        near = x > -math.log(2)
+        return x - torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+    return torch.where(p >= r, 1.0, torch.exp((logit(p) - logit(r)).clamp(max=0)))
+
+
+@given(p=UNCERTAIN, r=UNCERTAIN)
+def test_bnf_in_float32_loses_no_more_than_the_best_naive_expression(p, r):
+    p, r = torch.tensor([p]), torch.tensor([r])
+    exact = bnf_weight(p.double(), r.double())
+    ours, naive = ((f(p, r).double() - exact).abs() for f in (bnf_weight, naive_bnf_weight))
+    epsilon, d = torch.finfo(torch.float32).eps, (p.double() - r.double()).abs()
+    assert ours <= naive + epsilon * (3 + d / 2) * exact, (ours, naive, exact)  # three roundings, and that of log p - log r
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@given(data=st.data())
+def test_gradients_in_float32_lose_no_more_than_autograd_of_the_value(name, data):
+    """Log-probabilities from -1e4 to -1e-9, single tokens, equal pairs, one response a batch. A sum near 1e4 is only known to
+
+    1e-3 in float32; both sides inherit that, so the bound is twice autograd's own error and a few roundings."""
+    batch = data.draw(responses(values=UNCERTAIN, paired=True if LOSSES[name].needs_pairs else None, dtype=torch.float32))
+    hyper = data.draw(hypers(LOSSES[name]))
+    wide = replace(batch, logps=batch.logps.double(), ref_logps=batch.ref_logps.double())
+    exact = LOSSES[name].gradient(wide, **hyper)
+    logps = batch.logps.clone().requires_grad_()
+    (naive,) = torch.autograd.grad(LOSSES[name].value(replace(batch, logps=logps), **hyper), logps)
+    ours = LOSSES[name].gradient(batch, **hyper)
+    assert ours.isfinite().all()
+    error, bound = (ours.double() - exact).abs(), 2 * (naive.double() - exact).abs().nan_to_num(nan=math.inf)
+    assert (error <= bound + 2e-6 * exact.abs().max() + 1e-30).all(), (ours, naive, exact)
+
+
+@given(value=SMALL)
+def test_half_precision_input_is_computed_in_float32_and_its_gradient_comes_back_in_kind(value):
+    logps = torch.tensor([value, -1.0], dtype=torch.bfloat16, requires_grad=True)
+    batch = Responses(logps, logps.detach() - 0.5, torch.tensor([0, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+    loss = LOSSES["bnf"](batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and logps.grad.dtype == torch.bfloat16
