@@ -5,7 +5,8 @@
 QA is asked of people that no preference pair spoke of (the test split): sampled answers at temperature 1, their mean judge
 score (0 to 5), the share that is degenerate (0), and the win rate: the probability that an answer of the model beats one
 of the base to the same question, a tie counting half. Reasoning is greedy, exact answers, on problems never trained on.
-Shifts are mean log-likelihoods of held-out pairs' responses against the base, in nats a response.
+Shifts are mean log-likelihoods of held-out pairs' responses against the base, in nats a response; the Gini coefficient of
+their tokens' absolute logit shifts says how concentrated the change is (0 evenly spread, 1 in one token).
 """
 
 import argparse
@@ -18,7 +19,8 @@ from torch import Tensor
 from minibnf.checkpoint import load
 from minibnf.data import pack, read_examples
 from minibnf.model import Transformer
-from minibnf.forward import forward_logps
+from minibnf.feedback import gini, target_logits
+from minibnf.logprob import token_logps
 from minibnf.smallworld import QA, REASONING, Problem, problems, sampler, score
 from minibnf.tokenizer import load_tokenizer
 
@@ -40,15 +42,22 @@ def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
 
 
 @torch.no_grad()
-def log_likelihoods(model: Transformer, tokenizer, file, max_tokens: int = 4096) -> tuple[Tensor, Tensor]:
-    """(R,) the log-likelihood of every response of a preference file, in nats, and (R,) whether it is preferred."""
+def read_responses(model: Transformer, tokenizer, file, max_tokens: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a preference file: (R,) the log-likelihood of every response in nats, (R,) whether it is preferred, and (N,) the
+    logit of every response token."""
     examples, _ = read_examples(file, tokenizer, model.config.max_position_embeddings)
-    sums, preferred = [], []
+    sums, preferred, logits = [], [], []
     for batch in pack(examples, list(range(len(examples))), max_tokens):
-        responses = batch.responses(forward_logps(model, batch, None), None)
-        sums.append(responses.sums(responses.logps))
-        preferred.append(responses.preferred)
-    return torch.cat(sums), torch.cat(preferred)
+
+        def head(x, unembed, batch=batch):
+            hidden = x[0, batch.predictors]
+            return token_logps(hidden, unembed, batch.targets), target_logits(hidden, unembed, batch.targets)
+
+        logps, z = model(batch.tokens, batch.positions, batch.layout, head=head)
+        sums.append(batch.responses(logps, None).sums(logps))
+        preferred.append(batch.preferred)
+        logits.append(z)
+    return torch.cat(sums), torch.cat(preferred), torch.cat(logits)
 
 
 def smallworld(base_directory, model_directory, pairs, samples: int, count: int, split: str, seed: int) -> dict:
@@ -56,7 +65,7 @@ def smallworld(base_directory, model_directory, pairs, samples: int, count: int,
     tokenizer = load_tokenizer(base_directory)
     questions = problems(QA, split, 40, seed)
     chains = problems(REASONING, split, count * len(REASONING), seed)
-    found, answers, likelihoods = {}, {}, {}
+    found, answers, read = {}, {}, {}
     for when, directory in (("base", base_directory), ("before", base_directory), ("after", model_directory)):
         model = load(directory)
         draw = sampler(model, tokenizer)([p.prompt for p in questions], samples, seed + (when != "base"))
@@ -77,15 +86,16 @@ def smallworld(base_directory, model_directory, pairs, samples: int, count: int,
             mine = torch.tensor([p.family == family for p in chains])
             found[when][f"  {family}"] = mean_and_error(right[mine])
         if pairs:
-            likelihoods[when] = log_likelihoods(model, tokenizer, pairs)
+            read[when] = read_responses(model, tokenizer, pairs)
         spoken = greedy([questions[0].prompt, chains[3].prompt], 1, seed)
         answers[when] = [texts[0] for texts in spoken]
     table = {name: (found["before"][name][0], *found["after"][name]) for name in found["after"]}
     if pairs:
-        (before, preferred), (after, _) = likelihoods["before"], likelihoods["after"]
+        (before, preferred, z_before), (after, _, z_after) = read["before"], read["after"]
         for name, which in (("chosen", preferred), ("rejected", ~preferred)):
             if which.any():
                 table[f"log-likelihood shift, {name} (nats)"] = (0.0, *mean_and_error((after - before)[which]))
+        table["Gini of tokens' |logit shift|"] = (0.0, gini(z_after - z_before), float("nan"))
     asked = [questions[0].prompt, chains[3].prompt]
     return {"table": table, "answers": list(zip(asked, answers["before"], answers["after"], strict=True))}
 
@@ -105,9 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{'':34}{'before':>9}{'after':>9}  ± standard error")
+    print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
     for name, (before, after, error) in found["table"].items():
-        print(f"{name:34}{before:9.3f}{after:9.3f}  ± {error:.3f}")
+        print(f"{name:38}{before:9.3f}{after:9.3f}" + (f"  ± {error:.3f}" if error == error else ""))
     for prompt, before, after in found["answers"]:
         print(f"\n{prompt}\n  before  {before}\n  after   {after}")
     figure = Path(args.model).parent / "figures" / "training.png"

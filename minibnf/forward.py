@@ -122,7 +122,6 @@ def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, devic
 
 def metrics(sums: list, beta: float) -> dict:
     """TRL's names. logps: log-likelihoods of whole responses in nats. rewards: beta (1 where a loss has none) times the
-
     log-likelihood's shift against the reference; margins and accuracies are over pairs. Absent where undefined.
     """
     preferred = torch.cat([p for *_, p, _ in sums]).cpu()

@@ -106,7 +106,6 @@ def rbnf_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tenso
 
 def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
     """max(r, w) for a preferred token, so that it is pulled back from far below with the reference's own confidence; w
-
     for a dispreferred one. It is dΦ/dlog p of rbnf_potential: w above p* (where w >= r), r below it.
     """
     w = bnf_weight(logps, ref_logps)

@@ -50,7 +50,6 @@ def dpo_value(responses: Responses, beta: float, lam: float) -> Tensor:
 
 def dpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
     """d(-log σ(x))/dx = -σ(-x) and dΔ/dlog p = ±1, so a chosen token has -β σ(-βΔ) and a rejected one the opposite;
-
     the second term adds -λ/|y_w| to a chosen token. One number a pair: every token of a response is pushed alike, and
     until the margin Δ grows, however improbable a rejected token has become (unidirectional feedback).
     """

@@ -31,7 +31,6 @@ def test_the_target_distribution_is_a_distribution():
 
 def test_identity_1_the_published_gradient_is_fine_tunings_with_a_weight():
     """∂/∂z_v of -(s/n) Σ_v q(v) log π(v), q held constant, is (s/n)(π_v - q_v); that it is -(s/n) w (1[v=y] - π_v), with
-
     w = o(p)/o(r) below the reference (q_y = p/r) and 1 above it (q_y = 1), in every logit."""
     pi = softmax()
     q = sp.symbols("q0:3")  # constants to the derivative: the stop-gradient

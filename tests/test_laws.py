@@ -113,7 +113,6 @@ def test_kto_pushes_equally_both_ways_at_its_reference_point_and_less_on_either_
 @given(a=st.floats(-5, -0.05), lam=st.sampled_from([0.1, 1.0]))
 def test_orpos_two_terms_balance_where_the_algebra_says(a, lam):
     """At a_w = a_l = a the odds ratio is 1 and σ(-ρ) = 1/2: the ratio pulls the rejected one down by λ/(2 (1 - e^a)), and the
-
     chosen one up by the same, on top of the NLL's 1: a sum of pushes of -1 however sure the model is."""
     g = LOSSES["orpo"].gradient(pair([a], [a]), lam=lam)
     half = lam / (2 * (1 - math.exp(a)))

@@ -146,7 +146,6 @@ def test_what_the_released_codes_epsilons_cost():
 
 def test_what_dividing_by_the_shortest_of_the_micro_batch_costs():
     """Pairs of lengths (2, 3) and (8, 9) in one micro-batch: the released code divides both by 2, so the second pair weighs
-
     four times what it does alone, and the loss depends on how the batch was split. Here it does not."""
     lengths = torch.tensor([2, 3, 8, 9])
     owner = torch.arange(4).repeat_interleave(lengths)

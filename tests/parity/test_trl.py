@@ -156,7 +156,9 @@ def assert_same(one: tuple, other: tuple, loss: float = 1e-6, gradient: float = 
     for name, g in expected_grads.items():
         assert g.norm() > 0, name
         assert (grads[name] - g).norm() <= gradient * g.norm(), f"{name}: {((grads[name] - g).norm() / g.norm()).item():.2g}"
-    RECORD.append((abs(value/expected-1), max(((grads[n]-g).norm()/g.norm()).item() for n,g in expected_grads.items())))
+    RECORD.append(
+        (abs(value / expected - 1), max(((grads[n] - g).norm() / g.norm()).item() for n, g in expected_grads.items()))
+    )
 
 
 def assert_same_metrics(trainer, found: dict):
@@ -208,7 +210,9 @@ def test_dpo_with_nll(models_of, tmp_path, seed, beta, weight):
     batch = batch_of(trainer)
     expected, pairs, ours = theirs(trainer, batch), pairs_of(rows_of(batch)), Ours(folders)
     lams = by_tokens(pairs, weight)
-    assert_same(ours(*((1 / len(pairs), "dpo", {"beta": beta, "lam": lam}, [p]) for p, lam in zip(pairs, lams, strict=True))), expected)
+    assert_same(
+        ours(*((1 / len(pairs), "dpo", {"beta": beta, "lam": lam}, [p]) for p, lam in zip(pairs, lams, strict=True))), expected
+    )
 
     equal = [row | {"chosen": " w1 w2 w3"} for row in preferences(seed)]
     policy.zero_grad()
@@ -231,7 +235,11 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
     policy, frozen, folders = models_of(seed)
     if swapped:  # so that the estimate is above 0 for some batches and clamped to 0 for others
         policy, frozen, folders = frozen, policy, folders[::-1]
-    rows = [{"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"} for r in preferences(seed) for k in ("chosen", "rejected")]
+    rows = [
+        {"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"}
+        for r in preferences(seed)
+        for k in ("chosen", "rejected")
+    ]
     rows = rows[:-1]
     options = {"beta": beta, "desirable_weight": lam_d, "undesirable_weight": lam_u}
     trainer = trainer_of(KTOTrainer, KTOConfig, tmp_path, policy, rows, frozen, **options)
