@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from minibnf.model import Config, Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Fields of config.json whose other values would change what is computed, with the values that are supported.
 SUPPORTED = {
@@ -164,8 +164,8 @@ def _weight_files(directory: Path) -> list[Path]:
 def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors (sharded past 5 GB) into a directory; its other files stay.
 
-    dtype: what to store, by default the parameters' own. All files are written under other names first and renamed at
-    the end, so that an interruption while writing leaves what was there.
+    dtype: what to store, by default the parameters' own. All files are written elsewhere first and moved at the end, so
+    that an interruption while writing leaves what was there.
     """
     directory = Path(directory)
     state = {name: p.detach().to(device="cpu", dtype=dtype).contiguous() for name, p in model.named_parameters()}
@@ -186,17 +186,21 @@ def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | 
             write_json(temporary / "model.safetensors.index.json", index)
         raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"} | {"dtype": str(stored).removeprefix("torch.")}
         write_json(temporary / "config.json", raw)
-    for stale in directory.glob("model*.safetensors*"):
-        stale.unlink()
-    for file in (directory / ".saving").iterdir():
-        file.replace(directory / file.name)
+    new = {file.name: file.replace(directory / file.name) for file in (directory / ".saving").iterdir()}
     (directory / ".saving").rmdir()
+    for stale in set(directory.glob("model*.safetensors*")) - set(new.values()):
+        stale.unlink()
 
 
 def write_json(path: Path, value) -> None:
     """Whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -215,7 +219,8 @@ def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
     device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
     if dtype == "auto":
-        units = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        cuda = device == "cuda"
+        units = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if units and parameters > 20e6 else "float32"
     return torch.device(device), DTYPES[dtype]
 
@@ -226,6 +231,8 @@ def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[
 def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
     """OUT/checkpoints/step-N: weights, optimizer states and counts, complete or absent; older ones go once it is there."""
     directory = out / "checkpoints" / f"step-{step:07d}"
+    if directory.exists():  # nothing has changed since it was made
+        return
     with replacing(directory) as temporary:
         write_tensors(temporary / "model.safetensors", {n: p.detach().cpu() for n, p in model.named_parameters()})
         for i, optim in enumerate(optims):
@@ -266,9 +273,7 @@ def keep_metrics(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             break
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, "".join(kept))
 
 
 class replacing:

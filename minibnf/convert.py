@@ -11,8 +11,6 @@ of a head's features where Hugging Face rotates its two halves. Left that way th
 import argparse
 import importlib.util
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minibnf.checkpoint import write_tensors
+from minibnf.checkpoint import replacing, write_tensors
 
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -64,9 +62,7 @@ def convert(gguf_path, directory):
     config["dtype"] = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
 
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")  # renamed at the end: all or nothing
-    partial.mkdir(parents=True)
-    try:
+    with replacing(directory) as partial:
         for name, content in [
             ("config.json", config),
             ("generation_config.json", ids),
@@ -75,9 +71,6 @@ def convert(gguf_path, directory):
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tokenizer.save(str(partial / "tokenizer.json"))
         write_tensors(partial / "model.safetensors", weights)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 

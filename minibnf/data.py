@@ -9,6 +9,7 @@ then it is counted.
 import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ class Example(NamedTuple):
 
 
 def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> tuple[list[Example], Counter]:
-    """Every row of a .jsonl or .jsonl.gz file, tokenised; and how many were "truncated" or "skipped".
+    """Every row of a .jsonl or .jsonl.gz file, tokenised; and how many were "truncated", "skipped" or of no use.
 
     max_length: the most tokens of a prompt with one response (the model's context). overlong: what to do with more:
     "error", "truncate" (the response loses its end) or "skip".
@@ -60,19 +61,21 @@ def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> 
         longest = len(prompt_ids) + max(map(len, responses))
         if longest > max_length:
             if overlong == "error" or (overlong == "truncate" and len(prompt_ids) >= max_length):
-                part = "prompt alone" if len(prompt_ids) >= max_length else "prompt and response together"
+                alone = len(prompt_ids) >= max_length
+                what = f"the prompt alone has {len(prompt_ids)}" if alone else f"prompt and response together have {longest}"
                 raise ValueError(
-                    f"{where}: {part} {'have' if part.endswith('r') else 'has'} {longest} tokens, more than the {max_length} "
-                    "that the model reads; shorten it, or pass --overlong truncate or --overlong skip"
+                    f"{where}: {what} tokens, and the model reads {max_length}; shorten it, or pass --overlong skip"
+                    + (" or --overlong truncate" if not alone else "")
                 )
             counts["truncated" if overlong == "truncate" else "skipped"] += 1
             if overlong == "skip":
                 continue
             responses = [r[: max_length - len(prompt_ids)] for r in responses]
+        counts["whose chosen is their rejected"] += len(responses) == 2 and responses[0] == responses[1]
         examples.append(Example(tuple(prompt_ids), tuple(responses), preferred, number))
     if not examples:
         raise ValueError(f"{path}: no rows" + (f" left: all {counts['skipped']} are too long" if counts else ""))
-    return examples, counts
+    return examples, +counts  # what did not occur is left out
 
 
 def _rows(path):
@@ -80,7 +83,7 @@ def _rows(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in _numbered(lines, path):
             where = f"{path}, line {number}"
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -94,6 +97,14 @@ def _rows(path):
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
             yield number, row
+
+
+def _numbered(lines, path):
+    """enumerate(lines, 1), a broken archive named."""
+    try:
+        yield from enumerate(lines, 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read to its end: {error}") from None
 
 
 def _parse(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tuple[bool, ...]]:
@@ -145,15 +156,15 @@ def _check_text(value, where: str, field: str):
 
 
 def _tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
-    if isinstance(prompt, str):
-        if not completion:
-            return tokenizer.encode(prompt), []
-        return tokenizer.encode(prompt), [*tokenizer.encode(completion), tokenizer.eos_id]
-    if not completion or not "".join(message["content"] for message in completion):
-        return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
+    """-> the ids of prompt and response, () for an empty response."""
     try:
+        if isinstance(prompt, str):
+            response = [*tokenizer.encode(completion, continuation=True), tokenizer.eos_id] if completion else []
+            return tokenizer.encode(prompt), response
+        if not completion or not "".join(message["content"] for message in completion):
+            return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
         return tokenizer.encode_response(prompt, completion)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
         raise ValueError(f"{where}, field '{field}': {error}") from None
 
 
@@ -168,20 +179,20 @@ def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(number))).tolist()
 
 
-def mismatched(examples: list[Example], max_tokens: int) -> list[Example]:
-    """For each example, its prompt with the responses of the next one (cyclically) that has another prompt and fits.
-
-    What KTO estimates its reference point from. Raises ValueError where all prompts are the same.
+def mismatched(examples: list[Example], max_length: int, path) -> list[Example]:
+    """For each example, its prompt with the responses of the next one (cyclically) that has another prompt,
+    other responses (a rephrased question may have the same) and fits. What KTO estimates its reference point from. max_length: the model's context. Raises ValueError where there is none.
     """
     n, found = len(examples), []
     for i, example in enumerate(examples):
         for j in range(i + 1, i + n):
-            moved = example._replace(responses=examples[j % n].responses, preferred=examples[j % n].preferred)
-            if examples[j % n].prompt != example.prompt and moved.tokens <= max_tokens:
-                found.append(moved)
+            other = examples[j % n]
+            fits = len(example.prompt) + max(map(len, other.responses)) <= max_length
+            if fits and other.prompt != example.prompt and not set(other.responses) & set(example.responses):
+                found.append(example._replace(responses=other.responses, preferred=other.preferred))
                 break
         else:
-            raise ValueError(f"line {example.line}: no other prompt's response fits its prompt; kto needs one to compare with")
+            raise ValueError(f"{path}, line {example.line}: kto compares with another prompt's response, and none fits here")
     return found
 
 

@@ -66,8 +66,8 @@ def smallworld(base_directory, model_directory, pairs, samples: int, count: int,
     questions = problems(QA, split, 40, seed)
     chains = problems(REASONING, split, count * len(REASONING), seed)
     found, answers, read = {}, {}, {}
-    for when, directory in (("base", base_directory), ("before", base_directory), ("after", model_directory)):
-        model = load(directory)
+    base, aligned = load(base_directory), load(model_directory)
+    for when, model in (("base", base), ("before", base), ("after", aligned)):
         draw = sampler(model, tokenizer)([p.prompt for p in questions], samples, seed + (when != "base"))
         scores = judged(questions, draw)
         if when == "base":  # what both are compared with: draws of its own
@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--split", choices=["validation", "test"], default="test")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
+    if args.samples < 1 or args.count < 1:
+        p.error("--samples and --count must be 1 or more")
     try:
         found = smallworld(args.base, args.model, args.pairs, args.samples, args.count, args.split, args.seed)
     except (ValueError, OSError) as error:

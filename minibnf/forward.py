@@ -1,7 +1,6 @@
 """From packed batches to log-probabilities, losses, gradients and metrics; the frozen reference, computed once and cached."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.checkpoint import write_tensors
-from minibnf.data import Batch, Example, digest, pack
+from minibnf.data import Batch, Example, pack
 from minibnf.logprob import one_sweep, token_logps
 from minibnf.losses import Loss
 from minibnf.model import Transformer
@@ -34,32 +33,35 @@ class Reference:
 
     def of(self, batch: Batch) -> Tensor:
         """(N,): the reference log-probabilities of a batch's response tokens."""
-        return torch.cat([self.logps[slice(*self.start[key])] for key in batch.order]).to(batch.targets.device)
+        return torch.cat([self.logps[slice(*self.start[place])] for place in batch.order]).to(batch.targets.device)
 
 
 @torch.no_grad()
-def reference(model: Transformer, examples: list[Example], file: Path, max_tokens: int, dtype, device) -> Reference:
-    """Computed once and cached in file; a cached one is used if it belongs to these tokens, this model and this dtype."""
-    fingerprint = hashlib.sha256(f"{digest(examples)} {dtype} {fingerprint_of(model)}".encode()).hexdigest()
+def reference(model, examples: list[Example], file: Path, key: str, max_tokens: int, dtype, device) -> Reference:
+    """Computed once and cached in file under a key that names the model, the tokens and the dtype."""
     if file.is_file():
         with safe_open(file, framework="pt") as cached:
-            if (cached.metadata() or {}).get("fingerprint") == fingerprint:
+            if (cached.metadata() or {}).get("key") == key:
                 return Reference(examples, cached.get_tensor("logps"))
     ref = Reference(examples, torch.empty(sum(len(r) for e in examples for r in e.responses)))
     with tqdm(total=len(examples), desc="reference", unit="example", disable=None, leave=False) as bar:
         for i in range(0, len(examples), 512):
             for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
                 logps = forward_logps(model, batch.to(device), dtype).cpu()
-                for key, part in zip(batch.order, logps.split(torch.bincount(batch.owner).tolist()), strict=True):
-                    ref.logps[slice(*ref.start[key])] = part
+                for place, part in zip(batch.order, logps.split(torch.bincount(batch.owner).tolist()), strict=True):
+                    ref.logps[slice(*ref.start[place])] = part
                 bar.update(len(batch.lines))
-    write_tensors(file, {"logps": ref.logps}, {"fingerprint": fingerprint})
+    write_tensors(file, {"logps": ref.logps}, {"key": key})
     return ref
 
 
-def fingerprint_of(model: Transformer) -> str:
-    """Tells models apart by two sums over every parameter."""
-    return json.dumps([[p.double().sum().item(), p.double().square().sum().item()] for p in model.parameters()])
+def fingerprint(model: Transformer) -> str:
+    """sha256 of every parameter's name and bytes."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        found.update(name.encode())
+        found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 @torch.no_grad()

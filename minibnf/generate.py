@@ -22,8 +22,9 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each prompt, at most max_new_tokens, ended early by (and including) one of stop_ids.
 
-    temperature 0 is greedy; top_p keeps the most probable tokens that together reach it. Row i's randomness depends on
-    seed and i alone, not on what it is batched with. Raises ValueError for an empty prompt or an impossible setting.
+    temperature 0 is greedy; top_p keeps the most probable tokens that together reach it. Row i's randomness
+    depends on seed, i and max_new_tokens, not on what it is batched with. Raises ValueError for an empty prompt or an
+    impossible setting.
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError(

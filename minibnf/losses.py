@@ -219,7 +219,7 @@ class Loss:
             raise ValueError(f"loss '{self.name}' has no hyper-parameter '{unknown[0]}' (it has: {has})")
         merged = {**self.defaults, **given}
         for name, x in merged.items():
-            if isinstance(x, Tensor) and x.numel() == 1:  # kl, which a trainer leaves on its device
+            if name == "kl" and isinstance(x, Tensor) and x.numel() == 1:  # a trainer leaves it on its device
                 continue
             if name == "length" and x in ("shorter", "own", "batch"):
                 continue
@@ -237,7 +237,8 @@ class Loss:
             raise ValueError(f"loss '{self.name}': the batch holds no response")
         if self.needs_ref and ref is None:
             raise ValueError(f"loss '{self.name}' needs ref_logps, the reference model's log-probabilities of the tokens")
-        if self.needs_pairs and 2 * len(responses.pairs) < len(responses.preferred):
+        lone = 2 * len(responses.pairs) < len(responses.preferred)  # enough for pairs that share no response
+        if self.needs_pairs and (lone or (logps.device.type == "cpu" and bool(responses.unpaired().any()))):
             raise ValueError(f"loss '{self.name}' needs every response in a pair; unpaired ones: bnf, rbnf, kto, nll")
         dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
         ref = None if ref is None else ref.detach().to(dtype)
@@ -268,29 +269,30 @@ class _HandDerived(torch.autograd.Function):
         return dloss * dlogps, None, None, None
 
 
-def _family() -> list[Loss]:
-    def loss(name, needs, rate, *functions, **defaults):
-        tokenwise = functions[0].__name__.endswith("_potential")
-        kinds = ("potential", "slope") if tokenwise else ("value_of", "gradient_of")
-        return Loss(name, defaults, "ref" in needs, "pairs" in needs, rate, **dict(zip(kinds, functions, strict=True)))
-
-    return [
-        loss("bnf", "ref", 4e-5, bnf_potential, bnf_weight, length="shorter"),
-        loss("rbnf", "ref", 4e-5, rbnf_potential, rbnf_weight, length="batch"),
-        loss("nll", "", 4e-5, nll_potential, nll_weight),
-        loss("unlikelihood", "", 4e-6, unlikelihood_potential, unlikelihood_weight),
-        loss("dpo", "ref, pairs", 5e-6, rivals.dpo_value, rivals.dpo_gradient, beta=0.1, lam=0.0),
-        loss("rdpo", "ref, pairs", 5e-6, rivals.rdpo_value, rivals.rdpo_gradient, beta=0.1, alpha=0.01),
-        loss("ipo", "ref, pairs", 5e-6, rivals.ipo_value, rivals.ipo_gradient, beta=0.1),
-        loss("slic", "pairs", 5e-6, rivals.slic_value, rivals.slic_gradient, delta=1.0, lam=0.1),
-        loss("kto", "ref", 5e-6, rivals.kto_value, rivals.kto_gradient, beta=0.1, lam_d=1.0, lam_u=1.0, kl=None),
-        loss("orpo", "pairs", 2e-5, rivals.orpo_value, rivals.orpo_gradient, lam=0.1),
-        loss("simpo", "pairs", 5e-6, rivals.simpo_value, rivals.simpo_gradient, beta=2.0, gamma=1.0),
-        loss("cpo", "pairs", 5e-6, rivals.cpo_value, rivals.cpo_gradient, beta=0.1, lam=1.0),
-    ]
+_BNF = dict(needs_ref=True, needs_pairs=False, learning_rate=4e-5)
+_PAIRED = dict(needs_ref=True, needs_pairs=True, learning_rate=5e-6)  # against a reference
+_FREE = dict(needs_ref=False, needs_pairs=True)  # without one
 
 
-LOSSES = {loss.name: loss for loss in _family()}
+def _rival(name: str) -> dict:
+    return dict(value_of=getattr(rivals, f"{name}_value"), gradient_of=getattr(rivals, f"{name}_gradient"))
+
+
+_FAMILY = [
+    Loss("bnf", dict(length="shorter"), **_BNF, potential=bnf_potential, slope=bnf_weight),
+    Loss("rbnf", dict(length="batch"), **_BNF, potential=rbnf_potential, slope=rbnf_weight),
+    Loss("nll", {}, False, False, learning_rate=4e-5, potential=nll_potential, slope=nll_weight),
+    Loss("unlikelihood", {}, False, False, 4e-6, potential=unlikelihood_potential, slope=unlikelihood_weight),
+    Loss("dpo", dict(beta=0.1, lam=0.0), **_PAIRED, **_rival("dpo")),
+    Loss("rdpo", dict(beta=0.1, alpha=0.01), **_PAIRED, **_rival("rdpo")),
+    Loss("ipo", dict(beta=0.1), **_PAIRED, **_rival("ipo")),
+    Loss("slic", dict(delta=1.0, lam=0.1), **_FREE, learning_rate=5e-6, **_rival("slic")),
+    Loss("kto", dict(beta=0.1, lam_d=1.0, lam_u=1.0, kl=None), True, False, learning_rate=5e-6, **_rival("kto")),
+    Loss("orpo", dict(lam=0.1), **_FREE, learning_rate=2e-5, **_rival("orpo")),
+    Loss("simpo", dict(beta=2.0, gamma=1.0), **_FREE, learning_rate=5e-6, **_rival("simpo")),
+    Loss("cpo", dict(beta=0.1, lam=1.0), **_FREE, learning_rate=5e-6, **_rival("cpo")),
+]
+LOSSES = {loss.name: loss for loss in _FAMILY}
 
 
 def bnf_loss(policy_logps, ref_logps, mask, preferred, pairs=None) -> Tensor:

@@ -113,19 +113,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout, layer: int) -> Tensor:
     if isinstance(layout, Cache):
         k, v, mask = layout.append(layer, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-    sizes = [prompt + sum(responses) for prompt, responses in layout]
+    sizes = [size for size, _ in layout]
     parts = []
-    for group, q_, k_, v_ in zip(layout, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
-        mask = _group_mask(*group, q.device) if len(group[1]) > 1 else None
+    for (_, mask), q_, k_, v_ in zip(layout, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
         parts.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa))
     return torch.cat(parts, 2)
 
 
-def _group_mask(prompt: int, responses: list[int], device) -> Tensor:
-    """(S, S) bool, True where row i may look at column j: j not after i, and j in the prompt or in i's own response."""
+def _size_and_mask(group: Group, device) -> tuple[int, Tensor | None]:
+    """S and (S, S) bool, True where row i may look at column j: j not after i, and j in the prompt or in i's own response.
+
+    None where that is plain causality. Made once a forward, for all layers.
+    """
+    prompt, responses = group
+    size = prompt + sum(responses)
+    if len(responses) < 2:
+        return size, None
     part = torch.repeat_interleave(torch.tensor([prompt, *responses]))  # 0 for the prompt, then 1, 2, ...
-    mask = ((part[:, None] == part) | (part == 0)).tril()
-    return mask.to(device)
+    return size, ((part[:, None] == part) | (part == 0)).tril().to(device)
 
 
 class Attention(nn.Module):
@@ -210,9 +215,10 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, embedding).to(dtype or embedding.dtype)  # (B, S, D)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        attention = [_size_and_mask(group, tokens.device) for group in layout] if isinstance(layout, list) else layout
         cos, sin = rotary(positions[:, None], c.head_dim, c.rope_theta, x.dtype)  # (B, 1, S, d)
         for block in self.model.layers:
-            x = block(x, cos, sin, layout, keep)
+            x = block(x, cos, sin, attention, keep)
         x = self.model.norm(x)
         if isinstance(layout, Cache):
             layout.advance()

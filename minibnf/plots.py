@@ -1,5 +1,6 @@
 """Every figure, from metrics and comparison JSON alone. Needs matplotlib (extra `plots`); draws without a display."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def feedback_curves(file: Path, r: float = 0.4) -> Path:
 
 def _smooth(y) -> list[float]:
     """A running mean over a tenth of the points, centred."""
-    half = max(1, len(y) // 20)
-    return [sum(y[max(0, i - half) : i + half + 1]) / len(y[max(0, i - half) : i + half + 1]) for i in range(len(y))]
+    half, sums = max(1, len(y) // 20), [0, *itertools.accumulate(y)]
+    bounds = [(max(0, i - half), min(len(y), i + half + 1)) for i in range(len(y))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in bounds]
 
 
 if __name__ == "__main__":

@@ -68,12 +68,10 @@ class Responses:
                 raise ValueError(f"{name} {tuple(x.shape)} and mask {tuple(mask.shape)} must both be (B, T)")
         if preferred.shape != mask.shape[:1]:
             raise ValueError(f"preferred must be ({mask.shape[0]},), one a response, not {tuple(preferred.shape)}")
-        mask = mask.bool()
-        if not bool((filled := mask.any(1)).all()):
-            raise ValueError(f"response {int(filled.int().argmin())} has no tokens: its row of mask is all False")
-        owner = mask.nonzero()[:, 0]
+        tokens = mask.bool().flatten().nonzero()[:, 0]  # where the response tokens stand; the one wait for the device
         pairs = torch.empty(0, 2, dtype=torch.int64, device=logps.device) if pairs is None else pairs
-        return cls(logps[mask], None if ref_logps is None else ref_logps[mask], owner, preferred.bool(), pairs)
+        ref = None if ref_logps is None else ref_logps.flatten()[tokens]
+        return cls(logps.flatten()[tokens], ref, tokens // mask.shape[1], preferred, pairs)
 
     def lengths(self) -> Tensor:
         """(R,): the number of tokens of each response, in the dtype of logps."""

@@ -89,9 +89,16 @@ class Tokenizer:
         self._words = {re.sub(r"\W", "", t) for t in texts} - {""}
         self._functional = {re.sub(r"\W", "", t) for t in texts if self.control[t] in functional} - {""}
 
-    def encode(self, text):
-        """The ids of a text as it stands: control tokens written in it are read, none is added."""
-        return self.backend.encode(text)
+    def encode(self, text, continuation=False):
+        """The ids of a text as it stands: control tokens written in it are read, none is added.
+
+        continuation: the text follows another one, so a tokenizer that begins a text with a space of its own does not.
+        """
+        if not continuation:
+            return self.backend.encode(text)
+        mark = self._marks(text)[0]
+        marked = self._pattern.sub(lambda m: f"{mark}{self.control[m[0]]};", text)
+        return self.backend.encode_marked(marked, mark, continuation=True)
 
     def decode(self, ids, skip_special=True):
         """The text of token ids, special tokens left out or (skip_special=False) spelt out. ValueError: no such id."""

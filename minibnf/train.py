@@ -34,7 +34,7 @@ from minibnf.checkpoint import resolve_device_and_dtype, save, save_training, wr
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
-from minibnf.forward import kl_estimate, reference, run_batches
+from minibnf.forward import fingerprint, kl_estimate, reference, run_batches
 from minibnf.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -107,6 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             p.error(f"--{name.replace('_', '-')} must be above 0, not {x}")
     if not (0 <= args.warmup <= 1 and 0 <= args.decay <= 1 and args.weight_decay >= 0 and args.eval_every >= 0):
         p.error("--warmup and --decay must lie in 0..1, --weight-decay and --eval-every be 0 or more")
+    if args.eval_every and not args.eval_data:
+        p.error("--eval-every needs --eval-data")
     return args
 
 
@@ -129,9 +131,10 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
 
 def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimizer]:
     """AdamW; with muon, Muon for the matrices of the layers (its step scaled to AdamW's size) and AdamW for the rest."""
-    named = list(model.named_parameters())
-    matrices = [p for n, p in named if args.optimizer == "muon" and p.dim() == 2 and n.startswith("model.layers.")]
-    rest = [p for n, p in named if all(p is not m for m in matrices)]
+    groups: dict[bool, list] = {False: [], True: []}
+    for name, p in model.named_parameters():
+        groups[args.optimizer == "muon" and p.dim() == 2 and name.startswith("model.layers.")].append(p)
+    rest, matrices = groups[False], groups[True]
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     if not matrices:
         return [adamw]
@@ -162,15 +165,14 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     max_tokens: int
-    splits: dict[str, list[Example]]  # "train" and, where asked for, "eval"
+    sets: dict[str, list[Example]]  # "train", where asked for "eval"; for kto also what is mismatched, "train-kl", "eval-kl"
     steps_per_epoch: int
     steps: int
     facts: dict  # what config.json and the first lines printed say of all this
 
 
 RESUME_NEEDS = (  # what decides a run's numbers and so may not change in mid-run
-    "loss loss_args from_scratch parameters data_sha256 steps batch_size lr warmup decay optimizer weight_decay grad_clip seed"
-    " dtype max_tokens"
+    "loss loss_args model_sha256 data_sha256 steps batch_size lr warmup decay optimizer weight_decay grad_clip seed dtype"
 ).split()
 
 
@@ -178,11 +180,11 @@ def setup(args: argparse.Namespace) -> Run | None:
     """Check every input. None if OUT holds this run finished; ValueError or OSError for what the user must mend."""
     out, loss = Path(args.out), LOSSES[args.loss]
     hyper = loss_hyper(loss, args.loss_args)
-    if (out / "config.json").exists() or (out / "metrics.jsonl").exists():
-        if not args.resume and not args.overwrite:
-            raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it")
-        if args.resume and (out / "model").exists():
-            return None
+    if out.resolve() in [Path(args.model).resolve(), *Path(args.model).resolve().parents]:
+        raise ValueError(f"--model {args.model} lies in --out {out}, which the run replaces; write to another folder")
+    holds_run = any((out / name).exists() for name in ("config.json", "metrics.jsonl", "model", "checkpoints"))
+    if holds_run and not args.resume and not args.overwrite:
+        raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it")
     tokenizer = load_tokenizer(args.model)
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -191,19 +193,21 @@ def setup(args: argparse.Namespace) -> Run | None:
         )
     parameters = sum(p.numel() for p in model.parameters())
     device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)
-    splits, changed = {}, ""
+    sets, changed, context = {}, "", model.config.max_position_embeddings
     for split, file in (("train", args.data), ("eval", args.eval_data)):
         if file is None:
             continue
-        splits[split], counts = read_examples(file, tokenizer, model.config.max_position_embeddings, args.overlong)
+        sets[split], counts = read_examples(file, tokenizer, context, args.overlong)
         changed += "".join(f", {n} {split} rows {what}" for what, n in counts.items())
-        lone = [e.line for e in splits[split] if len(e.responses) == 1]
+        lone = [e.line for e in sets[split] if len(e.responses) == 1]
         if loss.needs_pairs and lone:
             raise ValueError(
                 f"{file}, line {lone[0]}: loss '{loss.name}' needs pairs and this row is none; --loss bnf needs none"
             )
-    examples, lr = splits["train"], args.lr or loss.learning_rate * WIDTH / model.config.hidden_size
-    longest = max(e.tokens for part in splits.values() for e in part)
+        if "kl" in hyper:
+            sets[f"{split}-kl"] = mismatched(sets[split], context, file)
+    examples, lr = sets["train"], args.lr or loss.learning_rate * WIDTH / model.config.hidden_size
+    longest = max(e.tokens for part in sets.values() for e in part)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
         raise ValueError(f"--max-tokens {max_tokens} is less than the {longest} tokens of the longest example")
@@ -211,24 +215,27 @@ def setup(args: argparse.Namespace) -> Run | None:
     pairs = sum(len(e.responses) == 2 for e in examples)
     facts = {
         "device": str(device), "dtype": str(dtype).removeprefix("torch."), "parameters": parameters, "lr": lr,
-        "loss_args": hyper, "pairs": pairs, "unpaired": len(examples) - pairs, "data_sha256": digest(examples),
+        "loss_args": hyper, "pairs": pairs, "unpaired": len(examples) - pairs, "model_sha256": fingerprint(model),
+        "data_sha256": {name: digest(e) for name, e in sets.items()},
         "tokens_per_epoch": sum(e.tokens for e in examples), "changed": changed.removeprefix(", "),
         "steps": args.max_steps or (args.epochs or 1) * steps_per_epoch, "max_tokens": max_tokens,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
-    if args.resume and (out / "config.json").exists():
+    if args.resume and holds_run:
         earlier = read_json(out / "config.json")
         before, now = earlier["arguments"] | earlier["facts"], vars(args) | facts
         for key in RESUME_NEEDS:
             if before[key] != now[key]:
                 raise ValueError(f"{out}: cannot resume, {key} was {before[key]} and is {now[key]} now")
-    return Run(args, out, loss, hyper, tokenizer, model.to(device), device, dtype, max_tokens, splits,
+        if (out / "model").exists():
+            return None
+    return Run(args, out, loss, hyper, tokenizer, model.to(device), device, dtype, max_tokens, sets,
                steps_per_epoch, facts["steps"], facts)  # fmt: skip
 
 
 def announce(run: Run) -> None:
     f, args = run.facts, run.args
-    hyper = "".join(f" {k}={v}" for k, v in run.hyper.items())
+    hyper = "".join(f" {k}={v}" for k, v in run.hyper.items() if k != "kl")
     print(f"model    {args.model}: {f['parameters'] / 1e6:.1f} M parameters" + (", fresh" if args.from_scratch else ""))
     print(f"data     {args.data}: {f['pairs']} pairs, {f['unpaired']} unpaired, {f['tokens_per_epoch']:,} tokens an epoch")
     if f["changed"]:
@@ -240,8 +247,8 @@ def announce(run: Run) -> None:
 
 
 def train(run: Run) -> int:
-    """Run to the end (0), to an interruption, which saves (130), or to a non-finite number, which does not step (1)."""
-    args, out, model, loss, hyper = run.args, run.out, run.model, run.loss, run.hyper
+    """Run to the end (0) or to a non-finite number, which does not step (1); KeyboardInterrupt when interrupted, and saved."""
+    args, out, model, loss, hyper, sets = run.args, run.out, run.model, run.loss, run.hyper, run.sets
     if args.overwrite:
         for name in ("model", "checkpoints", "figures"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -251,12 +258,12 @@ def train(run: Run) -> int:
     arguments = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "config")}
     write_json(out / "config.json", {"arguments": arguments, "facts": run.facts})
     announce(run)
-    sets = dict(run.splits) | {f"{split}-kl": mismatched(e, run.max_tokens) for split, e in run.splits.items() if "kl" in hyper}
     refs: dict = dict.fromkeys(sets)
     if loss.needs_ref:
         for name, examples in sets.items():
             file = out / f"reference-{name}.safetensors"
-            refs[name] = reference(model, examples, file, run.max_tokens, run.dtype, run.device)
+            key = f"{run.facts['model_sha256']} {run.facts['data_sha256'][name]} {run.dtype}"
+            refs[name] = reference(model, examples, file, key, run.max_tokens, run.dtype, run.device)
     optims = optimizers(model, args, run.facts["lr"])
     step, tokens = load_training(out, model, optims) if args.resume else (0, 0)
     keep_metrics(out / "metrics.jsonl", step)
@@ -316,14 +323,12 @@ def train(run: Run) -> int:
             bar.update()
             if args.eval_data and (step == run.steps or (args.eval_every and step % args.eval_every == 0)):
                 evaluate()
-            if step % args.save_every == 0 and step < run.steps:
+            if step % args.save_every == 0 or step == run.steps or interrupted:
                 save_training(out, step, tokens, model, optims)
         if step < run.steps:
-            save_training(out, step, tokens, model, optims)
             bar.close()
-            print(f"interrupted after step {step} of {run.steps}, and saved. To go on:")
-            print(f"  python -m minibnf.train --resume --out {shlex.quote(args.out)}")
-            return 130
+            print(f"interrupted after step {step} of {run.steps}" + ", and saved" * bool(step))
+            raise KeyboardInterrupt
     finally:
         bar.close()
         for s, handler in before.items():
@@ -337,7 +342,7 @@ def complain_non_finite(run: Run, step: int, value: float, norm: float, batches:
     print(
         f"\nstopped before step {step + 1}: loss {value}, gradient norm {norm}; nothing was changed by it.\n"
         f"Its batch: lines {', '.join(map(str, lines))} of {run.args.data}.\n"
-        f"Look at those rows, or try a lower --lr. What went before: {run.out / 'metrics.jsonl'}",
+        f"Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: {run.out / 'metrics.jsonl'}",
         file=sys.stderr,
     )
     return 1
@@ -366,7 +371,7 @@ def finish(run: Run) -> None:
 
 def model_card(run: Run, table: dict) -> str:
     args, f, base = run.args, run.facts, Path(run.args.model).name
-    hyper = ", ".join(f"{k} = {v}" for k, v in run.hyper.items()) or "no hyper-parameters"
+    hyper = ", ".join(f"{k} = {v}" for k, v in run.hyper.items() if k != "kl") or "no hyper-parameters"
     card = f"""---
 base_model: {base}
 tags: [minibnf, {args.loss}, preference-alignment]
@@ -396,7 +401,11 @@ def main(argv: list[str] | None = None) -> int:
     if run is None:
         print(f"{args.out} holds this run, finished: its model lies in {Path(args.out) / 'model'}")
         return 0
-    return train(run)
+    try:
+        return train(run)
+    except KeyboardInterrupt:
+        print(f"To go on:\n  python -m minibnf.train --resume --out {shlex.quote(args.out)}")
+        return 130
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibnf.data import Example, order_of_epoch, pack, read_examples
+from minibnf.data import Example, mismatched, order_of_epoch, pack, read_examples
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.forward import loss_and_logps
@@ -22,7 +22,7 @@ class Letters:
 
     eos_id, vocab_size = 0, 0x110000
 
-    def encode(self, text):
+    def encode(self, text, continuation=False):
         return [ord(c) for c in text]
 
     def encode_chat(self, messages, add_generation_prompt=False):
@@ -101,7 +101,10 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
             "must begin with an assistant",
         ),
         ({"prompt": "a" * 60, "chosen": "b" * 60, "rejected": "c"}, "line 2: prompt and response together have 121 tokens"),
-        ({"prompt": "a" * 100, "chosen": "b", "rejected": "c"}, "line 2: prompt alone has 102 tokens"),
+        (
+            {"prompt": "a" * 100, "chosen": "b", "rejected": "c"},
+            "line 2: the prompt alone has 100 tokens, and the model reads 100",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_says_where_and_why(tmp_path, row, message):
@@ -126,6 +129,46 @@ def test_overlong_rows_are_cut_or_left_out_only_when_asked_and_counted(tmp_path)
         read(tmp_path, long, overlong="skip")
     with pytest.raises(ValueError, match="prompt alone"):
         read(tmp_path, {"prompt": "a" * 100, "chosen": "b", "rejected": "c"}, overlong="truncate")
+
+
+def test_pairs_whose_responses_are_the_same_are_counted(tmp_path):
+    """Also where cutting made them so."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b" * 200, "rejected": "b" * 300}]
+    _, counts = read(tmp_path, *rows, overlong="truncate")
+    assert counts == {"truncated": 1, "whose chosen is their rejected": 2}
+
+
+@pytest.mark.parametrize("content", [b"not an archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]])
+def test_a_broken_archive_is_named(tmp_path, content):
+    (tmp_path / "rows.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz"):
+        read_examples(tmp_path / "rows.jsonl.gz", Letters(), 100)
+
+
+def test_text_that_no_tokenizer_can_read_is_named(tmp_path):
+    class Strict(Letters):
+        def encode(self, text, continuation=False):
+            text.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+            return super().encode(text)
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}\n')
+    with pytest.raises(ValueError, match="line 1, field 'chosen'"):
+        read_examples(tmp_path / "rows.jsonl", Strict(), 100)
+
+
+def test_mismatched_examples_by_hand():
+    """Each prompt with the next other prompt's responses, cyclically; one that would not fit the context is passed over."""
+    a, b, c = (1,), (2,), (3, 3, 3)
+    found = [
+        Example(a, ((4,), (5, 5)), (True, False), 1), Example(a, ((6,),), (True,), 2), Example(b, ((7, 7, 7),), (False,), 3),
+        Example(c, ((8,),), (True,), 4),
+    ]  # fmt: skip
+    moved = mismatched(found, 5, "file")
+    assert [e.prompt for e in moved] == [a, a, b, c]
+    assert [e.responses for e in moved] == [((7, 7, 7),), ((7, 7, 7),), ((8,),), ((4,), (5, 5))]
+    assert mismatched(found, 4, "file")[3].responses == ((6,),)  # (4,), (5, 5) no longer fits after three tokens
+    with pytest.raises(ValueError, match="file, line 1: kto"):
+        mismatched(found[:2], 100, "file")
 
 
 def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch():

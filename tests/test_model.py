@@ -222,5 +222,6 @@ def test_an_interrupted_save_leaves_what_was_there(directory, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save(fresh(directory, seed=9), directory)
     monkeypatch.undo()
+    assert not list(directory.glob(".*"))
     assert (directory / "model.safetensors").read_bytes() == before
     assert sorted(f.name for f in directory.iterdir()) == ["config.json", "model.safetensors"]

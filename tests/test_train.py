@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minibnf.checkpoint import fresh, load, save
-from minibnf.data import pack
+from minibnf.data import mismatched, pack
 from minibnf.losses import LOSSES
-from minibnf.forward import forward_logps, metrics, reference, run_batches
+from minibnf.forward import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
 from minibnf.smallworld import QUESTIONS, grammar, write_base
 from minibnf.tokenizer import load_tokenizer
 from minibnf.train import learning_rate, loss_hyper, main
@@ -99,7 +99,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_
         ]
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    ref = reference(tiny, found, file, 100, torch.float64, "cpu")
+    ref = reference(tiny, found, file, "key", 100, torch.float64, "cpu")
     ref.logps = ref.logps.double().sub_(0.1).mul_(0.9)  # so that it is not the policy itself
     smallest = max(e.tokens for e in found)
 
@@ -166,6 +166,7 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, name, capsys)
     assert all(needed == set(r) for r in steps)
     before, after = load(world / "model"), load(out / "model")
     assert not torch.equal(before.unembed, after.unembed)
+    assert list((out / "checkpoints").iterdir()) == [out / "checkpoints" / "step-0000012"]
     assert load_tokenizer(out / "model").encode("Hi") == load_tokenizer(world / "model").encode("Hi")
     assert name in (out / "model" / "README.md").read_text() and (out / "config.json").is_file()
     text = capsys.readouterr().out
@@ -199,15 +200,57 @@ def test_bfloat16_keeps_float32_masters_and_stays_near_float32(world, tmp_path):
 def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(world, tmp_path, tiny, monkeypatch):
     examples = [e for e in pack_examples(world)]
     model, file = load(world / "model"), tmp_path / "reference.safetensors"
-    ref = reference(model, examples, file, 200, torch.float32, "cpu")
+    ref = reference(model, examples, file, "key", 200, torch.float32, "cpu")
     batch = pack(examples, [3, 0], 500)[0]
     torch.testing.assert_close(ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5)
     monkeypatch.setattr("minibnf.forward.forward_logps", lambda *a: pytest.fail("computed again"))
-    assert torch.equal(reference(model, examples, file, 200, torch.float32, "cpu").logps, ref.logps)
-    with torch.no_grad():
-        next(model.parameters()).mul_(2)
+    assert torch.equal(reference(model, examples, file, "key", 200, torch.float32, "cpu").logps, ref.logps)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        reference(model, examples, file, 200, torch.float32, "cpu")
+        reference(model, examples, file, "another model's key", 200, torch.float32, "cpu")
+
+
+def test_the_fingerprint_sees_a_permutation(world):
+    """Such as the one by which GGUF stores the rows of q and k."""
+    model = load(world / "model")
+    before = fingerprint(model)
+    assert fingerprint(load(world / "model")) == before
+    with torch.no_grad():
+        q = model.model.layers[0].self_attn.q_proj.weight
+        q.copy_(q.flip(0))
+    assert fingerprint(model) != before
+
+
+def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tmp_path):
+    examples, model = pack_examples(world)[:4], load(world / "model")
+    moved = mismatched(examples, 256, "file")
+    ref = reference(model, moved, tmp_path / "reference.safetensors", "key", 200, torch.float32, "cpu")
+    batches = pack(moved, [0, 2, 3], 60)
+    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(0, abs=1e-5)
+    ref.logps -= 0.25  # as if the policy had become surer of each token by 0.25 nats
+    tokens = sum(len(r) for i in (0, 2, 3) for r in moved[i].responses)
+    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(0.25 * tokens / 6, rel=1e-4)
+    ref.logps += 0.5
+    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == 0
+
+
+def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, monkeypatch):
+    """Every step's, and the evaluation's, estimate is over responses under prompts that are not their own."""
+    seen, own = [], {(e.prompt, r) for e in pack_examples(world) for r in e.responses}
+
+    def spy(model, ref, batches, dtype, device):
+        for b in batches:
+            tokens, at = b.tokens[0].tolist(), 0
+            for prompt, lengths in b.layout:
+                seen.append(tuple(tokens[at : at + prompt]))
+                at += prompt + sum(lengths)
+            targets = b.targets.split(torch.bincount(b.owner).tolist())
+            prompts = [p for p, (_, lengths) in zip(seen[-len(b.layout) :], b.layout, strict=True) for _ in lengths]
+            assert not own & set(zip(prompts, (tuple(t.tolist()) for t in targets), strict=True))
+        return kl_estimate(model, ref, batches, dtype, device)
+
+    monkeypatch.setattr("minibnf.train.kl_estimate", spy)
+    assert main(arguments(world, tmp_path / "run", "--loss", "kto")) == 0
+    assert len(seen) == 24
 
 
 def pack_examples(world):
@@ -245,20 +288,21 @@ def wait_for_step(out, step, process):
     pytest.fail(f"step {step} was not reached: {process.communicate()}")
 
 
-LONG = ["--lr", "1e-3", "--epochs", "40", "--save-every", "7", "--loss", "bnf", "--optimizer", "muon", "--max-tokens", "150"]
+LONG = ["--lr", "1e-3", "--epochs", "40", "--save-every", "7", "--loss", "bnf", "--optimizer", "muon", "--max-tokens", "150",
+        "--eval-every", "10", "--eval-data"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert main(arguments(world, out, *LONG)) == 0
+    assert main(arguments(world, out, *LONG, world / "held-out.jsonl")) == 0
     return out
 
 
 @pytest.mark.parametrize("step", [1, 16, 50])
 def test_killed_and_resumed_ends_bitwise_as_if_never_killed(world, tmp_path, uninterrupted, step):
     out = tmp_path / "run"
-    process = start(world, out, *LONG)
+    process = start(world, out, *LONG, world / "held-out.jsonl")
     wait_for_step(out, step, process)
     process.kill()
     process.wait()
@@ -276,13 +320,13 @@ def test_killed_and_resumed_ends_bitwise_as_if_never_killed(world, tmp_path, uni
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_and_says_how_to_go_on(world, tmp_path, uninterrupted, number):
     out = tmp_path / "run"
-    process = start(world, out, *LONG)
+    process = start(world, out, *LONG, world / "held-out.jsonl")
     wait_for_step(out, 10, process)
     process.send_signal(number)
     text, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert f"python -m minibnf.train --resume --out {out}" in text
-    done = len(logged(out))
+    done = sum("loss" in row for row in logged(out))
     assert json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())["step"] == done
     assert main(["--resume", "--out", str(out)]) == 0
     assert same(weights(out), weights(uninterrupted))
@@ -290,12 +334,35 @@ def test_an_interrupt_saves_and_says_how_to_go_on(world, tmp_path, uninterrupted
 
 def test_resuming_something_else_is_refused(world, tmp_path, capsys):
     out = tmp_path / "run"
-    process = start(world, out, *LONG)
+    process = start(world, out, *LONG, world / "held-out.jsonl")
     wait_for_step(out, 2, process)
     process.kill()
     process.wait()
     assert main(["--resume", "--out", str(out), "--lr", "1"]) == 1
     assert "cannot resume, lr was 0.001 and is 1.0 now" in capsys.readouterr().err
+    other = tmp_path / "other"
+    save(fresh(world / "model", seed=5), other)
+    load_tokenizer(world / "model").save(other)
+    assert main(["--resume", "--out", str(out), "--model", str(other)]) == 1
+    assert "cannot resume, model_sha256 was" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_says_so_unless_it_would_be_another(world, tmp_path, capsys):
+    assert main(arguments(world, tmp_path / "run")) == 0
+    assert main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    assert "finished: its model lies in" in capsys.readouterr().out
+    assert main(["--resume", "--out", str(tmp_path / "run"), "--loss", "dpo"]) == 1
+
+
+def test_killed_while_the_model_is_written_resumes_from_the_last_step(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr("minibnf.train.finish", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(arguments(world, out))
+    monkeypatch.undo()
+    assert main(arguments(world, tmp_path / "whole")) == 0
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert same(weights(out), weights(tmp_path / "whole"))
 
 
 # --------------------------------------------------------------------------------------------------------- what goes wrong
@@ -320,6 +387,43 @@ def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, t
     assert main(arguments(world, out, "--max-steps", 2)) == 0
     assert main([*arguments(world, out, "--overwrite"), "--data", str(tmp_path / "missing.jsonl")]) == 1
     assert (out / "model" / "model.safetensors").is_file()
+
+
+def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
+    """Neither a folder that holds just a model, nor the model of the very run that --overwrite would delete."""
+    out = tmp_path / "run"
+    load_tokenizer(world / "model").save(out / "model")
+    save(load(world / "model"), out / "model")
+    for more in ([], ["--overwrite"]):
+        assert main(["--model", str(out / "model"), *arguments(world, out)[2:], *more]) == 1
+        assert "which the run replaces" in capsys.readouterr().err
+    assert main(arguments(world, out)) == 1
+    assert "holds a run already" in capsys.readouterr().err
+    assert torch.equal(load(out / "model").unembed, load(world / "model").unembed)
+
+
+def test_ktos_lack_of_a_second_prompt_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path, capsys):
+    out, one = tmp_path / "run", write(tmp_path / "one.jsonl", rows(1))
+    assert main(arguments(world, out)) == 0
+    assert main([*arguments(world, out, "--overwrite", "--loss", "kto"), "--data", str(one)]) == 1
+    assert "one.jsonl, line 1: kto" in capsys.readouterr().err and (out / "model").exists()
+
+
+def test_every_option_of_training_does_something(world, tmp_path):
+    """Each changes the weights (or what is logged, or the stored dtype) against the same run without it."""
+    assert main(arguments(world, tmp_path / "plain", "--lr", 3e-3)) == 0
+    options = {
+        "clip": ["--grad-clip", "1e-3"], "decay": ["--weight-decay", "0.5"],
+        "warm": ["--warmup", "0.9"], "fall": ["--decay", "0.2"],
+        "batch": ["--batch-size", "5"], "own": ["--loss-args", "length=own"], "muon": ["--optimizer", "muon"],
+    }  # fmt: skip
+    for name, more in options.items():
+        assert main(arguments(world, tmp_path / name, "--lr", 3e-3, *more)) == 0
+        assert not same(weights(tmp_path / name), weights(tmp_path / "plain")), name
+    more = ["--save-dtype", "bfloat16", "--eval-data", world / "held-out.jsonl", "--eval-every", 2]
+    assert main(arguments(world, tmp_path / "other", "--lr", 3e-3, *more)) == 0
+    assert {t.dtype for t in weights(tmp_path / "other").values()} == {torch.bfloat16}
+    assert [row["step"] for row in logged(tmp_path / "other") if "eval_loss" in row] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
