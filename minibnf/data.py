@@ -180,8 +180,9 @@ def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def mismatched(examples: list[Example], max_length: int, path) -> list[Example]:
-    """For each example, its prompt with the responses of the next one (cyclically) that has another prompt,
-    other responses (a rephrased question may have the same) and fits. What KTO estimates its reference point from. max_length: the model's context. Raises ValueError where there is none.
+    """For each example, its prompt with the next example's responses (cyclically): the next with another prompt, other
+    responses (a rephrased question may share them), and room for both in max_length, the model's context.
+    KTO estimates its reference point from these. Raises ValueError where there is none.
     """
     n, found = len(examples), []
     for i, example in enumerate(examples):
