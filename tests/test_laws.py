@@ -131,6 +131,10 @@ def test_slic_is_flat_beyond_its_margin(batch, extra):
     assert torch.equal(g, torch.where(batch.preferred[batch.owner], -1.0, 1.0).double())  # within it: one for one
 
 
+def test_slic_at_its_margin_exactly_takes_the_flat_side():
+    assert not LOSSES["slic"].gradient(pair([-1.0], [-3.0]), delta=2.0, lam=0.0).any()
+
+
 @given(batch=responses(paired=True))
 def test_cpo_is_dpo_with_a_uniform_reference_and_likelihood(batch):
     uniform = replace(batch, ref_logps=torch.zeros_like(batch.logps))

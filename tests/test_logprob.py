@@ -1,11 +1,13 @@
 """token_logps and one_sweep against the naive expression over the whole (N, V), in float64 and with measured tolerances."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.logprob import one_sweep, token_logps
+from minibnf.logprob import _chunks, _empty_gradients, one_sweep, token_logps
 from minibnf.losses import LOSSES, bnf_potential, bnf_weight
 
 
@@ -90,6 +92,24 @@ def test_log_probabilities_near_0_keep_their_relative_accuracy():
     assert logps.item() == pytest.approx(-9 * torch.tensor(-30.0, dtype=torch.float64).exp().item(), rel=1e-5)
 
 
+def test_rows_of_very_different_size_do_not_disturb_each_other():
+    """Each row is shifted by its own largest logit: with one shift for all, e^(-1000) would vanish or e^1000 overflow."""
+    hidden = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
+    unembed, targets = torch.tensor([[1.0], [0.999], [1.001]], requires_grad=True), torch.tensor([0, 1, 2])
+    expected = naive(hidden.double(), unembed.double(), targets)
+    logps = token_logps(hidden, unembed, targets)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-4, atol=1e-4)
+    logps.sum().backward()
+    assert hidden.grad.isfinite().all() and unembed.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("V, tokens", [(49152, 341), (2**24, 16), (1000, 16777)])
+def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
+    chunks = _chunks(50000, torch.empty(V, 0), None)
+    assert chunks[0] == slice(0, tokens) and chunks[-1].stop == 50000
+    assert all(a.stop == b.start for a, b in pairwise(chunks))
+
+
 def test_only_the_gradient_that_is_needed_is_made():
     hidden, unembed, targets, c = problem(5, 4, 7)
     ref = torch.full((5,), -1.0, dtype=torch.float64)
@@ -100,6 +120,10 @@ def test_only_the_gradient_that_is_needed_is_made():
         ):
             value.backward()
     assert hidden.grad is not None and unembed.grad is not None
+    assert (
+        _empty_gradients(hidden, unembed, (True, False))[1] is None
+        and _empty_gradients(hidden, unembed, (False, True))[0] is None
+    )
     with torch.no_grad():
         loss, _ = one_sweep(hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight)
     assert not loss.requires_grad
@@ -145,3 +169,12 @@ def test_arguments_that_do_not_fit_say_what_is_wrong(changes, message):
     arguments = {"hidden": torch.zeros(3, 4), "unembed": torch.zeros(5, 4), "targets": torch.tensor([0, 1, 2]), **changes}
     with pytest.raises(ValueError, match=message):
         token_logps(**arguments)
+    with pytest.raises(ValueError, match=message):
+        one_sweep(**arguments, ref_logps=None, preferred=GOOD[:3], c=-torch.ones(3), potential=bnf_potential, slope=bnf_weight)
+
+
+def test_a_soft_cap_below_1_and_no_tokens_at_all_are_allowed():
+    hidden, unembed = torch.ones(1, 2), torch.tensor([[5.0, 5.0], [0.0, 0.0]])
+    capped = token_logps(hidden, unembed, torch.tensor([0]), softcap=0.5)
+    torch.testing.assert_close(capped, torch.tensor([0.5, 0.0]).log_softmax(0)[:1])
+    assert token_logps(hidden[:0], unembed, torch.empty(0, dtype=torch.int64)).shape == (0,)

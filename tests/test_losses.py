@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minibnf.losses import LOSSES, Responses, bnf_loss, bnf_potential, bnf_weight
+from minibnf.losses import LOSSES, Responses, bnf_loss, bnf_potential, bnf_weight, rbnf_potential, rbnf_weight
 from tests.strategies import EXTREME, UNCERTAIN, hypers, responses
 
 ALL = sorted(LOSSES)
@@ -83,6 +83,41 @@ def test_bnf_weight_where_odds_have_limits():
     r = torch.tensor([0.0, -1e4, 0.0, -1e4 + 1, -89.0, -1.0])
     expected = torch.tensor([1.0, 1.0, 0.0, math.exp(-1), math.exp(-1), 0.0])
     torch.testing.assert_close(bnf_weight(p, r), expected)
+
+
+def plain_bnf_potential(p, r):
+    """Identity 2 as it is written, in numbers."""
+    return math.log(p) if p >= r else math.log(r) + (math.log1p(-r) - math.log1p(-p)) * (1 - r) / r
+
+
+def plain_rbnf_potential(p, r):
+    """A preferred token's: from p* = r²/(1 - r + r²) down a line of slope r in log p."""
+    star = r * r / (1 - r + r * r)
+    return plain_bnf_potential(p, r) if p >= star else plain_bnf_potential(star, r) + r * (math.log(p) - math.log(star))
+
+
+@given(p=st.floats(1e-6, 0.999), r=st.floats(1e-3, 0.999))
+@example(p=0.01, r=0.9)
+@example(p=1e-6, r=0.5)
+def test_the_potentials_have_the_values_of_their_formulas(p, r):
+    logs = torch.tensor([p], dtype=torch.float64).log(), torch.tensor([r], dtype=torch.float64).log()
+    for preferred, rbnf in ((True, plain_rbnf_potential), (False, plain_bnf_potential)):
+        assert bnf_potential(*logs).item() == pytest.approx(plain_bnf_potential(p, r), rel=1e-9, abs=1e-9)
+        assert rbnf_potential(*logs, torch.tensor([preferred])).item() == pytest.approx(rbnf(p, r), rel=1e-9, abs=1e-9)
+
+
+def test_the_potentials_limits():
+    """r -> 0: Φ = log r - (1 - p/r). r = 1 and p < 1: 0, with retrieval log p. p = r: log r. A log r rounded above 0 counts as 0."""
+    logp = torch.tensor([-1e4, -90.0, -2.0, -3.0, 0.0, -1.0, -200.0], dtype=torch.float32)
+    logr = torch.tensor([-1e4 + 1, -89.0, 0.0, -3.0, 0.0, 1e-7, -100.0], dtype=torch.float32)
+    tiny = math.expm1(-1)
+    expected = torch.tensor([-1e4 + 1 + tiny, -89 + tiny, 0, -3, 0, 0, -101])
+    torch.testing.assert_close(bnf_potential(logp, logr), expected)
+    good = torch.ones(7).bool()
+    torch.testing.assert_close(rbnf_potential(logp, logr, ~good), expected)
+    expected[[2, 5]] = torch.tensor([-2.0, -1.0])
+    torch.testing.assert_close(rbnf_potential(logp, logr, good), expected)
+    assert bnf_weight(logp, logr)[5] == 0 and rbnf_weight(logp, logr, good)[5] == pytest.approx(1)
 
 
 # ----------------------------------------------------------------------------------------- BNF as published, three ways
@@ -264,7 +299,16 @@ def one_response(**changes):
         ({"pairs": torch.tensor([0, 1])}, "pairs must be int64"),
         ({"logps": torch.tensor([1.0, 2.0])}, "a log-probability is at most 0"),
         ({"ref_logps": torch.tensor([0.5, -1.0])}, "ref_logps holds 0.5"),
-        ({"owner": torch.tensor([0, -1])}, "outside 0..0"),
+        ({"owner": torch.tensor([0, -1])}, "owner holds a response index outside 0..0"),
+        ({"pairs": torch.tensor([[0, 1]])}, "pairs holds a response index outside 0..0"),
+        ({"owner": torch.tensor([0, 0], dtype=torch.int32)}, "owner must be int64"),
+        ({"owner": torch.tensor([0])}, "owner must be int64"),
+        ({"pairs": torch.empty(0, 3, dtype=torch.int64)}, r"pairs must be int64 \(P, 2\)"),
+        ({"pairs": torch.empty(0, 2)}, r"pairs must be int64 .* not float32 \(0, 2\)"),
+        ({"preferred": torch.tensor([True, False])}, "response 1 has no tokens"),
+        ({"logps": torch.tensor([-1, -2])}, "logps must be a flat floating-point"),
+        ({"ref_logps": torch.tensor([-1, -2])}, "ref_logps must be like logps"),
+        ({"logps": torch.tensor([0.011, -2.0])}, "^logps holds 0.011"),
     ],
 )
 def test_responses_that_do_not_fit_say_what_is_wrong(changes, message):
@@ -275,7 +319,14 @@ def test_responses_that_do_not_fit_say_what_is_wrong(changes, message):
 @pytest.mark.parametrize(
     "name, hyper, changes, message",
     [
-        ("bnf", {"beta": 0.1}, {}, "no hyper-parameter 'beta'"),
+        ("bnf", {"beta": 0.1}, {}, r"no hyper-parameter 'beta' \(it has: length\)"),
+        ("dpo", {"length": 1}, {}, r"no hyper-parameter 'length' \(it has: beta, lam\)"),
+        ("nll", {"beta": 0.1}, {}, r"no hyper-parameter 'beta' \(it has: none\)"),
+        ("dpo", {"beta": True}, {}, "beta=True must be a number above 0"),
+        ("dpo", {"lam": "x"}, {}, "lam='x' must be a number, 0 or more"),
+        ("kto", {"kl": torch.zeros(2)}, {}, "kl=.* must be given"),
+        ("kto", {"kl": torch.zeros(1), "beta": -1.0}, {}, "beta=-1.0 must be"),
+        ("bnf", {"length": "own"}, {"ref_logps": None}, "needs ref_logps"),
         ("bnf", {"length": "longest"}, {}, "length='longest' must be"),
         ("bnf", {"length": 0}, {}, "length=0 must be"),
         ("dpo", {"beta": 0}, {}, "beta=0 must be a number above 0"),
@@ -291,6 +342,38 @@ def test_responses_that_do_not_fit_say_what_is_wrong(changes, message):
 def test_a_loss_that_cannot_be_computed_says_why(name, hyper, changes, message):
     with pytest.raises(ValueError, match=message):
         LOSSES[name](one_response(**changes), **hyper)
+
+
+def test_rounding_above_0_is_no_error_and_an_empty_batch_is():
+    one_response(logps=torch.tensor([5e-3, -2.0]))
+    nothing = {k: torch.empty(0) for k in ("logps", "ref_logps")} | {"owner": torch.empty(0, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="the batch holds no response"):
+        LOSSES["bnf"](one_response(**nothing, preferred=torch.empty(0, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize(
+    "ours, theirs", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2]
+)
+def test_narrow_log_probabilities_are_computed_in_float32(ours, theirs):
+    """Values that both dtypes hold exactly, so that the result is that of float32 to its rounding."""
+    batch = one_response(logps=torch.tensor([-1.5, -2.0]), ref_logps=torch.tensor([-1.0, -1.0]))
+    low = one_response(logps=batch.logps.to(ours), ref_logps=batch.ref_logps.to(theirs))
+    for name in ("bnf", "rbnf", "nll", "kto"):
+        hyper = {"kl": 0.0} if name == "kto" else {}
+        value, gradient = LOSSES[name].value(low, **hyper), LOSSES[name].gradient(low, **hyper)
+        assert value.dtype == gradient.dtype == torch.float32
+        assert torch.equal(value, LOSSES[name].value(batch, **hyper)) and torch.equal(
+            gradient, LOSSES[name].gradient(batch, **hyper)
+        )
+    wide = one_response(logps=batch.logps.double(), ref_logps=batch.ref_logps)  # float64 policy, float32 reference
+    assert LOSSES["kto"].gradient(wide, kl=0.0).dtype == LOSSES["bnf"].value(wide).dtype == torch.float64
+    assert LOSSES["nll"].gradient(wide).dtype == torch.float64
+
+
+def test_the_references_log_probabilities_are_never_differentiated():
+    ref = torch.tensor([-1.0, -1.0], requires_grad=True)
+    LOSSES["bnf"].value(one_response(logps=torch.tensor([-1.5, -2.0], requires_grad=True), ref_logps=ref)).backward()
+    assert ref.grad is None
 
 
 def test_a_response_in_no_pair_is_not_passed_over_where_another_is_in_two():
