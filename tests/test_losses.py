@@ -107,7 +107,7 @@ def test_the_potentials_have_the_values_of_their_formulas(p, r):
 
 
 def test_the_potentials_limits():
-    """r -> 0: Φ = log r - (1 - p/r). r = 1 and p < 1: 0, with retrieval log p. p = r: log r. A log r rounded above 0 counts as 0."""
+    """r -> 0: Φ = log r - (1 - p/r). r = 1, p < 1: Φ = 0, or log p with retrieval. p = r: log r. log r > 0 counts as 0."""
     logp = torch.tensor([-1e4, -90.0, -2.0, -3.0, 0.0, -1.0, -200.0], dtype=torch.float32)
     logr = torch.tensor([-1e4 + 1, -89.0, 0.0, -3.0, 0.0, 1e-7, -100.0], dtype=torch.float32)
     tiny = math.expm1(-1)

@@ -1,0 +1,40 @@
+"""The README's table of losses, printed from the code: python -m tests.loss_table (make losses)."""
+
+from minibnf.losses import LOSSES
+
+WHAT = {
+    "bnf": "bidirectional negative feedback",
+    "rbnf": "BNF that retrieves a lost preferred token, this project's own",
+    "nll": "supervised fine-tuning",
+    "unlikelihood": "no feedback: the control that collapses",
+    "dpo": "lam > 0: DPO + NLL",
+    "rdpo": "length-regularised",
+    "ipo": "squared distance to a target margin",
+    "slic": "SLiC-HF, a hinge",
+    "kto": "Kahneman-Tversky",
+    "orpo": "log odds ratio",
+    "simpo": "mean log-probabilities",
+    "cpo": "a uniform reference",
+}
+# Besides autograd and finite differences, which check every loss: whose code gives the same loss and gradients (make parity)
+PEERS = {
+    "bnf": "its published form", "dpo": "TRL, Liger", "ipo": "TRL", "kto": "TRL, Liger", "orpo": "TRL, Liger",
+    "simpo": "TRL, Liger", "cpo": "TRL, Liger",
+}  # fmt: skip
+
+
+def table() -> str:
+    rows = [
+        "| `--loss` | what it is | reference | pairs | `--loss-args` and defaults | `--lr` at width 576 | checked against |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, loss in LOSSES.items():
+        hyper = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in loss.defaults.items() if k != "kl")
+        needs = ["yes" if x else "no" for x in (loss.needs_ref, loss.needs_pairs)]
+        judges = ", ".join(["autograd", *([PEERS[name]] if name in PEERS else [])])
+        rows.append(f"| {name} | {WHAT[name]} | {needs[0]} | {needs[1]} | {hyper} | {loss.learning_rate:g} | {judges} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,38 @@
+"""What the README says of the code is what the code says."""
+
+import re
+from pathlib import Path
+
+from tests.loss_table import table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_losses_is_the_one_that_make_losses_prints():
+    assert table() in README
+
+
+def test_every_file_of_the_package_is_named_and_every_link_leads_somewhere():
+    for file in (ROOT / "minibnf").glob("[a-z]*.py"):
+        assert f"(minibnf/{file.name})" in README, file.name
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_make_target_that_the_readme_names_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M)) <= targets
+
+
+def test_the_drop_in_example_runs():
+    """The block under 'In your own training loop', as it stands."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)[:1]
+    names: dict = {}
+    exec(block, names)
+    assert names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]  # the chosen one goes up, the rejected one down
+
+
+def test_no_file_of_the_package_is_too_long_to_read():
+    for file in (ROOT / "minibnf").glob("*.py"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 450, file.name
