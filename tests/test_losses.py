@@ -376,6 +376,16 @@ def test_the_references_log_probabilities_are_never_differentiated():
     assert ref.grad is None
 
 
+def test_losses_that_need_no_reference_run_without_one_and_ktos_kl_may_be_a_tensor():
+    x, mask, preferred = -torch.ones(2, 2), torch.ones(2, 2).bool(), torch.tensor([True, False])
+    bare = Responses.from_padded(x, None, mask, preferred, torch.tensor([[0, 1]]))
+    for name, loss in LOSSES.items():
+        if not loss.needs_ref:
+            assert loss(bare).isfinite(), name
+    batch = Responses.from_padded(x, x - 1, mask, preferred)
+    assert torch.equal(LOSSES["kto"](batch, kl=torch.tensor(0.5)), LOSSES["kto"](batch, kl=0.5))
+
+
 def test_a_response_in_no_pair_is_not_passed_over_where_another_is_in_two():
     x = torch.full((4,), -1.0)
     batch = Responses(x, x, torch.arange(4), torch.tensor([True, False, False, True]), torch.tensor([[0, 1], [0, 2]]))
@@ -392,8 +402,8 @@ def test_labels_of_plus_and_minus_one_are_refused_not_taken_for_two_preferred_on
 @pytest.mark.parametrize(
     "logps, ref, mask, preferred, message",
     [
-        ((2, 3), (2, 2), (2, 3), 2, "ref_logps"),
-        ((2, 3), (2, 3), (2, 2), 2, "logps"),
+        ((2, 3), (2, 2), (2, 3), 2, "^ref_logps"),
+        ((2, 3), (2, 3), (2, 2), 2, "^logps"),
         ((6,), (6,), (6,), 6, "logps"),
         ((2, 3), (2, 3), (2, 3), 3, "preferred must be"),
     ],
