@@ -1,10 +1,13 @@
 """Hypothesis strategies by name. Values are drawn directly and small, so that a failure shrinks to numbers one can read."""
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from minibnf.data import Example
 from minibnf.losses import Responses
+
+FEW = settings(max_examples=max(5, settings.default.max_examples // 8))  # of what runs a whole model
 
 SMALL = st.floats(min_value=-6, max_value=-0.01, allow_nan=False)
 UNCERTAIN = st.one_of(  # from nearly certain to all but impossible

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf.data import Example, mismatched, order_of_epoch, pack, read_examples
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.forward import loss_and_logps
-from tests.strategies import examples
+from tests.strategies import FEW, examples
 from tests.test_losses import published_bnf
 
 
@@ -220,7 +220,7 @@ def padded_logits(model, found):
     return torch.cat([logits[i, len(p) - 1 : len(p) + len(r) - 1] for i, (p, r) in enumerate(rows)])
 
 
-@settings(max_examples=30)
+@FEW
 @given(found=examples(), data=st.data())
 def test_packed_equals_padded_in_value_and_in_every_gradient(tiny, found, data):
     """float64, random micro-batch sizes: log-probabilities, and the gradient of a random function of them."""
@@ -242,7 +242,7 @@ def test_packed_equals_padded_in_value_and_in_every_gradient(tiny, found, data):
         torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
 
 
-@settings(max_examples=20)
+@FEW
 @given(found=examples(), data=st.data())
 def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny, found, data):
     """Every parameter, float64, 1e-9: packed one sweep, split into micro-batches, against autograd through the dynamic target

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -13,6 +13,7 @@ from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
 from minibnf.generate import generate, sample
 from minibnf.model import rotary, rotate
+from tests.strategies import FEW
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
@@ -55,7 +56,7 @@ def test_a_later_token_changes_nothing_before_it(tiny):
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-@settings(max_examples=25)
+@FEW
 @given(prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=7), min_size=1, max_size=5))
 def test_greedy_generation_with_the_cache_is_the_plain_forwards_argmax(tiny, prompts):
     """Prompts of different lengths, some repeated, in one batch: each as if it were alone, token by token without a cache."""

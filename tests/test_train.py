@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -21,7 +21,7 @@ from minibnf.forward import fingerprint, forward_logps, kl_estimate, metrics, re
 from minibnf.smallworld import QUESTIONS, grammar, write_base
 from minibnf.tokenizer import load_tokenizer
 from minibnf.train import learning_rate, loss_hyper, main
-from tests.strategies import examples, hypers
+from tests.strategies import FEW, examples, hypers
 
 
 def said(role, content):
@@ -88,7 +88,7 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-@settings(max_examples=20)
+@FEW
 @given(found=examples(), data=st.data())
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_factory, name, found, data):
