@@ -67,7 +67,8 @@ class RMSNorm(nn.Module):
 def rotary(positions: Tensor, d: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (..., d) of positions (...): the angle of the pair (i, i + d/2) is position * theta^(-2i/d)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = theta ** -(torch.arange(0, d, 2, device=positions.device, dtype=wide) / d)  # (d/2,)
+    # as transformers writes it, so that float32 rounds alike: SmolLM2's logits are then equal bit for bit
+    frequency = 1.0 / theta ** (torch.arange(0, d, 2, device=positions.device, dtype=wide) / d)  # (d/2,)
     angle = positions[..., None].to(wide) * frequency
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
