@@ -115,7 +115,7 @@ class _TokenLogps(torch.autograd.Function):
             e, rest, total, _, slope = _softmax_parts(hidden[i], u, targets[i], ctx.softcap)
             dlogits = _dlogits_in_place(e, rest, total, targets[i], slope, dlogps[i])
             _accumulate(dhidden, dunembed, i, dlogits, hidden[i], u)
-        return dhidden, _like(dunembed, unembed), None, None, None
+        return dhidden, dunembed, None, None, None
 
 
 class _OneSweep(torch.autograd.Function):
@@ -133,7 +133,7 @@ class _OneSweep(torch.autograd.Function):
                 dlogps = c[i] * slope_of(logps[i], ref, preferred[i])
                 dlogits = _dlogits_in_place(e, rest, total, targets[i], slope, dlogps)
                 _accumulate(dhidden, dunembed, i, dlogits, hidden[i], u)
-        ctx.save_for_backward(dhidden, _like(dunembed, unembed))
+        ctx.save_for_backward(dhidden, dunembed)
         ctx.mark_non_differentiable(logps)
         return loss, logps
 
@@ -151,7 +151,8 @@ def _chunks(N: int, unembed: Tensor, chunk: int | None) -> list[slice]:
 
 
 def _empty_gradients(hidden, unembed, needed):
-    """dhidden in hidden's dtype (each row is written once), dunembed in float32 or wider (chunks add up in it)."""
+    """dhidden in hidden's dtype (each row is written once), dunembed in float32 or wider: chunks add up in it, and
+    autograd casts it to unembed's dtype at the end."""
     dhidden = torch.empty_like(hidden) if needed[0] else None
     dunembed = _float_like(unembed, *unembed.shape).zero_() if needed[1] else None
     return dhidden, dunembed
@@ -170,10 +171,6 @@ def _accumulate(dhidden, dunembed, i, dlogits, hidden, unembed):
 
 def _float_like(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-
-
-def _like(x: Tensor | None, other: Tensor) -> Tensor | None:
-    return None if x is None else x.to(other.dtype)
 
 
 def _check(hidden, unembed, targets, chunk, softcap):

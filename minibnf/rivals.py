@@ -204,5 +204,5 @@ def kto_gradient(responses: Responses, beta: float, lam_d: float, lam_u: float, 
 
 def _kto_parts(responses, beta, lam_d, lam_u, kl):
     x = beta * (responses.sums(responses.logps - responses.ref_logps) - kl)  # (R,)
-    sign = torch.where(responses.preferred, 1.0, -1.0).to(x.dtype)
-    return x, sign, torch.where(responses.preferred, lam_d, lam_u).to(x.dtype)
+    choose = lambda good, bad: torch.where(responses.preferred, torch.full_like(x, good), bad)
+    return x, choose(1.0, -1.0), choose(lam_d, lam_u)

@@ -54,7 +54,7 @@ def hypers(draw, loss):
         "alpha": st.sampled_from([0.0, 0.01, 1.0]),
         "gamma": st.sampled_from([0.0, 0.5, 1.6]),
         "delta": st.sampled_from([0.0, 1.0, 30.0]),
-        "lam_d": st.sampled_from([0.5, 1.0]),
+        "lam_d": st.sampled_from([0.7, 1.0]),
         "lam_u": st.sampled_from([1.0, 2.0]),
         "kl": st.sampled_from([0.0, 0.7, 5.0]),
     }

@@ -110,6 +110,14 @@ def test_kto_pushes_equally_both_ways_at_its_reference_point_and_less_on_either_
     assert (pushes(d) <= 0.5 / 4 + 1e-12).all()
 
 
+def test_ktos_weights_are_exact_in_float64():
+    """λ_d = 0.1 is no float32 number: rounding it to one on the way would cost 1e-9."""
+    one = pair([-1.0], [-1.0])
+    expected = torch.tensor([-0.1 / 4 / 2, 0.3 / 4 / 2], dtype=torch.float64)
+    g = LOSSES["kto"].gradient(one, beta=1.0, lam_d=0.1, lam_u=0.3, kl=0.0)
+    torch.testing.assert_close(g, expected, rtol=1e-14, atol=0)
+
+
 @given(a=st.floats(-5, -0.05), lam=st.sampled_from([0.1, 1.0]))
 def test_orpos_two_terms_balance_where_the_algebra_says(a, lam):
     """At a_w = a_l = a the odds ratio is 1 and σ(-ρ) = 1/2: the ratio pulls the rejected one down by λ/(2 (1 - e^a)), and the
