@@ -54,7 +54,7 @@ pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss n
 clean: ## delete .venv, runs and everything else that was made (weights/ stays)
 	rm -rf .venv runs mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(SMOL)/config.json: .venv/weights
+$(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m minibnf.convert --out $(SMOL)
 
 .venv/small: pyproject.toml
