@@ -12,94 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minibnf.model import Config, Transformer
+from minibnf.config import read_config, read_json
+from minibnf.model import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# Fields of config.json whose other values would change what is computed, with the values that are supported.
-SUPPORTED = {
-    "model_type": {"llama"},
-    "hidden_act": {"silu"},
-    "attention_bias": {False},
-    "mlp_bias": {False},
-    "rope_scaling": {None},
-    "sliding_window": {None},
-    "rope_interleaved": {False},
-    "partial_rotary_factor": {None, 1.0},
-    "quantization_config": {None},
-    "is_encoder_decoder": {False},
-    "cross_attention_hidden_size": {None},
-    "add_cross_attention": {False},
-    "is_decoder": {False, None},
-    "chunk_size_feed_forward": {0},
-    "pruned_heads": {None},
-}
-# Fields that the forward pass does not read: names, token ids, initialisation, dropout, what generate() does.
-HARMLESS = {
-    "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "bos_token_id", "decoder_start_token_id",
-    "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-    "return_dict", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class",
-    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unk_token_id", "use_bfloat16",
-    "use_cache",
-}  # fmt: skip
 SHARD_BYTES = 5 * 10**9
-
-
-def read_config(directory: str | os.PathLike) -> tuple[Config, dict]:
-    """config.json -> (the fields that decide what is computed, the whole of it). Raises ValueError naming a bad field."""
-    path = Path(directory) / "config.json"
-    raw = read_json(path)
-    get = _Fields(raw, path)
-    hidden, heads = get.number("hidden_size"), get.number("num_attention_heads")
-    rope = raw.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
-        raise ValueError(f"{path}: field 'rope_parameters' = {rope} is not supported; only the default rotary embedding is")
-    config = Config(
-        vocab_size=get.number("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=get.number("intermediate_size"),
-        num_hidden_layers=get.number("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=get.number("num_key_value_heads", heads),
-        head_dim=get.number("head_dim", hidden // heads),
-        rms_norm_eps=get.number("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or get.number("rope_theta", 10000.0),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_position_embeddings=get.number("max_position_embeddings", 2048),
-    )
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise ValueError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
-    for field, value in raw.items():
-        if field in SUPPORTED:
-            if value not in SUPPORTED[field] if not isinstance(value, (dict, list)) else value:
-                allowed = " or ".join(map(repr, SUPPORTED[field]))
-                raise ValueError(f"{path}: field '{field}' = {value!r} is not supported, only {allowed}")
-        elif field not in HARMLESS and field not in Config.__dataclass_fields__ and field != "rope_parameters":
-            raise ValueError(f"{path}: field '{field}' is unknown, and might change what the model computes")
-    return config, raw
-
-
-class _Fields:
-    def __init__(self, raw, path):
-        self.raw, self.path = raw, path
-
-    def number(self, name, default=None):
-        value = self.raw.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{self.path}: field '{name}' must be a number above 0, not {value!r}")
-        return value
-
-
-def read_json(path: Path):
-    """The JSON of a file. Raises FileNotFoundError, or ValueError that says where the file is broken."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
 def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None) -> Transformer:

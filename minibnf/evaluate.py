@@ -50,8 +50,9 @@ def read_responses(model: Transformer, tokenizer, file, max_tokens: int = 4096) 
     for batch in pack(examples, list(range(len(examples))), max_tokens):
 
         def head(x, unembed, batch=batch):
-            hidden = x[0, batch.predictors]
-            return token_logps(hidden, unembed, batch.targets), target_logits(hidden, unembed, batch.targets)
+            hidden, cap = x[0, batch.predictors], model.config.final_softcap
+            logps = token_logps(hidden, unembed, batch.targets, softcap=cap)
+            return logps, target_logits(hidden, unembed, batch.targets, softcap=cap)
 
         logps, z = model(batch.tokens, batch.positions, batch.layout, head=head)
         sums.append(batch.responses(logps, None).sums(logps))

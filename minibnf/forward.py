@@ -17,7 +17,7 @@ from minibnf.model import Transformer
 
 def forward_logps(model: Transformer, batch: Batch, dtype) -> Tensor:
     """(N,): log-probabilities of a batch's response tokens."""
-    head = lambda x, unembed: token_logps(x[0, batch.predictors], unembed, batch.targets)
+    head = lambda x, unembed: token_logps(x[0, batch.predictors], unembed, batch.targets, softcap=model.config.final_softcap)
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 
 
@@ -86,14 +86,14 @@ def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | N
     """The micro-batch's loss (scalar, differentiable) and its response log-probabilities (N,), detached."""
 
     def head(x, unembed):
-        hidden = x[0, batch.predictors]
+        hidden, cap = x[0, batch.predictors], model.config.final_softcap
         if loss.couples:
-            logps = token_logps(hidden, unembed, batch.targets)
+            logps = token_logps(hidden, unembed, batch.targets, softcap=cap)
             return loss(batch.responses(logps, ref), **hyper), logps.detach()
         wide = torch.promote_types(hidden.dtype, torch.float32)
         shape = batch.responses(torch.zeros(len(batch.targets), device=hidden.device, dtype=wide), ref)
         c, preferred = loss.token_coefficients(shape, **hyper), batch.preferred[batch.owner]
-        return one_sweep(hidden, unembed, batch.targets, ref, preferred, c, loss.potential, loss.slope)
+        return one_sweep(hidden, unembed, batch.targets, ref, preferred, c, loss.potential, loss.slope, softcap=cap)
 
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 

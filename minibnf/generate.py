@@ -88,7 +88,7 @@ def _prefill(model: Transformer, prompts: list, room: int) -> tuple[Cache, Tenso
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         kept: list = []
-        head = lambda x, unembed, last=last: x[0, last] @ unembed.to(x.dtype).t()
+        head = lambda x, unembed, last=last: model.logits(x[0, last], unembed)
         logits.append(model(tokens, positions, [(n, []) for n in lengths], keep=kept, head=head))
         for layer, (k, v) in enumerate(kept):
             for row, (k_, v_) in enumerate(zip(k[0].split(lengths, 1), v[0].split(lengths, 1), strict=True), start):

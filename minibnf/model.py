@@ -14,61 +14,53 @@ Three ways of attending, told apart by `layout`:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibnf.config import Config, Rope
+
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
 
 
-@dataclass(frozen=True)
-class Config:
-    """The fields of config.json that decide what is computed, under their Hugging Face names."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-
-
 class Linear(nn.Module):
-    """y = x W^T, W (out, in) cast to x's dtype."""
+    """y = x W^T + b, W (out, in) and b (out,), where there is one, cast to x's dtype."""
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight, the statistics in float32 or wider."""
+    """x / sqrt(mean(x²) + eps) * weight, the statistics in float32 or wider; Gemma multiplies by 1 + weight, there too."""
 
-    def __init__(self, n: int, eps: float):
+    def __init__(self, n: int, c: Config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(n)), eps
+        self.weight, self.eps, self.gemma = nn.Parameter(torch.ones(n)), c.rms_norm_eps, c.gemma
 
     def forward(self, x):
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.gemma:
+            return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
         return normed.to(x.dtype) * self.weight.to(x.dtype)
 
 
-def rotary(positions: Tensor, d: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (..., d) of positions (...): the angle of the pair (i, i + d/2) is position * theta^(-2i/d)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # as transformers writes it, so that float32 rounds alike: SmolLM2's logits are then equal bit for bit
-    frequency = 1.0 / theta ** (torch.arange(0, d, 2, device=positions.device, dtype=wide) / d)  # (d/2,)
+    frequency = 1.0 / rope.theta ** (torch.arange(0, d, 2, device=positions.device, dtype=wide) / d)  # (d/2,)
+    if rope.llama3 is not None:
+        # Llama 3: waves longer than context/low are slowed by factor, those shorter than context/high kept, the rest mixed
+        factor, low, high, context = rope.llama3
+        mix = ((context / (2 * math.pi / frequency) - low) / (high - low)).clamp(0, 1)
+        frequency = (1 - mix) * frequency / factor + mix * frequency
     angle = positions[..., None].to(wide) * frequency
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -89,13 +81,12 @@ class Cache:
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: Tensor, longest: int):
         self.keys, self.values, self.length, self.longest = keys, values, length, longest
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put one new token a row, k and v (B, K, 1, d), at each row's end; return all keys, values and (B,1,1,S) mask."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put one new token a row, k and v (B, K, 1, d), at each row's end; return all keys and values."""
         rows, S = torch.arange(len(k), device=k.device), self.longest + 1
         self.keys[layer][rows, :, self.length] = k[:, :, 0]
         self.values[layer][rows, :, self.length] = v[:, :, 0]
-        seen = torch.arange(S, device=k.device) <= self.length[:, None]
-        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], seen[:, None, None]
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
 
     def advance(self):
         """The tokens that every layer appended now belong to what was read."""
@@ -106,79 +97,121 @@ class Cache:
         return Cache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.length[rows], self.longest)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout, layer: int) -> Tensor:
-    """q (B, H, S, d), k and v (B, K, S, d) -> (B, H, S, d)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tensor | None]] | None", c: Config) -> Tensor:
+    """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d). mask: as masks() makes it."""
+    if isinstance(mask, list):
+        sizes = [size for size, _ in mask]
+        groups = zip(mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
+        return torch.cat([attend(q_, k_, v_, one, c) for (_, one), q_, k_, v_ in groups], 2)
     gqa = q.shape[1] != k.shape[1]
+    if c.attention_softcap is None:
+        causal = mask is None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=c.query_scale, enable_gqa=gqa)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = c.attention_softcap * torch.tanh(q @ k.transpose(2, 3) * c.query_scale / c.attention_softcap)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
+
+
+def masks(layout, S: int, window: int | None, device) -> "Tensor | list[tuple[int, Tensor | None]] | None":
+    """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
+
+    plain causality; (S, S) for sequences, (B, 1, 1, S) with a Cache, and [(size, mask)] for packed groups."""
+    if isinstance(layout, list):
+        return [_group_mask(group, window, device) for group in layout]
     if layout is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    if isinstance(layout, Cache):
-        k, v, mask = layout.append(layer, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-    sizes = [size for size, _ in layout]
-    parts = []
-    for (_, mask), q_, k_, v_ in zip(layout, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
-        parts.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa))
-    return torch.cat(parts, 2)
+        position = torch.arange(S, device=device)
+        if window is None or S <= window:
+            return None
+        return (position <= position[:, None]) & (position > position[:, None] - window)
+    position, last = torch.arange(layout.longest + 1, device=device), layout.length[:, None]
+    seen = position <= last if window is None else (position <= last) & (position > last - window)
+    return seen[:, None, None]
 
 
-def _size_and_mask(group: Group, device) -> tuple[int, Tensor | None]:
-    """S and (S, S) bool, True where row i may look at column j: j not after i, and j in the prompt or in i's own response.
-
-    None where that is plain causality. Made once a forward, for all layers.
-    """
+def _group_mask(group: Group, window: int | None, device) -> tuple[int, Tensor | None]:
+    """S, and (S, S): row i sees column j if j is not after i, in the prompt or in i's own response, and within the window."""
     prompt, responses = group
     size = prompt + sum(responses)
-    if len(responses) < 2:
+    if len(responses) < 2 and (window is None or size <= window):
         return size, None
     part = torch.repeat_interleave(torch.tensor([prompt, *responses]))  # 0 for the prompt, then 1, 2, ...
-    return size, ((part[:, None] == part) | (part == 0)).tril().to(device)
+    mask = ((part[:, None] == part) | (part == 0)).tril()
+    if window is not None:
+        position = torch.cat([torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in responses)])
+        mask &= position > position[:, None] - window
+    return size, mask.to(device)
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.d, self.layer = c.head_dim, layer
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.c, self.layer = c, layer
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.o_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
 
-    def forward(self, x, cos, sin, layout, keep):
-        heads = lambda y: y.unflatten(-1, (-1, self.d)).transpose(1, 2)
+    def forward(self, x, turn, mask, cache, keep):
+        heads = lambda y: y.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)  # (B, S, n d) -> (B, n, S, d)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
         if keep is not None:
             keep.append((k, v))
-        return self.o_proj(attend(q, k, v, layout, self.layer).transpose(1, 2).flatten(-2))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return self.o_proj(attend(q, k, v, mask, self.c).transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), act SiLU or (Gemma) GELU by tanh."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+        self.gelu = c.gelu
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * self.up_proj(x))
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the stream; Gemma also norms what is added."""
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
+        self.gemma = c.gemma
         self.self_attn, self.mlp = Attention(c, layer), MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c.hidden_size, c), RMSNorm(c.hidden_size, c)
+        if c.gemma:
+            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
+            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
-    def forward(self, x, cos, sin, layout, keep):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, keep)
+    def forward(self, x, *attention):
+        y = self.self_attn(self.input_layernorm(x), *attention)
+        if self.gemma:
+            x = x + self.post_attention_layernorm(y)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def layer_kinds(c: Config) -> set:
+    """The distinct (window, rope) of the layers: one mask and one rotation each."""
+    return {(layer.window, layer.rope) for layer in c.layers}
+
+
 class Transformer(nn.Module):
-    """A decoder of the Llama family. `raw` is the config.json it came from, kept for saving."""
+    """A decoder of one of config.py's families. `raw` is the config.json it came from, kept for saving."""
 
     def __init__(self, config: Config, raw: dict):
         super().__init__()
@@ -187,7 +220,7 @@ class Transformer(nn.Module):
         self.model.embed_tokens = nn.Module()
         self.model.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
@@ -216,24 +249,30 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, embedding).to(dtype or embedding.dtype)  # (B, S, D)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        attention = [_size_and_mask(group, tokens.device) for group in layout] if isinstance(layout, list) else layout
-        cos, sin = rotary(positions[:, None], c.head_dim, c.rope_theta, x.dtype)  # (B, 1, S, d)
-        for block in self.model.layers:
-            x = block(x, cos, sin, attention, keep)
+        if c.gemma:
+            x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
+        turns = {rope: rotary(positions[:, None], c.head_dim, rope, x.dtype) for _, rope in layer_kinds(c) if rope}  # (B,1,S,d)
+        seen = {window: masks(layout, x.shape[1], window, x.device) for window, _ in layer_kinds(c)}
+        cache = layout if isinstance(layout, Cache) else None
+        for layer, block in zip(c.layers, self.model.layers, strict=True):
+            x = block(x, turns.get(layer.rope), seen[layer.window], cache, keep)
         x = self.model.norm(x)
-        if isinstance(layout, Cache):
-            layout.advance()
-        if head is None:
-            return F.linear(x, self.unembed.to(x.dtype))
-        return head(x, self.unembed)
+        if cache is not None:
+            cache.advance()
+        return self.logits(x, self.unembed) if head is None else head(x, self.unembed)
+
+    def logits(self, x: Tensor, unembed: Tensor) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V), with Gemma-2's soft cap."""
+        z, cap = F.linear(x, unembed.to(x.dtype)), self.config.final_softcap
+        return z if cap is None else cap * torch.tanh(z / cap)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Transformer":
         """Fresh weights: normal with deviation 0.02, the residual outputs' smaller by sqrt(2 layers) (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(1.0)
+            if p.dim() == 1:  # biases 0, norms neutral
+                p.fill_(0.0 if name.endswith(".bias") or self.config.gemma else 1.0)
                 continue
             shrink = math.sqrt(2 * self.config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             p.copy_(torch.empty(p.shape).normal_(0, 0.02 / shrink, generator=generator))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
+from minibnf.config import Rope
 from minibnf.generate import generate, sample
 from minibnf.model import rotary, rotate
 from tests.strategies import FEW
@@ -38,7 +39,7 @@ def test_rotary_scores_depend_on_distance_only(m, n, shift):
     q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64)
 
     def score(m, n):
-        turned = [rotate(x, *rotary(torch.tensor([[[p]]]), 8, 1e4, torch.float64)) for x, p in ((q, m), (k, n))]
+        turned = [rotate(x, *rotary(torch.tensor([[[p]]]), 8, Rope(1e4), torch.float64)) for x, p in ((q, m), (k, n))]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=1e-9, atol=1e-9)
@@ -188,10 +189,25 @@ def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
     "fields, message",
     [
         ({"hidden_act": "gelu"}, "field 'hidden_act' = 'gelu' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "field 'rope_scaling'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "field 'rope_parameters'"),
-        ({"attention_bias": True}, "field 'attention_bias'"),
-        ({"model_type": "gemma2"}, "field 'model_type'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions .*linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rotary positions .*yarn"),
+        ({"sliding_window": 8}, "field 'sliding_window' = 8 is not supported for llama"),
+        ({"model_type": "phi3"}, "field 'model_type' = 'phi3'"),
+        ({"model_type": "mistral", "mlp_bias": True}, "field 'mlp_bias' = True is not supported for mistral"),
+        ({"model_type": "gemma2"}, "field 'hidden_act' = 'silu'"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "field 'layer_types' must name 2 times"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "beta": 1,
+                }
+            },
+            "llama3 lacks the field 'original_max_position_embeddings'",
+        ),
         ({"attention_temperature": 2}, "field 'attention_temperature' is unknown"),
         ({"hidden_size": "24"}, "field 'hidden_size' must be a number above 0"),
         ({"num_key_value_heads": 2}, "must be a multiple"),

@@ -1,0 +1,229 @@
+"""config.json -> the few numbers that decide what one Transformer computes, for the families that people use.
+
+Llama 2 and 3 (and SmolLM2, which is one), Mistral, Qwen2 and 2.5, Qwen3, SmolLM3, Gemma-2, Gemma-3 (text). A field that would
+change the result and is not supported is an error that names it; none is ignored.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: base theta; llama3: (factor, low_freq_factor, high_freq_factor, original context) or None."""
+
+    theta: float
+    llama3: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What differs between layers: a token sees `window` tokens up to itself (None: all); rope None: no positions at all."""
+
+    window: int | None
+    rope: Rope | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """The first ten fields bear their Hugging Face names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    layers: tuple[Layer, ...]
+    family: str
+    gelu: bool  # the gate's activation: tanh-approximated GELU, else SiLU
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMSNorm over each query's and key's head
+    gemma: bool  # norms multiply by 1 + weight, embeddings by sqrt(hidden_size), four norms a layer
+    query_scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
+
+
+# Fields that the forward pass does not read: names, token ids, initialisation, dropout, what generate() does.
+HARMLESS = set(
+    "_name_or_path architectures attention_dropout attn_implementation bos_token_id cache_implementation"
+    " decoder_start_token_id dtype eos_token_id finetuning_task id2label initializer_range is_llama_config label2id"
+    " name_or_path output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type return_dict"
+    " sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript"
+    " transformers.js_config transformers_version unk_token_id use_bfloat16 use_cache".split()
+)
+# Fields whose other values would change what is computed, with the values that are supported, for every family.
+ONLY = {
+    "rope_interleaved": (False,), "partial_rotary_factor": (None, 1.0), "quantization_config": (None,),
+    "is_encoder_decoder": (False,), "cross_attention_hidden_size": (None,), "add_cross_attention": (False,),
+    "is_decoder": (False, None), "chunk_size_feed_forward": (0,), "pruned_heads": (None, {}),
+    "use_bidirectional_attention": (None, False), "hidden_act": ("silu", "gelu_pytorch_tanh", "gelu"),
+    "hidden_activation": (None, "gelu_pytorch_tanh"),
+}  # fmt: skip
+SHAPE = set(
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    " head_dim rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters".split()
+)
+_WINDOWS = {"sliding_window", "layer_types"}
+_QWEN = _WINDOWS | {"use_sliding_window", "max_window_layers"}
+_GEMMA = _WINDOWS | {"query_pre_attn_scalar", "attention_bias"}
+READS = {  # family: the fields it reads besides SHAPE
+    "llama": {"attention_bias", "mlp_bias"},
+    "mistral": {"sliding_window"},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"attention_bias"},
+    "smollm3": _QWEN | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
+    "gemma2": _GEMMA | {"attn_logit_softcapping", "final_logit_softcapping"},
+    "gemma3_text": _GEMMA | {"attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
+                             "sliding_window_pattern", "_sliding_window_pattern"},
+}  # fmt: skip
+OFF = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "use_sliding_window": False}
+DEFAULTS = {  # where transformers' own default is not that of Llama
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "num_key_value_heads": 4},
+    "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+                    "num_key_value_heads": 4, "sliding_window_pattern": 6, "rope_theta": 1e6},
+    "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6, "num_key_value_heads": 4, "no_rope_layer_interval": 4},
+    "qwen3": {"head_dim": 128},
+}  # fmt: skip
+
+
+def read_config(directory) -> tuple[Config, dict]:
+    """config.json -> (the Config, the whole of it). Raises ValueError that names a field, FileNotFoundError."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    return parse_config(raw, path), raw
+
+
+def read_json(path: Path):
+    """The JSON of a file. Raises FileNotFoundError, or ValueError that says where the file is broken."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def parse_config(raw: dict, path) -> Config:
+    """See the top of the file. Raises ValueError that names the field."""
+    family = raw.get("model_type") if isinstance(raw, dict) else None
+    if family not in READS:
+        raise ValueError(f"{path}: field 'model_type' = {family!r} is not supported, only {', '.join(READS)}")
+    _refuse(raw, family, path)
+    given = DEFAULTS.get(family, {}) | {k: v for k, v in raw.items() if v is not None or k in OFF or k.endswith("capping")}
+
+    def number(name, default=None):
+        value = given.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{path}: field '{name}' must be a number above 0, not {value!r}")
+        return value
+
+    hidden, heads, n = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")
+    head_dim, gemma = number("head_dim", hidden // heads), family.startswith("gemma")
+    bias = bool(given.get("attention_bias"))
+    config = Config(
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size"),
+        num_hidden_layers=n,
+        num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", heads),
+        head_dim=head_dim,
+        rms_norm_eps=number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
+        max_position_embeddings=number("max_position_embeddings", 2048),
+        layers=_layers(given, family, n, number, path),
+        family=family,
+        gelu=gemma,
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        mlp_bias=bool(given.get("mlp_bias")),
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        gemma=gemma,
+        query_scale=(number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
+        attention_softcap=given.get("attn_logit_softcapping"),
+        final_softcap=given.get("final_logit_softcapping"),
+    )
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        raise ValueError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
+    return config
+
+
+def _refuse(raw: dict, family: str, path) -> None:
+    """Raise for a field that is unknown, or has a value that this family's forward pass here does not follow."""
+    for field, value in raw.items():
+        if field in ONLY:
+            allowed = ONLY[field]
+            if field == "hidden_act":  # Gemma's, where hidden_activation says otherwise, is not read
+                allowed = allowed[1:] if family.startswith("gemma") else allowed[:1]
+            if value not in allowed:
+                raise ValueError(
+                    f"{path}: field '{field}' = {value!r} is not supported, only {' or '.join(map(repr, allowed))}"
+                )
+        elif field not in HARMLESS | SHAPE | READS[family]:
+            if field not in OFF:
+                raise ValueError(f"{path}: field '{field}' is unknown for {family}, and might change what the model computes")
+            if value != OFF[field]:
+                raise ValueError(f"{path}: field '{field}' = {value!r} is not supported for {family}, only {OFF[field]!r}")
+
+
+def _layers(given: dict, family: str, n: int, number, path) -> tuple[Layer, ...]:
+    """Each layer's window and rotary positions."""
+    types = given.get("layer_types")
+    if types is None:  # as transformers 4 wrote no such field
+        sliding = {
+            "mistral": lambda i: given["sliding_window"] is not None,
+            "gemma2": lambda i: i % 2 == 0,
+            "gemma3_text": lambda i: (i + 1) % number("sliding_window_pattern") != 0,
+            "qwen2": lambda i: given.get("use_sliding_window", False) and i >= given.get("max_window_layers", 28),
+        }
+        of = sliding.get("qwen2" if family == "qwen3" else family, lambda i: False)
+        if family == "smollm3" and given.get("use_sliding_window"):
+            raise ValueError(f"{path}: field 'use_sliding_window' needs the field 'layer_types' beside it")
+        types = ["sliding_attention" if of(i) else "full_attention" for i in range(n)]
+    if len(types) != n or set(types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"{path}: field 'layer_types' must name {n} times sliding_attention or full_attention, not {types}")
+    window = number("sliding_window") if "sliding_attention" in types else None
+    kept = given.get("no_rope_layers")
+    if family == "smollm3" and kept is None:
+        kept = [int((i + 1) % number("no_rope_layer_interval") != 0) for i in range(n)]
+    ropes = _ropes(given, number, path)
+    return tuple(
+        Layer(window if kind == "sliding_attention" else None, ropes[kind] if kept is None or kept[i] else None)
+        for i, kind in enumerate(types)
+    )
+
+
+def _ropes(given: dict, number, path) -> dict[str, Rope]:
+    """{"full_attention": ..., "sliding_attention": ...}, from rope_theta and rope_scaling or from rope_parameters."""
+    raw = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    each = raw if set(raw) & {"full_attention", "sliding_attention"} else {"full_attention": raw, "sliding_attention": raw}
+    found = {}
+    for kind in ("full_attention", "sliding_attention"):
+        p = each.get(kind) or {}
+        local = kind == "sliding_attention" and given.get("model_type") == "gemma3_text"  # its local layers' own base
+        theta = p.get("rope_theta") or (given.get("rope_local_base_freq", 1e4) if local else number("rope_theta", 1e4))
+        rope_type = p.get("rope_type", p.get("type", "default"))
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if local and "full_attention" not in raw:
+            rope_type, p = "default", {}
+        if rope_type == "default" and not set(p) - known and p.get("partial_rotary_factor", 1.0) == 1.0:
+            found[kind] = Rope(theta)
+        elif rope_type == "llama3" and len(set(p) - known) == 4 and p.get("partial_rotary_factor", 1.0) == 1.0:
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            if missing := [name for name in names if name not in p]:
+                raise ValueError(f"{path}: rotary scaling llama3 lacks the field '{missing[0]}'")
+            found[kind] = Rope(theta, tuple(float(p[name]) for name in names))
+        else:
+            raise ValueError(f"{path}: rotary positions {p} are not supported; only rope_type default and llama3 are")
+    return found
