@@ -72,7 +72,10 @@ def _weight_files(directory: Path) -> list[Path]:
         if not single.is_file():
             raise FileNotFoundError(f"{directory}: no model.safetensors (nor model.safetensors.index.json) lies there")
         return [single]
-    files = sorted(set(read_json(index)["weight_map"].values()))
+    found = read_json(index)
+    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+        raise ValueError(f"{index}: field 'weight_map' is missing; it names the file of each tensor")
+    files = sorted(set(found["weight_map"].values()))
     for name in files:
         if Path(name).name != name or not (directory / name).is_file():
             raise FileNotFoundError(f"{index}: names the file '{name}', which does not lie beside it")
@@ -164,21 +167,31 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
 
 @torch.no_grad()
 def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
-    """Put the newest checkpoint into model and optimizers -> (steps done, tokens read); (0, 0) if there is none."""
+    """Put the newest checkpoint into model and optimizers -> (steps done, tokens read); (0, 0) if there is none.
+
+    Raises OSError that names a checkpoint that cannot be read.
+    """
     found = sorted((out / "checkpoints").glob("step-*"))
     if not found:
         return 0, 0
-    with safe_open(found[-1] / "model.safetensors", framework="pt") as tensors:
+    try:
+        return _load_training(found[-1], model, optims)
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        raise OSError(f"{found[-1]}: a damaged checkpoint ({error}); --overwrite starts anew") from None
+
+
+def _load_training(directory: Path, model: Transformer, optims: list) -> tuple[int, int]:
+    with safe_open(directory / "model.safetensors", framework="pt") as tensors:
         for name, p in model.named_parameters():
             p.copy_(tensors.get_tensor(name))
     for i, optim in enumerate(optims):
         state: dict = {}
-        with safe_open(found[-1] / f"optimizer-{i}.safetensors", framework="pt") as tensors:
+        with safe_open(directory / f"optimizer-{i}.safetensors", framework="pt") as tensors:
             for key in tensors.keys():
                 index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = tensors.get_tensor(key)
         optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
-    state = read_json(found[-1] / "state.json")
+    state = read_json(directory / "state.json")
     return state["step"], state["num_tokens"]
 
 

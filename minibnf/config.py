@@ -124,8 +124,9 @@ def parse_config(raw: dict, path) -> Config:
 
     def number(name, default=None):
         value = given.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{path}: field '{name}' must be a number above 0, not {value!r}")
+        real = name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
+        if isinstance(value, bool) or not isinstance(value, (int, float) if real else int) or value <= 0:
+            raise ValueError(f"{path}: field '{name}' must be a {'' if real else 'whole '}number above 0, not {value!r}")
         return value
 
     hidden, heads, n = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")

@@ -9,6 +9,7 @@ then it is counted.
 import gzip
 import hashlib
 import json
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -71,7 +72,7 @@ def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> 
             if overlong == "skip":
                 continue
             responses = [r[: max_length - len(prompt_ids)] for r in responses]
-        counts["whose chosen is their rejected"] += len(responses) == 2 and responses[0] == responses[1]
+        counts["whose chosen and rejected are the same"] += len(responses) == 2 and responses[0] == responses[1]
         examples.append(Example(tuple(prompt_ids), tuple(responses), preferred, number))
     if not examples:
         raise ValueError(f"{path}: no rows" + (f" left: all {counts['skipped']} are too long" if counts else ""))
@@ -81,7 +82,7 @@ def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> 
 def _rows(path):
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise FileNotFoundError(f"{path}: " + ("is no file" if path.exists() else "there is no such file"))
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
         for number, line in _numbered(lines, path):
             where = f"{path}, line {number}"
@@ -94,6 +95,8 @@ def _rows(path):
                 raise ValueError(f"{where}: not UTF-8 text: {error}") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}, column {error.colno}: not valid JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+                raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
             yield number, row
@@ -157,6 +160,12 @@ def _check_text(value, where: str, field: str):
 
 def _tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
     """-> the ids of prompt and response, () for an empty response."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a tokenizer's, of what it cannot spell and would leave out
+        return _encode(tokenizer, prompt, completion, where, field)
+
+
+def _encode(tokenizer, prompt, completion, where, field):
     try:
         if isinstance(prompt, str):
             response = [*tokenizer.encode(completion, continuation=True), tokenizer.eos_id] if completion else []
@@ -164,7 +173,7 @@ def _tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[li
         if not completion or not "".join(message["content"] for message in completion):
             return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
         return tokenizer.encode_response(prompt, completion)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
+    except (ValueError, RuntimeError, UserWarning) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
         raise ValueError(f"{where}, field '{field}': {error}") from None
 
 

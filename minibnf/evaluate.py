@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--pairs", metavar="FILE", help="held-out preference rows, for the log-likelihood shifts")
     p.add_argument("--samples", type=int, default=16, metavar="N", help="answers drawn to each QA question; default 16")
     p.add_argument("--count", type=int, default=100, metavar="N", help="problems of each reasoning family; default 100")
-    p.add_argument("--split", choices=["validation", "test"], default="test")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--split", choices=["validation", "test"], default="test", help="of the prompts; default test")
+    p.add_argument("--seed", type=int, default=0, help="of prompts and samples; default 0")
     args = p.parse_args(argv)
     if args.samples < 1 or args.count < 1:
         p.error("--samples and --count must be 1 or more")

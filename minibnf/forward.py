@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,10 +39,12 @@ class Reference:
 @torch.no_grad()
 def reference(model, examples: list[Example], file: Path, key: str, max_tokens: int, dtype, device) -> Reference:
     """Computed once and cached in file under a key that names the model, the tokens and the dtype."""
-    if file.is_file():
+    try:
         with safe_open(file, framework="pt") as cached:
             if (cached.metadata() or {}).get("key") == key:
                 return Reference(examples, cached.get_tensor("logps"))
+    except (OSError, SafetensorError):
+        pass  # absent or damaged: made (again) below
     ref = Reference(examples, torch.empty(sum(len(r) for e in examples for r in e.responses)))
     with tqdm(total=len(examples), desc="reference", unit="example", disable=None, leave=False) as bar:
         for i in range(0, len(examples), 512):

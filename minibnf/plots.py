@@ -22,7 +22,7 @@ def training_curves(rows: list[dict], file: Path, title: str) -> Path:
     panels = [
         ("loss (nats)", {"loss": PLAIN}),
         ("log-likelihood (nats a response)", {"logps/chosen": GOOD, "logps/rejected": BAD}),
-        ("reward: shift against the reference (nats)", {"rewards/chosen": GOOD, "rewards/rejected": BAD}),
+        ("reward: shift against the reference, × β if any (nats)", {"rewards/chosen": GOOD, "rewards/rejected": BAD}),
     ]
     panels = [(label, lines) for label, lines in panels if any(name in row for row in steps for name in lines)]
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -34,7 +34,7 @@ def training_curves(rows: list[dict], file: Path, title: str) -> Path:
                 if not points:
                     continue
                 x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, marker="." if len(x) < 3 else None)
                 axis.plot(x, _smooth(y), color=colour, linewidth=1.6, label=name.split("/")[-1])
                 dots = [(row["step"], row[f"eval_{name}"]) for row in held_out if f"eval_{name}" in row]
                 if dots:

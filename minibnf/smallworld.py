@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -400,26 +401,37 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
     os.replace(temporary, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """The command line: see the top of the file."""
     parser = argparse.ArgumentParser(prog="python -m minibnf.smallworld", description="Make the small world's files.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in {
-        "base": "config and tokenizer of a fresh tiny model",
-        "rows": "pretraining rows",
-        "pairs": "preference pairs out of a base model's own samples",
-    }.items():
+    for name, text, out in (
+        ("base", "config and tokenizer of a fresh tiny model", "the folder to write"),
+        ("rows", "pretraining rows", "the .jsonl file to write"),
+        ("pairs", "preference pairs out of a base model's own samples", "the .jsonl file to write"),
+    ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--out", type=Path, required=True, help="a folder for base, else a .jsonl file")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--out", type=Path, required=True, help=out)
+        command.add_argument("--seed", type=int, default=0, help="another seed, another draw; default 0")
         if name != "base":
-            command.add_argument("--count", type=int, required=True, help="how many rows or pairs")
+            command.add_argument("--count", type=int, required=True, help=f"how many {name}")
     command.add_argument("--model", required=True, help="folder of the base model")  # pairs alone takes these
-    command.add_argument("--kind", choices=("qa", "math"), required=True)
-    command.add_argument("--split", choices=tuple(PEOPLE_OF), default="train", help="of the prompts")
+    command.add_argument("--kind", choices=("qa", "math"), required=True, help="answers by style, or right against wrong")
+    command.add_argument("--split", choices=tuple(PEOPLE_OF), default="train", help="of the prompts; default train")
     command.add_argument("--unpaired", choices=("both", "chosen", "rejected"), help="unpaired rows, of these sides")
     args = parser.parse_args(arguments)
+    if getattr(args, "count", 1) < 1:
+        parser.error("--count must be 1 or more")
+    try:
+        _make(args)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.out}")
+    return 0
 
+
+def _make(args: argparse.Namespace) -> None:
     if args.command == "base":
         return write_base(args.out, args.seed)
     if args.command == "rows":
@@ -434,4 +446,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

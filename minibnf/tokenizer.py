@@ -43,7 +43,8 @@ def load_tokenizer(directory):
     for name, backend in (("tokenizer.json", HuggingFace), ("tokenizer.model", SentencePiece)):
         if (Path(directory) / name).is_file():
             return Tokenizer(Path(directory), backend(Path(directory) / name))
-    raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor tokenizer.model")
+    lacks = "holds neither tokenizer.json nor tokenizer.model" if Path(directory).is_dir() else "is no folder"
+    raise FileNotFoundError(f"{directory} {lacks}")
 
 
 class Tokenizer:

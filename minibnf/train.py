@@ -45,6 +45,8 @@ WIDTH = 576  # the default learning rates are for this hidden size; Adam's steps
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     rates = ", ".join(f"{loss.name} {loss.learning_rate:g}" for loss in LOSSES.values())
+    known = {loss.name: "".join(f" {k}={v}" for k, v in loss.defaults.items() if k != "kl") for loss in LOSSES.values()}
+    hypers = "; ".join(name + values for name, values in known.items() if values)
     p = argparse.ArgumentParser("minibnf.train", description="Align a checkpoint on preference data.", allow_abbrev=False)
     a = p.add_argument_group("what to train").add_argument
     a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: the start, and the reference")
@@ -56,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a("--overlong", choices=["error", "truncate", "skip"], default="error", help="rows longer than the model's context")
     a = p.add_argument_group("the loss").add_argument
     a("--loss", choices=list(LOSSES), default="bnf", help="default: bnf")
-    a("--loss-args", nargs="*", default=[], metavar="NAME=X", help="hyper-parameters of the loss, e.g. beta=0.1")
+    a("--loss-args", nargs="*", default=[], metavar="NAME=X", help=f"hyper-parameters of the loss, by default {hypers}")
     a = p.add_argument_group("how long and how fast").add_argument
     a("--epochs", type=int, metavar="N", help="passes over the data (default: 1)")
     a("--max-steps", type=int, metavar="N", help="stop after N steps instead, repeating the data if need be")
@@ -87,7 +89,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.resume and args.out and not config and (Path(args.out) / "config.json").is_file():
         config = Path(args.out) / "config.json"
     if config:
-        earlier = read_json(Path(config)).get("arguments")
+        earlier = read_json(Path(config))
+        earlier = earlier.get("arguments") if isinstance(earlier, dict) else None
         if not isinstance(earlier, dict) or set(earlier) - set(vars(args)):
             raise ValueError(f"{config}: not the config.json that a run of this version wrote")
         for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):  # a flag overrides its alternative too
@@ -95,6 +98,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 earlier[other] = None
         p.set_defaults(**earlier)
         args = p.parse_args(argv)
+    if args.resume and args.out and not config:
+        if not (args.model and args.data):
+            raise ValueError(f"{args.out} holds no run to go on with")
+        print(f"{args.out} holds no run to go on with: starting one")
     for name in ("model", "data", "out"):
         if getattr(args, name) is None:
             p.error(f"--{name} is required")
@@ -103,8 +110,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.epochs is not None and args.max_steps is not None:
         p.error("--epochs and --max-steps exclude each other")
     for name in ("epochs", "max_steps", "batch_size", "lr", "max_tokens", "save_every", "grad_clip"):
-        if (x := getattr(args, name)) is not None and not x > 0:
-            p.error(f"--{name.replace('_', '-')} must be above 0, not {x}")
+        if (x := getattr(args, name)) is not None and not 0 < x < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be a number above 0, not {x}")
     if not (0 <= args.warmup <= 1 and 0 <= args.decay <= 1 and args.weight_decay >= 0 and args.eval_every >= 0):
         p.error("--warmup and --decay must lie in 0..1, --weight-decay and --eval-every be 0 or more")
     if args.eval_every and not args.eval_data:
@@ -119,6 +126,8 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
         name, equals, value = text.partition("=")
         if not equals or name == "kl":
             raise ValueError(f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1" + " (kl is computed)" * (name == "kl"))
+        if name in given:
+            raise ValueError(f"--loss-args {text}: {name} is given twice")
         try:
             given[name] = float(value)
         except ValueError:
@@ -267,6 +276,8 @@ def train(run: Run) -> int:
     optims = optimizers(model, args, run.facts["lr"])
     step, tokens = load_training(out, model, optims) if args.resume else (0, 0)
     keep_metrics(out / "metrics.jsonl", step)
+    if step:
+        print(f"resumed  after step {step}", flush=True)
 
     def log(row: dict):
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as lines:
@@ -307,7 +318,7 @@ def train(run: Run) -> int:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
             value, rate = value.item(), learning_rate(step, run.steps, run.facts["lr"], args)
             if not math.isfinite(value) or not math.isfinite(norm):
-                return complain_non_finite(run, step, value, norm, batches)
+                return complain_non_finite(run, step + 1, value, norm, batches, "nothing was changed by it")
             for optim in optims:
                 for group in optim.param_groups:
                     group["lr"] = rate
@@ -324,6 +335,8 @@ def train(run: Run) -> int:
             if args.eval_data and (step == run.steps or (args.eval_every and step % args.eval_every == 0)):
                 evaluate()
             if step % args.save_every == 0 or step == run.steps or interrupted:
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    return complain_non_finite(run, step, value, norm, batches, "the weights after it are not finite")
                 save_training(out, step, tokens, model, optims)
         if step < run.steps:
             bar.close()
@@ -337,10 +350,10 @@ def train(run: Run) -> int:
     return 0
 
 
-def complain_non_finite(run: Run, step: int, value: float, norm: float, batches: list[Batch]) -> int:
+def complain_non_finite(run: Run, step: int, value: float, norm: float, batches: list[Batch], what: str) -> int:
     lines = sorted(line for b in batches for line in b.lines)
     print(
-        f"\nstopped before step {step + 1}: loss {value}, gradient norm {norm}; nothing was changed by it.\n"
+        f"\nstopped at step {step}: loss {value}, gradient norm {norm}; {what}.\n"
         f"Its batch: lines {', '.join(map(str, lines))} of {run.args.data}.\n"
         f"Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: {run.out / 'metrics.jsonl'}",
         file=sys.stderr,
@@ -403,6 +416,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return train(run)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"To go on:\n  python -m minibnf.train --resume --out {shlex.quote(args.out)}")
         return 130

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,8 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
     "row, message",
     [
         ('{"prompt": "a", ', "line 2, column 16: not valid JSON"),
+        ('{"prompt": ' + "9" * 5000 + "}", "line 2: JSON that cannot be read"),
+        ("[" * 100000, "line 2: JSON that cannot be read"),
         ("[1]", "line 2: a row must be a JSON object, not list"),
         ({"prompt": "a", "chosen": "b"}, "line 2: field 'rejected' is missing"),
         ({"prompt": "a", "completion": "b"}, "line 2: an unpaired row needs the field 'label'"),
@@ -135,7 +138,7 @@ def test_pairs_whose_responses_are_the_same_are_counted(tmp_path):
     """Also where cutting made them so."""
     rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b" * 200, "rejected": "b" * 300}]
     _, counts = read(tmp_path, *rows, overlong="truncate")
-    assert counts == {"truncated": 1, "whose chosen is their rejected": 2}
+    assert counts == {"truncated": 1, "whose chosen and rejected are the same": 2}
 
 
 @pytest.mark.parametrize("content", [b"not an archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]])
@@ -143,6 +146,18 @@ def test_a_broken_archive_is_named(tmp_path, content):
     (tmp_path / "rows.jsonl.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz"):
         read_examples(tmp_path / "rows.jsonl.gz", Letters(), 100)
+
+
+def test_a_character_that_the_tokenizer_would_leave_out_is_an_error(tmp_path):
+    class Lossy(Letters):
+        def encode(self, text, continuation=False):
+            if "\x04" in text:
+                warnings.warn("no token for it", stacklevel=2)
+            return super().encode(text)
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "\\u0004"}\n')
+    with pytest.raises(ValueError, match="line 1, field 'rejected': no token for it"):
+        read_examples(tmp_path / "rows.jsonl", Lossy(), 100)
 
 
 def test_text_that_no_tokenizer_can_read_is_named(tmp_path):

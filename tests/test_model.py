@@ -209,7 +209,8 @@ def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
             "llama3 lacks the field 'original_max_position_embeddings'",
         ),
         ({"attention_temperature": 2}, "field 'attention_temperature' is unknown"),
-        ({"hidden_size": "24"}, "field 'hidden_size' must be a number above 0"),
+        ({"hidden_size": "24"}, "field 'hidden_size' must be a whole number above 0"),
+        ({"hidden_size": 24.5}, "field 'hidden_size' must be a whole number above 0, not 24.5"),
         ({"num_key_value_heads": 2}, "must be a multiple"),
     ],
 )

@@ -142,6 +142,10 @@ def test_the_learning_rate_rises_stays_and_falls():
 def test_loss_arguments():
     assert loss_hyper(LOSSES["dpo"], ["beta=2"]) == {"beta": 2.0, "lam": 0.0}
     assert loss_hyper(LOSSES["bnf"], ["length=own"]) == {"length": "own"}
+    with pytest.raises(ValueError, match="given twice"):
+        loss_hyper(LOSSES["dpo"], ["beta=1", "beta=2"])
+    with pytest.raises(ValueError, match="kl is computed"):
+        loss_hyper(LOSSES["kto"], ["kl=1"])
     with pytest.raises(ValueError, match="write NAME=VALUE"):
         loss_hyper(LOSSES["dpo"], ["beta"])
 
@@ -402,6 +406,53 @@ def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
     assert torch.equal(load(out / "model").unembed, load(world / "model").unembed)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [["--lr", "inf"], ["--lr", "0"], ["--batch-size", "0"], ["--eval-every", "2"], ["--epochs", "1", "--max-steps", "1"]],
+)
+def test_impossible_arguments_are_refused(world, tmp_path, more):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments(world, tmp_path / "run", *more))
+    assert exit.value.code == 2 and not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkeypatch, capsys):
+    """A step so large that float32 overflows, on the last step, where no further loss would show it."""
+
+    class Overflow(torch.optim.SGD):
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p.data.fill_(float("inf"))
+
+    monkeypatch.setattr("minibnf.train.optimizers", lambda model, args, lr: [Overflow(model.parameters(), lr=1.0)])
+    assert main(arguments(world, tmp_path / "run", "--max-steps", 1)) == 1
+    assert "the weights after it are not finite" in capsys.readouterr().err and not (tmp_path / "run" / "model").exists()
+
+
+def test_damaged_folders_of_a_run(world, tmp_path, capsys):
+    """A damaged cache is made again; a damaged checkpoint, or a folder without a run, is one line."""
+    out = tmp_path / "run"
+    process = start(world, out, *LONG, world / "held-out.jsonl")
+    wait_for_step(out, 10, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    (out / "reference-train.safetensors").write_bytes(b"junk")
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    weights_file = checkpoint / "model.safetensors"
+    whole = weights_file.read_bytes()
+    weights_file.write_bytes(whole[:50])
+    assert main(["--resume", "--out", str(out)]) == 1
+    assert f"{checkpoint}: a damaged checkpoint" in capsys.readouterr().err
+    weights_file.write_bytes(whole)
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert "resumed  after step" in capsys.readouterr().out
+    assert main(["--resume", "--out", str(tmp_path / "nowhere")]) == 1
+    assert "holds no run to go on with" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(arguments(world, tmp_path / "file" / "run")) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_ktos_lack_of_a_second_prompt_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path, capsys):
     out, one = tmp_path / "run", write(tmp_path / "one.jsonl", rows(1))
     assert main(arguments(world, out)) == 0
@@ -477,5 +528,10 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(world, tmp_
     load_tokenizer(world / "model").save(tmp_path / "broken")
     assert main([*arguments(world, tmp_path / "run"), "--model", str(tmp_path / "broken")]) == 1
     errors = capsys.readouterr().err
-    assert "stopped before step 1: loss nan" in errors and "pairs.jsonl" in errors and "lines " in errors
+    assert (
+        "stopped at step 1: loss nan" in errors
+        and "nothing was changed" in errors
+        and "pairs.jsonl" in errors
+        and "lines " in errors
+    )
     assert not (tmp_path / "run" / "model").exists() and logged(tmp_path / "run") == []
