@@ -113,6 +113,8 @@ def _numbered(lines, path):
 def _parse(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tuple[bool, ...]]:
     """-> prompt, [(field, completion)], preferred; prompt and completions all strings or all lists of messages."""
     if "completion" in row or "label" in row:
+        if both := {"chosen", "rejected"} & set(row):
+            raise ValueError(f"{where}: field '{min(both)}' stands beside completion or label; a row is paired or it is not")
         fields, preferred = ["completion"], row.get("label")
         for field in ("prompt", "completion", "label"):
             if row.get(field) is None:
@@ -174,7 +176,8 @@ def _encode(tokenizer, prompt, completion, where, field):
             return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
         return tokenizer.encode_response(prompt, completion)
     except (ValueError, RuntimeError, UserWarning) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
-        raise ValueError(f"{where}, field '{field}': {error}") from None
+        what = "text that is not valid Unicode" if isinstance(error, (UnicodeError, RuntimeError)) else error
+        raise ValueError(f"{where}, field '{field}': {what}") from None
 
 
 def digest(examples: list[Example]) -> str:

@@ -191,6 +191,8 @@ def setup(args: argparse.Namespace) -> Run | None:
     hyper = loss_hyper(loss, args.loss_args)
     if out.resolve() in [Path(args.model).resolve(), *Path(args.model).resolve().parents]:
         raise ValueError(f"--model {args.model} lies in --out {out}, which the run replaces; write to another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
     holds_run = any((out / name).exists() for name in ("config.json", "metrics.jsonl", "model", "checkpoints"))
     if holds_run and not args.resume and not args.overwrite:
         raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it")
@@ -420,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"To go on:\n  python -m minibnf.train --resume --out {shlex.quote(args.out)}")
+        print(f"To go on:\n  {shlex.quote(sys.executable)} -m minibnf.train --resume --out {shlex.quote(args.out)}")
         return 130
 
 

@@ -84,6 +84,7 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ("[" * 100000, "line 2: JSON that cannot be read"),
         ("[1]", "line 2: a row must be a JSON object, not list"),
         ({"prompt": "a", "chosen": "b"}, "line 2: field 'rejected' is missing"),
+        (GOOD | {"completion": "b", "label": True}, "line 2: field 'chosen' stands beside completion or label"),
         ({"prompt": "a", "completion": "b"}, "line 2: an unpaired row needs the field 'label'"),
         ({"prompt": "a", "completion": "b", "label": 1}, "line 2: field 'label' must be true or false, not 1"),
         ({"prompt": "a", "chosen": "", "rejected": "c"}, "line 2: field 'chosen' is empty"),
@@ -167,7 +168,7 @@ def test_text_that_no_tokenizer_can_read_is_named(tmp_path):
             return super().encode(text)
 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}\n')
-    with pytest.raises(ValueError, match="line 1, field 'chosen'"):
+    with pytest.raises(ValueError, match="line 1, field 'chosen': text that is not valid Unicode"):
         read_examples(tmp_path / "rows.jsonl", Strict(), 100)
 
 

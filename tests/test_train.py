@@ -329,7 +329,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(world, tmp_path, uninterrupted
     process.send_signal(number)
     text, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert f"python -m minibnf.train --resume --out {out}" in text
+    assert f"-m minibnf.train --resume --out {out}" in text
     done = sum("loss" in row for row in logged(out))
     assert json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())["step"] == done
     assert main(["--resume", "--out", str(out)]) == 0
@@ -449,6 +449,8 @@ def test_damaged_folders_of_a_run(world, tmp_path, capsys):
     assert main(["--resume", "--out", str(tmp_path / "nowhere")]) == 1
     assert "holds no run to go on with" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
+    assert main(arguments(world, tmp_path / "file")) == 1
+    assert "is a file; name a folder" in capsys.readouterr().err
     assert main(arguments(world, tmp_path / "file" / "run")) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
