@@ -116,7 +116,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tens
 
 def masks(layout, S: int, window: int | None, device) -> "Tensor | list[tuple[int, Tensor | None]] | None":
     """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
-
     plain causality; (S, S) for sequences, (B, 1, 1, S) with a Cache, and [(size, mask)] for packed groups."""
     if isinstance(layout, list):
         return [_group_mask(group, window, device) for group in layout]
