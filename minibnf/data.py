@@ -12,6 +12,7 @@ import json
 import warnings
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,7 @@ def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> 
     Raises ValueError with file, line and field for a row that does not fit, FileNotFoundError for no such file.
     """
     examples, counts = [], Counter()
-    for number, row in tqdm(list(_rows(path)), desc="tokenising", unit="row", disable=None, leave=False):
+    for number, row in tqdm(list(read_rows(path)), desc="tokenising", unit="row", disable=None, leave=False):
         where = f"{path}, line {number}"
         prompt, completions, preferred = _parse(row, where)
         ids = [_tokenise(tokenizer, prompt, c, where, field) for field, c in completions]
@@ -79,7 +80,8 @@ def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> 
     return examples, +counts  # what did not occur is left out
 
 
-def _rows(path):
+def read_rows(path):
+    """(line number, object) of every row of a .jsonl or .jsonl.gz file that is not blank; ValueError names the bad line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: " + ("is no file" if path.exists() else "there is no such file"))
@@ -100,6 +102,9 @@ def _rows(path):
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
             yield number, row
+
+
+_rows = read_rows
 
 
 def _numbered(lines, path):
@@ -162,22 +167,34 @@ def _check_text(value, where: str, field: str):
 
 def _tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
     """-> the ids of prompt and response, () for an empty response."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a tokenizer's, of what it cannot spell and would leave out
-        return _encode(tokenizer, prompt, completion, where, field)
-
-
-def _encode(tokenizer, prompt, completion, where, field):
-    try:
+    with _named(where, field):
         if isinstance(prompt, str):
             response = [*tokenizer.encode(completion, continuation=True), tokenizer.eos_id] if completion else []
             return tokenizer.encode(prompt), response
         if not completion or not "".join(message["content"] for message in completion):
             return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
         return tokenizer.encode_response(prompt, completion)
-    except (ValueError, RuntimeError, UserWarning) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
-        what = "text that is not valid Unicode" if isinstance(error, (UnicodeError, RuntimeError)) else error
-        raise ValueError(f"{where}, field '{field}': {what}") from None
+
+
+def encode_prompt(tokenizer, prompt, where: str, field: str = "prompt") -> list[int]:
+    """A text as it stands, or messages up to where the model's answer begins; ValueError names where and field."""
+    _check_text(prompt, where, field)
+    with _named(where, field):
+        return (
+            tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt, add_generation_prompt=True)
+        )
+
+
+@contextmanager
+def _named(where: str, field: str):
+    """A tokenizer's errors, and its warnings of what it cannot spell and would leave out: a ValueError that names the place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            yield
+        except (ValueError, RuntimeError, UserWarning) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
+            what = "text that is not valid Unicode" if isinstance(error, (UnicodeError, RuntimeError)) else error
+            raise ValueError(f"{where}, field '{field}': {what}") from None
 
 
 def digest(examples: list[Example]) -> str:

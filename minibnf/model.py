@@ -9,7 +9,7 @@ Three ways of attending, told apart by `layout`:
     None            causal over each of the B sequences
     list of groups  B = 1: packed groups (prompt length, [response lengths]); a token sees its group's prompt and its own
                     response up to itself, nothing else
-    Cache           one new token a sequence, after what the cache holds
+    Cache           S new tokens a sequence, after what the cache holds of it
 """
 
 import math
@@ -82,15 +82,17 @@ class Cache:
         self.keys, self.values, self.length, self.longest = keys, values, length, longest
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put one new token a row, k and v (B, K, 1, d), at each row's end; return all keys and values."""
-        rows, S = torch.arange(len(k), device=k.device), self.longest + 1
-        self.keys[layer][rows, :, self.length] = k[:, :, 0]
-        self.values[layer][rows, :, self.length] = v[:, :, 0]
-        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
+        """Put S new tokens a row, k and v (B, K, S, d), at each row's end; return all keys and values."""
+        S, rows = k.shape[2], torch.arange(len(k), device=k.device)[:, None]
+        places = self.length[:, None] + torch.arange(S, device=k.device)  # (B, S)
+        self.keys[layer][rows, :, places] = k.transpose(1, 2)
+        self.values[layer][rows, :, places] = v.transpose(1, 2)
+        end = self.longest + S
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def advance(self):
-        """The tokens that every layer appended now belong to what was read."""
-        self.length, self.longest = self.length + 1, self.longest + 1
+    def advance(self, S: int):
+        """The S tokens that every layer appended now belong to what was read."""
+        self.length, self.longest = self.length + S, self.longest + S
 
     def keep(self, rows: Tensor) -> "Cache":
         """The cache of these rows only (indices)."""
@@ -104,6 +106,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tens
         groups = zip(mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
         return torch.cat([attend(q_, k_, v_, one, c) for (_, one), q_, k_, v_ in groups], 2)
     gqa = q.shape[1] != k.shape[1]
+    if gqa and q.shape[2] == 1 and mask is not None:  # a head's queries as its rows: in bfloat16 five times faster on a CPU
+        return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).view(q.shape)
     if c.attention_softcap is None:
         causal = mask is None
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=c.query_scale, enable_gqa=gqa)
@@ -116,7 +120,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tens
 
 def masks(layout, S: int, window: int | None, device) -> "Tensor | list[tuple[int, Tensor | None]] | None":
     """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
-    plain causality; (S, S) for sequences, (B, 1, 1, S) with a Cache, and [(size, mask)] for packed groups."""
+    plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache, and [(size, mask)] for packed groups."""
     if isinstance(layout, list):
         return [_group_mask(group, window, device) for group in layout]
     if layout is None:
@@ -124,9 +128,10 @@ def masks(layout, S: int, window: int | None, device) -> "Tensor | list[tuple[in
         if window is None or S <= window:
             return None
         return (position <= position[:, None]) & (position > position[:, None] - window)
-    position, last = torch.arange(layout.longest + 1, device=device), layout.length[:, None]
-    seen = position <= last if window is None else (position <= last) & (position > last - window)
-    return seen[:, None, None]
+    position = torch.arange(layout.longest + S, device=device)
+    row = (layout.length[:, None] + position[:S])[:, :, None]  # (B, S, 1)
+    seen = position <= row if window is None else (position <= row) & (position > row - window)
+    return seen[:, None]
 
 
 def _group_mask(group: Group, window: int | None, device) -> tuple[int, Tensor | None]:
@@ -257,7 +262,7 @@ class Transformer(nn.Module):
             x = block(x, turns.get(layer.rope), seen[layer.window], cache, keep)
         x = self.model.norm(x)
         if cache is not None:
-            cache.advance()
+            cache.advance(tokens.shape[1])
         return self.logits(x, self.unembed) if head is None else head(x, self.unembed)
 
     def logits(self, x: Tensor, unembed: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Transformer's pieces against definitions, generation against the plain forward, checkpoints out and in."""
+"""The Transformer's pieces against definitions, checkpoints out and in."""
 
 import json
 
@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
 from minibnf.config import Rope
-from minibnf.generate import generate, sample
 from minibnf.model import rotary, rotate
-from tests.strategies import FEW
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
@@ -52,71 +50,6 @@ def test_a_later_token_changes_nothing_before_it(tiny):
     a, b = tiny(tokens), tiny(changed)
     torch.testing.assert_close(a[0, :3], b[0, :3], rtol=0, atol=0)
     assert not torch.allclose(a[0, 3:], b[0, 3:])
-
-
-# ----------------------------------------------------------------------------------------------------------- generation
-
-
-@FEW
-@given(prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=7), min_size=1, max_size=5))
-def test_greedy_generation_with_the_cache_is_the_plain_forwards_argmax(tiny, prompts):
-    """Prompts of different lengths, some repeated, in one batch: each as if it were alone, token by token without a cache."""
-    prompts = [*prompts, prompts[0]]
-    out = generate(tiny, prompts, max_new_tokens=6, temperature=0, stop_ids=[3])
-    for prompt, new in zip(prompts, out, strict=True):
-        text = list(prompt)
-        while len(text) < len(prompt) + 6 and (len(text) == len(prompt) or text[-1] != 3):
-            text.append(int(tiny(torch.tensor([text]))[0, -1].argmax()))
-        assert text[len(prompt) :] == new
-
-
-def test_sampling_reproduces_and_does_not_depend_on_the_batch(tiny, monkeypatch):
-    prompts = [[1, 2, 3], [4], [1, 2, 3], [5, 6]]
-    first = generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
-    assert first == generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
-    assert first != generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=2)
-    assert first[0] != first[2]  # the same prompt, another row, another draw
-    monkeypatch.setattr("minibnf.generate.CACHE_BYTES", 1)  # one row a turn
-    assert first == generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
-
-
-def test_sampling_frequencies_are_the_distribution():
-    """Chi-squared with 9 degrees of freedom over 20,000 draws, plain and with a nucleus; 40 is beyond one in 10^5."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(10, generator=g)
-    u = torch.rand(20000, generator=g)
-    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
-        p = (logits / temperature).softmax(0)
-        order = p.argsort(descending=True)
-        kept = order[: int((p[order].cumsum(0) - p[order] < top_p).sum())]
-        expected = torch.zeros(10)
-        expected[kept] = p[kept] / p[kept].sum() * len(u)
-        found = torch.bincount(sample(logits.expand(len(u), -1), u, temperature, top_p), minlength=10)
-        assert not found[expected == 0].any()
-        some = expected > 0
-        assert ((found - expected)[some] ** 2 / expected[some]).sum() < 40
-
-
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
-def test_a_draw_at_either_end_takes_a_token_of_the_nucleus(u):
-    logits = torch.tensor([[0.0, 5.0, -torch.inf, 4.0]])
-    assert sample(logits, torch.tensor([u]), 1.0, 1.0).item() in (0, 1, 3)
-    assert sample(logits, torch.tensor([u]), 1.0, 0.5).item() == 1
-
-
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        ({"temperature": -1}, "temperature must be"),
-        ({"top_p": 0}, "top_p above 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens 1"),
-    ],
-)
-def test_impossible_settings_of_generation(tiny, how, message):
-    with pytest.raises(ValueError, match=message):
-        generate(tiny, [[1]], **{"max_new_tokens": 2, **how})
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(tiny, [[1], []], max_new_tokens=2)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -1,0 +1,31 @@
+"""`minibnf COMMAND ...`, or `python -m minibnf COMMAND ...`: hands over to minibnf/COMMAND.py, which also runs by itself."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": "align a checkpoint on preference data",
+    "generate": "completions of the prompts in a file",
+    "chat": "talk with a model, or with two side by side",
+    "evaluate": "what alignment changed, before against after",
+    "check": "what a checkpoint is, and the memory to train it",
+    "convert": "a GGUF file to Hugging Face layout",
+}
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0] in COMMANDS:
+        return import_module(f"minibnf.{argv[0]}").main(argv[1:])
+    asked = argv[:1] in (["-h"], ["--help"])
+    out = sys.stdout if asked else sys.stderr
+    if argv and not asked:
+        print(f"error: {argv[0]!r} is no command", file=out)
+    print("usage: minibnf COMMAND ...   (minibnf COMMAND --help says more)\n", file=out)
+    for name, what in COMMANDS.items():
+        print(f"  {name:10}{what}", file=out)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

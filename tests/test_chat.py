@@ -1,0 +1,135 @@
+"""Chat: what is shown, what is kept, and that no text of a model reaches the terminal's controls."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from hypothesis import given, strategies as st
+
+from minibnf import chat
+from minibnf.chat import Side, cells, parse, printable, wrap
+from minibnf.generate import generate
+
+TINY = "weights/tiny"
+SEVERAL = st.text(st.characters(codec="utf-8"), max_size=60)
+
+
+@given(SEVERAL | st.text(st.sampled_from("\x1b\x07\x08\r\n\t\x9b\x85\u2028\u202e\u2066\u200d[2Jé"), max_size=40))
+def test_nothing_that_is_shown_controls_a_terminal(text):
+    shown = printable(text)
+    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in "\n\t"]
+    assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    if not any(unicodedata.category(c).startswith(("C", "Z")) for c in text):
+        assert shown == text
+
+
+def test_escapes_by_hand():
+    assert printable("a\x1b[31mb\r\n\tc\x7f\x9b \u202eevil") == "a\\x1b[31mb\\r\n\tc\\x7f\\x9b \\u202eevil"
+    assert printable("naïve 日本 👩\u200d🔬") == "naïve 日本 👩\u200d🔬"  # joiners make one emoji of two
+
+
+@given(st.text(st.sampled_from("ab \n\t日é"), max_size=80), st.integers(2, 12))
+def test_wrapped_lines_fit_lose_nothing_but_space_and_stay_as_the_text_grows(text, width):
+    lines = wrap(text, width)
+    assert all(cells(line) <= width or len(line) == 1 or not line.strip() for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    for k in range(len(text)):
+        earlier = wrap(text[:k], width)[:-1]
+        assert lines[: len(earlier)] == earlier
+
+
+def side(*flags):
+    return Side(TINY, parse(["--model", TINY, *flags]))
+
+
+def test_an_answer_is_what_generate_gives_and_is_kept_in_the_history():
+    mine = side("--temperature", "0")
+    questions = ["What is 3 + 4?", "Which city is Will's home?"]
+    for question in questions:
+        said = "".join(mine.ask(question))
+        asked = mine.history[:-1]
+        assert asked[-1] == {"role": "user", "content": question}
+        assert mine.history[-1] == {"role": "assistant", "content": said}
+        ids = mine.tokenizer.encode_chat(asked, add_generation_prompt=True)
+        (new,) = generate(mine.model, [ids], max_new_tokens=512, temperature=0, stop_ids=mine.tokenizer.end_ids)
+        assert new[-1] in mine.tokenizer.end_ids and mine.tokenizer.decode(new[:-1]) == said
+    assert len(mine.history) == 4
+    mine.reset()
+    assert mine.history == []
+
+
+def test_an_answer_that_is_cut_says_so_and_one_that_is_stopped_is_kept():
+    mine = side("--temperature", "0", "--max-new-tokens", "3")
+    assert "".join(mine.ask("Which city is Will's home?")).endswith(" [stopped after 3 tokens: --max-new-tokens]")
+    assert "stopped" not in mine.history[-1]["content"]
+    answer = mine.ask("Which city is Will's home?")
+    piece = next(answer)
+    answer.close()
+    assert mine.history[-1] == {"role": "assistant", "content": piece}
+
+
+def test_a_full_context_is_said_not_cut():
+    mine = side("--temperature", "0")
+    (said,) = mine.ask("word " * 2000)
+    assert "/reset starts a new one" in said and mine.history == []
+
+
+@pytest.mark.parametrize(
+    "flags, message", [(["--temperature", "-1"], "temperature must be"), (["--compare", "nowhere"], "nowhere is no folder")]
+)
+def test_what_cannot_be_is_said_at_once(flags, message, capsys):
+    assert chat.main(["--model", TINY, *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_control_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, capsys):
+    typed = iter(["hello", "again"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError"))
+
+    def interrupted(self, message):
+        yield f"heard {message}"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Side, "ask", interrupted)
+    assert chat.main(["--model", TINY]) == 0
+    shown = capsys.readouterr().out
+    assert "heard hello [stopped]" in shown and "heard again [stopped]" in shown
+
+
+def talk(keys: list[tuple[str, bytes]], *flags) -> str:
+    """Run the command at a terminal; for each (text to wait for, keys to press then); all that the terminal showed."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "minibnf", "chat", "--model", TINY, *flags]
+    environment = os.environ | {"COLUMNS": "60", "TERM": "dumb"}
+    process = subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True
+    )
+    os.close(follower)
+    shown, seen = "", 0
+    for wait, press in [*keys, ("> ", b"\x04")]:
+        while wait not in shown[seen:]:
+            if not select.select([leader], [], [], 120)[0]:
+                process.kill()
+                raise AssertionError(f"never saw {wait!r} in {shown!r}")
+            shown += os.read(leader, 4096).decode()
+        seen = len(shown)
+        os.write(leader, press)
+    assert process.wait(60) == 0
+    os.close(leader)
+    return shown
+
+
+def test_a_conversation_at_a_terminal():
+    shown = talk([("> ", b"Which city is Will's home?\n"), ("> ", b"/what\n"), ("> ", b"/reset\n")], "--temperature", "0")
+    assert "Dublin" in shown and "no such command" in shown and "a new conversation" in shown
+
+
+def test_two_models_side_by_side():
+    shown = talk([("> ", b"Which city is Will's home?\n")], "--temperature", "0", "--compare", TINY)
+    (row,) = [line for line in shown.splitlines() if "Dublin" in line]
+    left, right = row.split(" | ")
+    assert len(left) == 28 and left.strip() == right.strip()

@@ -1,0 +1,237 @@
+"""Generation against the plain forward; sampling against the distribution; the command, interrupted and resumed."""
+
+import gzip
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minibnf import generate as module
+from minibnf.generate import Reader, generate, main, sample, stream
+from minibnf.tokenizer import load_tokenizer
+from tests.strategies import FEW
+
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)  # many share a beginning
+
+
+@FEW
+@given(prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=7), min_size=1, max_size=5))
+def test_greedy_generation_with_the_cache_is_the_plain_forwards_argmax(tiny, prompts):
+    """Prompts of different lengths, some repeated, in one batch: each as if it were alone, token by token without a cache."""
+    prompts = [*prompts, prompts[0]]
+    out = generate(tiny, prompts, max_new_tokens=6, temperature=0, stop_ids=[3])
+    for prompt, new in zip(prompts, out, strict=True):
+        text = list(prompt)
+        while len(text) < len(prompt) + 6 and (len(text) == len(prompt) or text[-1] != 3):
+            text.append(int(tiny(torch.tensor([text]))[0, -1].argmax()))
+        assert text[len(prompt) :] == new
+
+
+def test_sampling_reproduces_and_does_not_depend_on_the_batch(tiny, monkeypatch):
+    prompts = [[1, 2, 3], [4], [1, 2, 3], [5, 6]]
+    first = generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
+    assert first == generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
+    assert first != generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=2)
+    assert first[0] != first[2]  # the same prompt, another row, another draw
+    monkeypatch.setattr("minibnf.generate.CACHE_BYTES", 1)  # one row a turn
+    assert first == generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)
+
+
+def test_sampling_frequencies_are_the_distribution():
+    """Chi-squared with at most 9 degrees of freedom over 20,000 draws; 40 is beyond one in 10^5."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(10, generator=g)
+    u = torch.rand(20000, generator=g)
+    for temperature, top_p, top_k in ((1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4), (1.0, 0.7, 4)):
+        p = (logits / temperature).softmax(0)
+        order = p.argsort(descending=True)[: top_k or 10]
+        p[order] /= p[order].sum()
+        kept = order[: int((p[order].cumsum(0) - p[order] < top_p).sum())]
+        expected = torch.zeros(10)
+        expected[kept] = p[kept] / p[kept].sum() * len(u)
+        found = torch.bincount(sample(logits.expand(len(u), -1), u, temperature, top_p, top_k), minlength=10)
+        assert not found[expected == 0].any()
+        some = expected > 0
+        assert ((found - expected)[some] ** 2 / expected[some]).sum() < 40
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_a_draw_at_either_end_takes_a_token_of_the_nucleus(u):
+    logits = torch.tensor([[0.0, 5.0, -torch.inf, 4.0]])
+    assert sample(logits, torch.tensor([u]), 1.0, 1.0).item() in (0, 1, 3)
+    assert sample(logits, torch.tensor([u]), 1.0, 0.5).item() == 1
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"temperature": -1}, "temperature must be"),
+        ({"top_p": 0}, "top_p above 0"),
+        ({"top_k": -1}, "top_k 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 1"),
+    ],
+)
+def test_impossible_settings_of_generation(tiny, how, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny, [[1]], **{"max_new_tokens": 2, **how})
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(tiny, [[1], []], max_new_tokens=2)
+
+
+@FEW
+@given(prompts=PROMPTS, how=st.sampled_from([(0, 1, 0), (1, 1, 0), (1, 0.7, 0), (1, 0.9, 3)]))
+def test_one_text_at_a_time_through_a_reader_is_what_a_batch_gives(tiny, prompts, how):
+    """Beginnings that prompts share, turns and groups are about speed; so is what a Reader remembers of other prompts."""
+    how = dict(zip(("temperature", "top_p", "top_k"), how, strict=True), max_new_tokens=5, seed=3, stop_ids=[3])
+    out, reader = generate(tiny, prompts, **how), Reader(tiny)
+    for row, (prompt, new) in enumerate(zip(prompts, out, strict=True)):
+        assert list(stream(reader, prompt, row=row, **how)) == new
+    assert generate(tiny, prompts[1:], first_row=1, **how) == out[1:]
+
+
+@given(prompts=PROMPTS)
+def test_a_shared_beginning_is_read_once_and_every_prompt_keeps_a_token_of_its_own(prompts):
+    distinct = sorted({tuple(p) for p in prompts})
+    groups = module._groups(distinct)
+    assert [p for _, members in groups for p in members] == distinct
+    for shared, members in groups:
+        assert len({p[:shared] for p in members}) == 1 and all(len(p) > shared for p in members)
+    read = sum(shared + sum(len(p) - shared for p in members) for shared, members in groups)
+    assert read <= sum(map(len, distinct))
+
+
+def test_sixteen_questions_after_one_long_instruction():
+    """A beginning of 100 tokens and 16 endings of 5: 19 groups' worth of reading becomes one, 1,680 tokens 180."""
+    prompts = [tuple(range(100)) + (i,) * 5 for i in range(16)]
+    assert [(shared, len(members)) for shared, members in module._groups(prompts)] == [(100, 16)]
+
+
+def test_a_prompt_or_a_beginning_is_read_once(tiny, monkeypatch):
+    read = []
+    forward = type(tiny).forward
+    monkeypatch.setattr(
+        type(tiny), "forward", lambda self, tokens, *a, **k: read.append(tokens.numel()) or forward(self, tokens, *a, **k)
+    )
+    generate(tiny, [[1, 2, 3, 4, 5, 6]] * 7, max_new_tokens=1)
+    generate(tiny, [[1, 2, 3, 4, 5, i] for i in range(7)], max_new_tokens=1)
+    reader = Reader(tiny)
+    reader.logits([1, 2, 3, 4, 5, 6])
+    reader.logits([1, 2, 3, 4, 5, 6, 7, 8])
+    reader.logits([1, 2, 9])
+    assert read == [6, 5 + 7, 6, 2, 1]
+
+
+def test_rows_that_ended_are_no_longer_computed(tiny, monkeypatch):
+    rows = []
+    forward = type(tiny).forward
+    monkeypatch.setattr(
+        type(tiny), "forward", lambda self, tokens, *a, **k: rows.append(len(tokens)) or forward(self, tokens, *a, **k)
+    )
+    prompts = [[i] for i in range(12)]
+    first = [new[0] for new in generate(tiny, prompts, max_new_tokens=1, temperature=0)]
+    rows.clear()
+    out = generate(tiny, prompts, max_new_tokens=4, temperature=0, stop_ids=first[:1])
+    alive = [sum(len(new) > step for new in out) for step in (1, 2, 3)]
+    assert rows == [1, *filter(None, alive)] and alive[0] < 12
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_the_nucleus_does_not_depend_on_how_many_tokens_are_sorted(top_p):
+    g = torch.Generator().manual_seed(0)
+    logits, u = torch.randn(50, 200, generator=g) * torch.rand(50, 1, generator=g) * 5, torch.rand(50, generator=g)
+    found = [sample(logits, u, 1.0, top_p, look=look).tolist() for look in (200, 8, 1)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_row_among_others_draws_what_it_draws_alone_even_where_tokens_are_equally_probable():
+    g = torch.Generator().manual_seed(0)
+    logits, u = torch.randint(0, 3, (50, 200), generator=g).float(), torch.rand(50, generator=g)
+    logits[::2] *= 9  # half have a small nucleus, half a wide one
+    for top_p in (0.01, 0.3, 0.9):
+        alone = [sample(z[None], x[None], 1.0, top_p, look=8).item() for z, x in zip(logits, u, strict=True)]
+        assert sample(logits, u, 1.0, top_p, look=8).tolist() == alone
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+CHATS = [
+    {"prompt": "What is 3 + 4?"},
+    {"prompt": [{"role": "user", "content": "Which city is Will's home?"}]},
+    {"prompt": "Emma has 9 pens, drops 4 and finds 7. How many now?"},
+]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, CHATS)) + "\n")
+    return file
+
+
+def command(data, out, *flags):
+    return main(["--model", "weights/tiny", "--data", str(data), "--out", str(out), "--max-new-tokens", "30", *flags])
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_file_of_prompts_becomes_a_file_of_completions(questions, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert command(questions, out, "--chat", "--temperature", "0", "--samples", "2") == 0
+    assert "6 completions" in capsys.readouterr().out
+    rows = rows_of(out)
+    assert [(row["line"], row["sample"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    assert [row["prompt"] for row in rows[::2]] == [row["prompt"] for row in CHATS]
+    assert rows[2]["completion"][0]["role"] == "assistant" and "Dublin" in rows[2]["completion"][0]["content"]
+    assert rows[4]["completion"].endswith("Answer: 12") and rows[4]["finish"] == "stop"
+    assert command(questions, tmp_path / "cut.jsonl", "--chat", "--max-new-tokens", "2") == 0
+    assert {row["finish"] for row in rows_of(tmp_path / "cut.jsonl")} == {"length"}
+
+
+def test_a_text_is_continued_as_it_stands_unless_asked_as_a_message(questions, tmp_path):
+    tokenizer = load_tokenizer("weights/tiny")
+    read = module.read_prompts(questions, tokenizer, False, 1024, 8)
+    assert read[0] == (1, CHATS[0]["prompt"], tokenizer.encode(CHATS[0]["prompt"]))
+    asked = [{"role": "user", "content": CHATS[0]["prompt"]}]
+    as_chat = module.read_prompts(questions, tokenizer, True, 1024, 8)
+    assert as_chat[0][2] == tokenizer.encode_chat(asked, add_generation_prompt=True)
+    packed = tmp_path / "q.jsonl.gz"
+    packed.write_bytes(gzip.compress(questions.read_bytes()))
+    assert module.read_prompts(packed, tokenizer, True, 1024, 8) == as_chat
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 5, 6])
+def test_interrupted_anywhere_and_resumed_it_writes_the_same_file(questions, tmp_path, kept, capsys):
+    whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    flags = ["--chat", "--samples", "2", "--batch-size", "2"]
+    assert command(questions, whole, *flags) == 0
+    assert command(questions, torn, *flags) == 0
+    lines = torn.read_bytes().splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:kept]) + b'{"line": 9, "sam' * (kept < 6))
+    assert command(questions, torn, *flags) == 1 and "--resume goes on" in capsys.readouterr().err
+    assert command(questions, torn, *flags, "--resume", "--seed", "1") == 1
+    assert "seed was 0 and is 1 now" in capsys.readouterr().err
+    assert command(questions, torn, *flags, "--resume") == 0
+    assert torn.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "?"}, "line 2: field 'prompt' is missing"),
+        ({"prompt": ""}, "line 2: field 'prompt' is empty"),
+        ({"prompt": 3}, "line 2: field 'prompt' must be text or a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "line 2: field 'prompt', message 0: needs text in 'role' and 'content'"),
+        ({"prompt": "word " * 2000}, "line 2: the prompt has .* tokens, which with 30 new ones is more than the"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_before_anything_is_made(tmp_path, row, message, capsys):
+    file, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
+    file.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps(row))
+    assert command(file, out) == 1 and not out.exists()
+    assert re.search(message, capsys.readouterr().err)
