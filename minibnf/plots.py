@@ -96,6 +96,131 @@ def feedback_curves(file: Path, r: float = 0.4) -> Path:
     return file
 
 
+# ------------------------------------------------------------------------------------------ figures of a comparison
+
+
+LINES = {  # method: (colour, marker)
+    "bnf": (GOOD, "o"), "rbnf": ("#2f6fab", "s"), "nll": ("#888888", "x"), "unlikelihood": (BAD, "x"), "dpo": ("#a05aa8", "^"),
+    "dpo+nll": ("#d48fd6", "v"), "rdpo": ("#6b3d78", "<"), "ipo": ("#b5651d", "D"), "slic": ("#8c8c2b", "P"),
+    "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#c58b1b", "*"), "cpo": ("#e08283", "p"),
+}  # fmt: skip
+OTHER = ("#bbbbbb", ".")
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "minibnf", "axes.grid": True,
+         "grid.alpha": 0.25, "axes.facecolor": "white", "savefig.facecolor": "white"}  # fmt: skip
+
+
+def comparison(results: dict, folder: Path) -> list[Path]:
+    """Every figure of a results.json, from it alone: for each set the frontier, the sensitivity to the learning rate, the
+    likelihoods against the step and the weights measured on real tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with plt.rc_context(STYLE):
+        for name in results["spec"]["on"]:
+            for draw in (_frontier, _rates, _likelihoods, _weights):
+                figure = draw(results, name)
+                files.append(folder / f"{name}-{draw.__name__[1:]}.svg")
+                figure.savefig(files[-1], metadata={"Date": None})
+                plt.close(figure)
+    return files
+
+
+def _swept(results: dict, name: str, method: str) -> list[dict]:
+    return [r for r in results["runs"] if (r["set"], r["method"], r["split"]) == (name, method, "validation") and r["result"]]
+
+
+def _axes_of(run: dict) -> tuple[str, str, str, str]:
+    """What a set is about: the measure that is lost, its label, the measure that is gained, its label."""
+    if "win_rate" in run["result"]:
+        return "accuracy", "reasoning accuracy", "win_rate", "QA win rate against the base"
+    what = "solutions" if "solutions" in run["result"] else "shift/chosen"
+    return what, "log-likelihood of solutions (nats a token)", "preference", "share of held-out pairs told right"
+
+
+def _frontier(results: dict, name: str):
+    """One curve a method: of its settings those that no other of its settings beats in both respects."""
+    figure, axis = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+    for method in results["spec"]["on"][name]:
+        runs, (colour, marker) = _swept(results, name, method), LINES.get(method, OTHER)
+        x, x_label, y, y_label = _axes_of(runs[0])
+        points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
+        axis.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.25, markersize=4, linestyle="")
+        best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
+        width = 2.4 if method == "bnf" else 1.2
+        axis.plot(*zip(*best, strict=True), marker + "-", color=colour, markersize=5, linewidth=width, label=method)
+    base = runs[0]["base"]
+    axis.plot(base[x][0], base[y][0], "k+", markersize=12, label="base")
+    axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
+    axis.set_title(
+        f"{name}: what is gained against what is kept; faint: settings that another one beats", fontsize=10, loc="left"
+    )
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _rates(results: dict, name: str):
+    """What settings are chosen by, against the learning rate: at customary hyper-parameters, and at each rate's best."""
+    from minibnf.compare import objective
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True, layout="constrained")
+    for method in results["spec"]["on"][name]:
+        runs, (colour, marker) = _swept(results, name, method), LINES.get(method, OTHER)
+        customary = results["spec"]["methods"][method].get("customary", {})
+        usual = [r for r in runs if customary.items() <= r["setting"].items()]
+        for axis, some in zip(axes, (usual, runs), strict=True):
+            rates = sorted({r["setting"]["lr"] for r in some})
+            top = [max(objective(r) for r in some if r["setting"]["lr"] == lr) for lr in rates]
+            axis.plot(
+                rates, top, marker + "-", color=colour, markersize=4, linewidth=2.4 if method == "bnf" else 1.2, label=method
+            )
+    for axis, title in zip(axes, ("customary hyper-parameters", "the best hyper-parameters at each rate"), strict=True):
+        axis.set(xscale="log", xlabel="learning rate")
+        axis.set_title(f"{name}: {title}", fontsize=10, loc="left")
+    axes[0].set_ylabel("objective on validation prompts")
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _likelihoods(results: dict, name: str):
+    """Log-likelihood of chosen and rejected in training against the step, each method at its best setting."""
+    from minibnf.verdicts import tests
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
+    for method in results["spec"]["on"][name]:
+        colour, _ = LINES.get(method, OTHER)
+        for trace in [r["trace"] for r in tests(results, name, method, "best") if r.get("trace")][:1]:
+            for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
+                if f"logps/{side}" in trace:
+                    y = [a - trace[f"logps/{side}"][0] for a in trace[f"logps/{side}"]]
+                    axis.plot(trace["step"], _smooth(y), color=colour, linewidth=2.4 if method == "bnf" else 1.2, label=method)
+    for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
+        axis.set(xlabel="step", ylabel="nats a response, from the first step")
+        axis.set_title(f"{name}: log-likelihood of {side} responses, best settings", fontsize=10, loc="left")
+    axes[0].legend(frameon=False, fontsize=7, ncols=2)
+    return figure
+
+
+def _weights(results: dict, name: str):
+    """The weight of real tokens by autograd, against the shift of their log odds, and BNF's curve w = min(1, o(p)/o(r))."""
+    from minibnf.verdicts import tests
+
+    methods = [m for m in ("bnf", "rbnf", "dpo", "kto", "simpo", "unlikelihood") if m in results["spec"]["on"][name]]
+    figure, axes = plt.subplots(
+        1, len(methods), figsize=(2.5 * len(methods), 3), sharey=True, squeeze=False, layout="constrained"
+    )
+    theory = torch.linspace(-8, 6, 200)
+    for axis, method in zip(axes[0], methods, strict=True):
+        for found in [r["feedback"] for r in tests(results, name, method, "best") if r.get("feedback")][:1]:
+            for side, colour in (("chosen", GOOD), ("rejected", BAD)):
+                if found[side]:
+                    axis.plot(*zip(*found[side], strict=True), ".", color=colour, markersize=3, label=side)
+        axis.plot(theory, theory.exp().clamp(max=1), "k-", linewidth=0.8, label="min(1, o(p)/o(r))")
+        axis.set(xlim=(-8, 6), ylim=(-0.05, 2.05), xlabel="log o(p) - log o(r)")
+        axis.set_title(f"{name}: {method}", fontsize=9, loc="left")
+    axes[0][0].set_ylabel("weight of a token, 1 at the base")
+    axes[0][0].legend(frameon=False, fontsize=7)
+    return figure
+
+
 def _smooth(y) -> list[float]:
     """A running mean over a tenth of the points, centred."""
     half, sums = max(1, len(y) // 20), [0, *itertools.accumulate(y)]

@@ -1,0 +1,419 @@
+"""Many runs of the trainer from one base: methods x settings x seeds, into one JSON, a table and figures.
+
+    python -m minibnf.compare SPEC.json --out runs/compare
+    python -m minibnf.compare --tables results.json             # tables and figures of what was measured before
+
+The spec names a base, sets of data, methods with the settings to try, and which methods run on which set:
+
+    {"base": DIR, "train": {flags of every run, such as "batch_size": 32}, "seeds": [1, 2, 3], "threads": 1,
+     "sets": {"qa": {"kind": "qa", "count": 1024, "train": {"epochs": 6}}},
+     "methods": {"dpo": {"loss": "dpo", "grid": {"lr": [1e-4, 3e-4], "beta": [0.1, 2]}, "customary": {"beta": 0.1}}},
+     "on": {"qa": ["dpo"]}}
+
+First every setting of a method's grid is run with seed 0 and examined on validation prompts. Then, with each of the seeds, its
+best setting (by `objective` below) and its customary one (the best learning rate at the customary hyper-parameters), examined
+on test prompts. Every finished run is a file of its own, so what was interrupted goes on where it stopped; --workers run at
+once. A method with "extra" is no rival but answers a question of its own; "extra": "sweep" leaves out its second stage.
+
+A set is of the small world (smallworld.py: "kind" qa or math, "count", "unpaired") or of files ("rows": a .jsonl of
+preference rows, "count" of them to train on, "held_out" of them to examine, half validation and half test; "solutions": a
+.jsonl of question and answer whose likelihood is measured): there a run is examined on both halves, and seeds may be [0].
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minibnf import smallworld, train
+from minibnf.checkpoint import load, read_json, write_json, write_text
+from minibnf.data import Example, pack, read_examples, read_rows
+from minibnf.exam import exam, mean_and_error, read_responses, small_world
+from minibnf.feedback import gini, target_logits
+from minibnf.losses import LOSSES
+from minibnf.tokenizer import load_tokenizer
+
+TRACE_POINTS = 32  # of a run's metrics that its result keeps
+FEEDBACK_TOKENS = 100  # real tokens whose push is kept
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def settings(method: dict) -> list[dict]:
+    """Every combination of the method's grid: [{"lr": 1e-4, "beta": 0.1}, ...]."""
+    grid = method["grid"]
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def sweep(spec: dict) -> list[dict]:
+    """The jobs of the first stage."""
+    return [
+        {"set": name, "method": method, "setting": setting, "seed": 0, "split": "validation"}
+        for name, methods in spec["on"].items()
+        for method in methods
+        for setting in settings(spec["methods"][method])
+    ]
+
+
+def finals(spec: dict, runs: list[dict]) -> list[dict]:
+    """The jobs of the second stage, out of the first one's results."""
+    jobs = []
+    for name, methods in spec["on"].items():
+        for method in methods:
+            if spec["methods"][method].get("extra") == "sweep":
+                continue
+            chosen = chosen_settings(spec, runs, name, method)
+            distinct = {json.dumps(setting): setting for setting in chosen.values()}
+            jobs += [
+                {"set": name, "method": method, "setting": setting, "seed": seed, "split": "test"}
+                for setting in distinct.values()
+                for seed in spec["seeds"]
+            ]
+    return jobs
+
+
+def chosen_settings(spec: dict, runs: list[dict], name: str, method: str) -> dict[str, dict]:
+    """{"best": setting, "customary": setting} of a method on a set, by the validation runs."""
+    tried = [r for r in runs if (r["set"], r["method"], r["split"], r["seed"]) == (name, method, "validation", 0)]
+    customary = spec["methods"][method].get("customary", {})
+    usual = [r for r in tried if customary.items() <= r["setting"].items()]
+    if not usual:
+        raise ValueError(f"method '{method}': its customary setting {customary} is not in its grid")
+    return {which: max(some, key=objective)["setting"] for which, some in (("best", tried), ("customary", usual))}
+
+
+def objective(run: dict) -> float:
+    """What settings are chosen by: a point of reasoning lost costs a point of win rate; for math reasoning itself counts.
+    On files, the share of held-out pairs told right. A run that broke off is worse than all others."""
+    found = {name: mean for name, (mean, _) in run["result"].items()}
+    if not found:
+        return -1.0
+    if "preference" in found:
+        return found["preference"]
+    if run["kind"] == "math":
+        return found["accuracy"]
+    return found["win_rate"] - max(0.0, run["base"]["accuracy"][0] - found["accuracy"])
+
+
+def collapsed(run: dict) -> bool:
+    """The definition of collapse: the run met a number that is not finite, or the model lost half of the base's reasoning, or
+    a quarter more of its answers than of the base's are degenerate (outside the grammar of answers)."""
+    found, base = run["result"], run["base"]
+    if not found:
+        return True
+    if "accuracy" not in found:
+        return False  # of files nothing is generated, so nothing of the kind is measured
+    return found["accuracy"][0] < base["accuracy"][0] / 2 or found["degenerate"][0] > base["degenerate"][0] + 0.25
+
+
+# ---------------------------------------------------------------------------------------------------------- one run
+
+
+def prepare(spec: dict, name: str, folder: Path) -> dict[str, Path]:
+    """The set's files, made where they are not there yet: "train", "validation" and "test"."""
+    given, files = spec["sets"][name], {split: folder / f"{name}-{split}.jsonl" for split in ("train", "validation", "test")}
+    if all(file.exists() for file in files.values()):
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    if "rows" in given:
+        lines = Path(given["rows"]).read_text(encoding="utf-8").splitlines(keepends=True)
+        count, held = given["count"], given["held_out"]
+        if len(lines) < count + held:
+            raise ValueError(
+                f"{given['rows']} has {len(lines)} rows, fewer than the {count} and {held} that set '{name}' asks for"
+            )
+        parts = lines[:count], lines[count : count + held // 2], lines[count + held // 2 : count + held]
+        for file, part in zip(files.values(), parts, strict=True):
+            write_text(file, "".join(part))
+        return files
+    model, tokenizer = load(spec["base"]), load_tokenizer(spec["base"])
+    for split, count in (("train", given["count"]), ("validation", 256), ("test", 256)):
+        rows = smallworld.pairs(given["kind"], smallworld.sampler(model, tokenizer), count, given.get("seed", 0), split)
+        if split == "train" and given.get("unpaired"):
+            rows = smallworld.unpaired(rows, given["unpaired"])
+        write_text(files[split], "".join(json.dumps(row) + "\n" for row in rows))
+    return files
+
+
+def slug(job: dict) -> str:
+    setting = "-".join(f"{k}{v:g}" if isinstance(v, float | int) else f"{k}_{v}" for k, v in job["setting"].items())
+    return f"{job['set']}-{job['method']}-{setting}-{job['split']}-{job['seed']}".replace(" ", "_")
+
+
+def arguments(spec: dict, job: dict, files: dict, out: Path) -> list[str]:
+    """The trainer's command line."""
+    method = spec["methods"][job["method"]]
+    hyper = method.get("fixed", {}) | {k: v for k, v in job["setting"].items() if k != "lr"}
+    flags = (
+        spec.get("train", {}) | spec["sets"][job["set"]].get("train", {}) | {"lr": job["setting"]["lr"], "seed": job["seed"]}
+    )
+    argv = ["--model", spec["base"], "--data", str(files["train"]), "--loss", method["loss"], "--out", str(out), "--overwrite"]
+    argv += [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", f"{v}")]
+    return argv + (["--loss-args", *(f"{k}={v}" for k, v in hyper.items())] if hyper else [])
+
+
+def hyper_parameters(spec: dict, job: dict) -> dict:
+    method = spec["methods"][job["method"]]
+    hyper = method.get("fixed", {}) | {k: v for k, v in job["setting"].items() if k != "lr"}
+    return train.loss_hyper(LOSSES[method["loss"]], [f"{k}={v}" for k, v in hyper.items()])
+
+
+def run_job(spec: dict, job: dict, folder: Path) -> None:
+    """Train and examine; the results are written to folder/results/: of a set of files on both halves of its held-out rows."""
+    torch.set_num_threads(spec.get("threads", 1))
+    files, out = prepare(spec, job["set"], folder / "data"), folder / "runs" / slug(job)
+    out.mkdir(parents=True, exist_ok=True)
+    began, text = time.perf_counter(), json.dumps(spec)
+    with open(out / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        code = train.main(arguments(spec, job, files, out))
+    log = (out / "log.txt").read_text(encoding="utf-8").strip()
+    if code and "stopped at step" not in log:  # where it did, the run met a number that is not finite: a result like others
+        raise ValueError(f"{out}: the run failed: {log.splitlines()[-1]}")
+    seconds = time.perf_counter() - began
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kind = spec["sets"][job["set"]].get("kind", "files")
+    for split in ("validation", "test") if kind == "files" else (job["split"],):
+        one = job | {"split": split, "kind": kind, "steps": len(rows), "train_seconds": round(seconds, 1), "result": {}}
+        one |= {"revision": revision()}
+        one["base"] = examined(text, job["set"], split, str(folder), None)
+        if code == 0:
+            one["result"] = examined.__wrapped__(text, job["set"], split, str(folder), str(out / "model"))
+            if split == "test" and job["seed"] == spec["seeds"][0]:
+                one["trace"], one["feedback"] = trace(rows), measured_feedback(spec, job, files["test"], out / "model")
+        write_json(folder / "results" / f"{slug(one)}.json", one)
+    shutil.rmtree(out)
+
+
+def rounded(x: float) -> float | None:
+    return float(f"{x:.5g}") if x == x else None
+
+
+def trace(rows: list[dict]) -> dict[str, list]:
+    """The mean log-likelihoods of chosen and rejected against the step, at TRACE_POINTS steps or all there are."""
+    count = min(TRACE_POINTS, len(rows))
+    keep = [rows[i * (len(rows) - 1) // max(1, count - 1)] for i in range(count)]
+    return {k: [rounded(row[k]) for row in keep] for k in ("step", "logps/chosen", "logps/rejected") if k in rows[-1]}
+
+
+@cache
+def the_exam(text: str, name: str, split: str, folder: str):
+    """What models are asked, and the base's part in it: once a process, for it does not change."""
+    spec = json.loads(text)
+    files, base, tokenizer = prepare(spec, name, Path(folder) / "data"), load(spec["base"]), load_tokenizer(spec["base"])
+    examples, _ = read_examples(files[split], tokenizer, base.config.max_position_embeddings)
+    if "kind" in spec["sets"][name]:
+        return exam(base, tokenizer, split=split, examples=examples, **spec.get("exam", {}))
+    if extra := spec["sets"][name].get("solutions"):
+        examples += solutions(extra, tokenizer, base.config.max_position_embeddings)
+    return examples, read_responses(base, examples), read_responses(base, examples, read=target_logits)
+
+
+@cache
+def examined(text: str, name: str, split: str, folder: str, model_directory: str | None) -> dict[str, list]:
+    """{name: [mean, standard error]} of a model (None: the base) in the exam of a set."""
+    directory, asked = model_directory or json.loads(text)["base"], the_exam(text, name, split, folder)
+    model = load(directory)
+    small = "kind" in json.loads(text)["sets"][name]
+    found = small_world(model, load_tokenizer(directory), asked) if small else on_files(model, *asked)
+    return {k: [rounded(x) for x in pair] for k, pair in found.items()}
+
+
+def on_files(model, examples: list, base_logps: list, base_logits: list) -> dict[str, tuple[float, float]]:
+    """Of held-out pairs: the share whose chosen response gained more likelihood than its rejected one (a tie, as for the base
+    all are, is half), the shifts in nats a response and the Gini of logit shifts; of solutions: nats a token."""
+    logps, logits = read_responses(model, examples), read_responses(model, examples, read=target_logits)
+    shifts = torch.stack([(a - b).sum() for a, b in zip(logps, base_logps, strict=True)])
+    which = torch.tensor([i for i, e in enumerate(examples) for _ in e.responses])
+    pair = torch.tensor([len(e.responses) == 2 for e in examples])[which]
+    chosen, rejected = shifts[pair][0::2], shifts[pair][1::2]
+    moved = torch.cat([a - b for a, b, p in zip(logits, base_logits, pair, strict=True) if p])
+    found = {
+        "preference": mean_and_error((chosen > rejected).float() + 0.5 * (chosen == rejected).float()),
+        "shift/chosen": mean_and_error(chosen),
+        "shift/rejected": mean_and_error(rejected),
+        "gini": (gini(moved), float("nan")),
+    }
+    if not pair.all():
+        found["solutions"] = mean_and_error(torch.stack([x.mean() for x, p in zip(logps, pair, strict=True) if not p]))
+    return found
+
+
+def solutions(given: dict, tokenizer, context: int) -> list[Example]:
+    """{"file", "count"}: the first rows of a .jsonl of {"question", "answer"}, the answer as the model's own turn."""
+    found = []
+    for line, row in itertools.islice(read_rows(given["file"]), given["count"]):
+        ask, say = ([{"role": role, "content": row[field]}] for role, field in (("user", "question"), ("assistant", "answer")))
+        prompt, response = tokenizer.encode_response(ask, say)
+        found.append(Example(tuple(prompt), (tuple(response),), (True,), line))
+    return found
+
+
+def measured_feedback(spec: dict, job: dict, file: Path, model_directory: Path) -> dict[str, list]:
+    """Of real tokens [[x, w], ...]: x = log o(p) - log o(r), p under the model and r under the base, and w the push on the
+    token's logit that autograd finds through the soft-max and the loss, over 1 - p, and over what that is at the base."""
+    loss, hyper = LOSSES[spec["methods"][job["method"]]["loss"]], hyper_parameters(spec, job)
+    base, model, tokenizer = load(spec["base"]), load(model_directory), load_tokenizer(spec["base"])
+    examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
+    batch = pack(examples, list(range(min(16, len(examples)))), 10**9)[0]
+    read = lambda m: m(batch.tokens, batch.positions, batch.layout, head=lambda x, u: m.logits(x[0, batch.predictors], u))
+    with torch.no_grad():
+        logits, reference = read(model).double(), read(base).double()
+    target = batch.targets[:, None]
+    of = lambda z: z.log_softmax(-1).gather(-1, target)[:, 0]
+
+    def push(z):
+        z = z.clone().requires_grad_()
+        loss.value(batch.responses(of(z), of(reference)), **hyper).backward()
+        return z.grad.gather(-1, target)[:, 0].abs() / -torch.expm1(of(z.detach()))
+
+    odds = torch.logit(of(logits).exp()) - torch.logit(of(reference).exp())
+    weight, good = push(logits) / push(reference), batch.preferred[batch.owner]
+    usable = torch.isfinite(odds) & torch.isfinite(weight)
+    found = {}
+    for name, which in (("chosen", good & usable), ("rejected", ~good & usable)):
+        keep = which.nonzero()[:, 0][:FEEDBACK_TOKENS]
+        found[name] = [[rounded(x), rounded(w)] for x, w in zip(odds[keep].tolist(), weight[keep].tolist(), strict=True)]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ all runs
+
+
+def finished(folder: Path) -> dict[str, dict]:
+    return {file.stem: read_json(file) for file in sorted((folder / "results").glob("*.json"))}
+
+
+def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[dict]:
+    """The results of the jobs, in their order; those that are there already are not run again."""
+    done = finished(folder)
+    todo = [job for job in jobs if slug(job) not in done]
+    for name in {job["set"] for job in todo}:
+        prepare(spec, name, folder / "data")
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=jobs[0]["split"], unit="run", disable=None)
+    with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        going = [pool.submit(run_job, spec, job, folder) for job in todo]
+        try:
+            for future in as_completed(going):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    done = finished(folder)
+    return [done[slug(job)] for job in jobs]
+
+
+def revision() -> str:
+    """The git revision of this code, "+changes" where the package's files differ from it; "unknown" outside git."""
+    here = Path(__file__).parent
+    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def compare(spec: dict, folder: Path, workers: int) -> dict:
+    """Every run of the spec -> all that was measured, which is also written to folder/results.json."""
+    check(spec)
+    kept = folder / "spec.json"
+    if kept.exists() and read_json(kept) != spec:
+        raise ValueError(f"{folder} holds runs of another spec ({kept}); name another --out, or delete it")
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    write_json(kept, spec)
+    runs = run_all(spec, sweep(spec), folder, workers)
+    runs += run_all(spec, finals(spec, runs), folder, workers)
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    facts = {
+        "revision": sorted({r.pop("revision") for r in runs}),
+        **versions,
+        "hours_of_training": round(sum(r["train_seconds"] for r in runs) / 3600, 2),
+    }
+    results = {"spec": spec, "facts": facts, "runs": runs}
+    write_text(folder / "results.json", dumps(results))
+    return results
+
+
+def dumps(results: dict) -> str:
+    """JSON with one run a line."""
+    runs = ",\n".join(json.dumps(run) for run in results["runs"])
+    head = json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=1)
+    return head[:-2] + ',\n "runs": [\n' + runs + "\n]}\n"
+
+
+def check(spec: dict) -> None:
+    """ValueError that names what in the spec is missing or unknown."""
+    for field in ("base", "sets", "methods", "on", "seeds"):
+        if field not in spec:
+            raise ValueError(f"spec: field '{field}' is missing")
+    if unknown := set(spec) - {"base", "sets", "methods", "on", "seeds", "train", "threads", "exam", "note"}:
+        raise ValueError(f"spec: field '{min(unknown)}' is unknown")
+    for name, methods in spec["on"].items():
+        if name not in spec["sets"]:
+            raise ValueError(f"spec: 'on' names the set '{name}', which 'sets' lacks")
+        for method in methods:
+            if method not in spec["methods"]:
+                raise ValueError(f"spec: 'on' names the method '{method}', which 'methods' lacks")
+            given = spec["methods"][method]
+            if given.get("loss") not in LOSSES or "lr" not in given.get("grid", {}):
+                raise ValueError(f"spec: method '{method}' needs a 'loss' of {', '.join(LOSSES)} and a 'grid' with an 'lr'")
+            for setting in settings(given):
+                hyper_parameters(spec, {"method": method, "setting": setting})
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        "minibnf compare", description="Many runs from one base: a table and figures.", allow_abbrev=False
+    )
+    p.add_argument("spec", nargs="?", metavar="SPEC.json", help="what to run; see the top of minibnf/compare.py")
+    p.add_argument("--out", metavar="DIR", help="folder of the runs; what is finished there is not run again")
+    p.add_argument("--workers", type=int, default=2, metavar="N", help="runs at once, each with the spec's threads; default 2")
+    p.add_argument("--tables", metavar="FILE", help="a results.json: print its tables and draw its figures, run nothing")
+    p.add_argument("--figures", metavar="DIR", help="where to draw figures; default: OUT/figures")
+    args = p.parse_args(argv)
+    if bool(args.tables) == bool(args.spec) or (args.spec and not args.out) or args.workers < 1:
+        p.error("give SPEC.json and --out, or --tables FILE; --workers must be 1 or more")
+    try:
+        results = (
+            read_json(Path(args.tables)) if args.tables else compare(read_json(Path(args.spec)), Path(args.out), args.workers)
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with what {args.out} holds", file=sys.stderr)
+        return 130
+    from minibnf import verdicts
+
+    text = verdicts.report(results)
+    print(text)
+    if args.out:
+        write_text(Path(args.out) / "report.md", text + "\n")
+    folder = Path(args.figures or Path(args.out or ".") / "figures") if args.figures or args.out else None
+    if folder:
+        from minibnf.plots import comparison
+
+        for file in comparison(results, folder):
+            print(f"figure  {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The small world's exam: what models are asked, made once a base, and what one of them scores in it.
+
+    asked = exam(base, tokenizer, split="test", examples=read_examples("held-out.jsonl", tokenizer, 256)[0])
+    small_world(model, tokenizer, asked)    # {"win_rate": (0.654, 0.017), "accuracy": ...}: (mean, standard error)
+
+QA is asked of people that no preference pair spoke of: sampled answers at temperature 1, their mean judge score (0 to 5),
+the share that is degenerate (0), and the win rate: the probability that an answer of the model beats one of the base to
+the same question, a tie counting half. Reasoning is greedy, exact answers, on problems never trained on. Shifts are mean
+log-likelihoods of held-out responses against the base, in nats a response; the Gini coefficient of their tokens' absolute
+logit shifts says how concentrated the change is (0 evenly spread, 1 in one token).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minibnf.data import Example, pack
+from minibnf.feedback import gini, target_logits
+from minibnf.logprob import token_logps
+from minibnf.model import Transformer
+from minibnf.smallworld import QA, REASONING, Problem, problems, sampler, score
+
+
+def mean_and_error(x: Tensor) -> tuple[float, float]:
+    """The mean of x (n,) and its standard error."""
+    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else float("nan")
+
+
+def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
+    """(Q, n) and (Q, m) judge scores -> (Q,): the probability to beat the base on each question, a tie counting half."""
+    mine, theirs = scores[:, :, None], base_scores[:, None, :]
+    return ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean((1, 2))
+
+
+def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
+    """(Q, n): the score of every answer."""
+    return torch.tensor([[score(p, a) for a in texts] for p, texts in zip(asked, answers, strict=True)])
+
+
+LABELS = {  # what the names of small_world() are called in a table
+    "win_rate": "QA win rate against the base",
+    "judge_score": "QA judge score, 0 to 5",
+    "degenerate": "QA degenerate answers",
+    "accuracy": "reasoning accuracy",
+    **{f"accuracy/{family}": f"  {family}" for family in REASONING},
+    "shift/chosen": "log-likelihood shift, chosen (nats)",
+    "shift/rejected": "log-likelihood shift, rejected (nats)",
+    "gini": "Gini of tokens' |logit shift|",
+}
+
+
+@torch.no_grad()
+def read_responses(model: Transformer, examples: list[Example], max_tokens: int = 4096, read=token_logps) -> list[Tensor]:
+    """What `read` makes of every response token, a tensor a response, in the order of the examples, on the CPU: its
+    log-probability (token_logps) or its logit (target_logits)."""
+    device, cap = model.unembed.device, model.config.final_softcap
+    found: dict[tuple[int, int], Tensor] = {}
+    with tqdm(total=len(examples), desc="reading", unit="row", disable=None, leave=False) as bar:
+        for i in range(0, len(examples), 512):
+            for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
+                batch = batch.to(device)
+                head = lambda x, unembed, b=batch: read(x[0, b.predictors], unembed, b.targets, softcap=cap)
+                x = model(batch.tokens, batch.positions, batch.layout, head=head).cpu()
+                found |= zip(batch.order, x.split(torch.bincount(batch.owner).tolist()), strict=True)
+                bar.update(len(batch.lines))
+    return [found[place] for place in sorted(found)]
+
+
+class Exam(NamedTuple):
+    """What models are asked in the small world, and what the base made of it."""
+
+    questions: list[Problem]
+    chains: list[Problem]
+    samples: int  # answers drawn to each question
+    seed: int
+    base_scores: Tensor  # (questions, samples)
+    examples: list[Example]  # preference rows, may be none
+    base_sums: Tensor  # (R,) the base's log-likelihood of each of their responses, in nats
+    base_logits: Tensor  # (N,) its logit of each of their tokens
+
+
+def _sums_and_logits(model: Transformer, examples: list[Example]) -> tuple[Tensor, Tensor]:
+    if not examples:
+        return torch.empty(0), torch.empty(0)
+    sums = torch.stack([logps.sum() for logps in read_responses(model, examples)])
+    return sums, torch.cat(read_responses(model, examples, read=target_logits))
+
+
+def exam(base, tokenizer, *, split="test", samples=16, count=100, seed=0, examples: list[Example] | None = None) -> Exam:
+    """40 questions of a split ("test", "validation"), `count` problems of each reasoning family and, for the shifts,
+    preference examples (data.read_examples); the base draws `samples` answers to each question."""
+    questions, chains = problems(QA, split, 40, seed), problems(REASONING, split, count * len(REASONING), seed)
+    scores = judged(questions, sampler(base, tokenizer)([p.prompt for p in questions], samples, seed))
+    return Exam(questions, chains, samples, seed, scores, examples or [], *_sums_and_logits(base, examples or []))
+
+
+def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
+    """{name: (mean, standard error)} of a model in an exam.
+
+    win_rate judge_score degenerate: of sampled answers to QA, the error over its questions. accuracy, accuracy/add and so
+    on: of greedy answers to reasoning. Where the exam has examples, shift/chosen and shift/rejected, in nats a response,
+    and gini (its error is nan).
+    """
+    # draws of its own: with the base's seed, a model equal to the base would answer alike and tie throughout
+    answers = sampler(model, tokenizer)([p.prompt for p in exam.questions], exam.samples, exam.seed + 1)
+    scores = judged(exam.questions, answers)
+    solved = sampler(model, tokenizer, temperature=0)([p.prompt for p in exam.chains], 1, exam.seed)
+    right = judged(exam.chains, solved)[:, 0]
+    found = {
+        "win_rate": mean_and_error(win_rates(scores, exam.base_scores)),
+        "judge_score": mean_and_error(scores.mean(1)),
+        "degenerate": mean_and_error((scores == 0).float().mean(1)),
+        "accuracy": mean_and_error(right),
+    }
+    for family in REASONING:
+        found[f"accuracy/{family}"] = mean_and_error(right[torch.tensor([p.family == family for p in exam.chains])])
+    if exam.examples:
+        preferred = torch.tensor([p for e in exam.examples for p in e.preferred])
+        sums, logits = _sums_and_logits(model, exam.examples)
+        for name, which in (("chosen", preferred), ("rejected", ~preferred)):
+            if which.any():
+                found[f"shift/{name}"] = mean_and_error((sums - exam.base_sums)[which])
+        found["gini"] = gini(logits - exam.base_logits), float("nan")
+    return found

@@ -1,0 +1,200 @@
+"""Is it true? Tables and a verdict a claim, drawn from the results.json of minibnf/compare.py alone.
+
+A figure of a method on a set is its mean over the seeds; its error joins the spread over seeds with the error over prompts:
+e² = (standard deviation over seeds)² / seeds + (mean standard error over prompts)². Two figures differ where they are more
+than 2 sqrt(e1² + e2²) apart: prompts are shared, so this is careful rather than sharp. BNF's rivals are the losses built on
+log-likelihood ratios or margins; nll and unlikelihood are the controls.
+"""
+
+import json
+import math
+from statistics import mean, median, stdev
+
+from minibnf.compare import chosen_settings, collapsed, objective
+
+CONTROLS = ("nll", "unlikelihood")
+OURS = ("bnf", "rbnf")
+TOLERANCE = 0.05  # a setting is good if it is no further below the method's best, or (mathematical pairs) below the base
+NAMES = {
+    "win_rate": "win rate", "accuracy": "reasoning", "degenerate": "degenerate", "preference": "pairs told right",
+    "solutions": "solutions, nats a token", "shift/chosen": "shift, chosen", "shift/rejected": "shift, rejected",
+    "gini": "Gini",
+}  # fmt: skip
+
+
+def rivals(results: dict, name: str) -> list[str]:
+    """The methods BNF is judged against; a method that the spec calls "extra" answers another question."""
+    extra = [m for m, given in results["spec"]["methods"].items() if given.get("extra")]
+    return [m for m in results["spec"]["on"][name] if m not in (*OURS, *CONTROLS, *extra)]
+
+
+def tests(results: dict, name: str, method: str, which: str) -> list[dict]:
+    """The test runs of a method's "best" or "customary" setting on a set, one a seed."""
+    setting = chosen_settings(results["spec"], results["runs"], name, method)[which]
+    same = lambda r: (r["set"], r["method"], r["split"], r["setting"]) == (name, method, "test", setting)
+    return [r for r in results["runs"] if same(r)]
+
+
+def figure(results: dict, name: str, method: str, which: str, what: str) -> tuple[float, float]:
+    """(mean over seeds, its error); what "drop" is the base's reasoning less the model's. A run that broke off counts as 0."""
+    runs, of = tests(results, name, method, which), "accuracy" if what == "drop" else what
+    values = [r["result"].get(of, (0.0, 0.0)) for r in runs]
+    means = [runs[0]["base"]["accuracy"][0] - m if what == "drop" else m for m, _ in values]
+    over_prompts = mean(e or 0.0 for _, e in values)
+    over_seeds = stdev(means) ** 2 / len(means) if len(means) > 1 else 0.0
+    return mean(means), math.sqrt(over_seeds + over_prompts**2)
+
+
+def show(x: tuple[float, float], digits: int = 3) -> str:
+    return f"{x[0]:.{digits}f}" + (f" ± {x[1]:.{digits}f}" if x[1] else "")
+
+
+def setting_text(setting: dict) -> str:
+    return " ".join(f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in setting.items())
+
+
+def table(results: dict, name: str) -> str:
+    """Markdown: every method on a set, its best and its customary setting on test prompts, the best first."""
+    runs = [r for r in results["runs"] if r["set"] == name]
+    base = next(r for r in runs if r["split"] == "test")["base"]
+    columns = [c for c in NAMES if c in base]
+    rows = []
+    for method in results["spec"]["on"][name]:
+        tried = [r for r in runs if r["method"] == method and r["split"] == "validation"]
+        lost = f"{sum(map(collapsed, tried))} of {len(tried)}"
+        chosen = chosen_settings(results["spec"], results["runs"], name, method)
+        for which in ("best", "customary") if chosen["best"] != chosen["customary"] else ("best",):
+            cells = [show(figure(results, name, method, which, c), 2 if c.startswith("shift") else 3) for c in columns]
+            rank = mean(map(objective, tests(results, name, method, which)))
+            both = "best, customary" if len(set(map(json.dumps, chosen.values()))) == 1 else which
+            rows.append((rank, f"| {method} | {both} | {setting_text(chosen[which])} | {' | '.join(cells)} | {lost} |"))
+    head = ["method", "setting", "", *(NAMES[c] for c in columns), "settings collapsed"]
+    own = [f"{base[c][0]:.3f}" for c in columns]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", "| base | | | " + " | ".join(own) + " | |"]
+    return "\n".join(lines + [row for _, row in sorted(rows, key=lambda r: -r[0])])
+
+
+def good_rates(results: dict, name: str, method: str, fixed: dict | None = None) -> list[float]:
+    """The learning rates at which a method's validation objective is within TOLERANCE of its best over these settings (fixed:
+    only those with these hyper-parameters)."""
+    runs = [r for r in results["runs"] if (r["set"], r["method"], r["split"], r["seed"]) == (name, method, "validation", 0)]
+    runs = [r for r in runs if (fixed or {}).items() <= r["setting"].items()]
+    best = max(map(objective, runs))
+    return sorted({r["setting"]["lr"] for r in runs if objective(r) >= best - TOLERANCE})
+
+
+def decades(rates: list[float]) -> float:
+    return math.log10(rates[-1] / rates[0])
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
+
+REPRODUCED, NOT = "reproduced", "not reproduced"
+CUSTOMARY = "reproduced only when rivals keep their customary hyper-parameters"
+
+
+def within(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """a is not below b by more than two errors."""
+    return a[0] >= b[0] - 2 * math.hypot(a[1], b[1])
+
+
+def either(at_best: bool, at_customary: bool) -> str:
+    return REPRODUCED if at_best else CUSTOMARY if at_customary else NOT
+
+
+def aligns(results: dict, qa: str) -> tuple[str, str]:
+    best = lambda which: max((figure(results, qa, m, which, "win_rate"), m) for m in rivals(results, qa))
+    mine, (top, who), (usual, usual_who) = figure(results, qa, "bnf", "best", "win_rate"), best("best"), best("customary")
+    numbers = f"win rate {show(mine)}; best rival {who} {show(top)}, at customary hyper-parameters {usual_who} {show(usual)}"
+    return either(within(mine, top), within(mine, usual)), numbers
+
+
+def costs(results: dict, qa: str) -> tuple[str, str]:
+    drops = {w: sorted((figure(results, qa, m, w, "drop")[0], m) for m in rivals(results, qa)) for w in ("best", "customary")}
+    mine, middle = figure(results, qa, "bnf", "best", "drop"), {w: median(d for d, _ in drops[w]) for w in drops}
+    least = drops["best"][0]
+    numbers = (
+        f"reasoning lost {show(mine)}; rivals' median {middle['best']:.3f} (least: {least[1]} {least[0]:.3f}), at customary "
+        f"hyper-parameters {middle['customary']:.3f}"
+    )
+    far_less = lambda which: mine[0] <= max(0.0, middle[which]) / 2
+    return either(far_less("best"), far_less("customary")), numbers
+
+
+def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
+    mine, paired = figure(results, lone, "bnf", "best", "win_rate"), figure(results, qa, "bnf", "best", "win_rate")
+    kto = figure(results, lone, "kto", "best", "win_rate")
+    base = tuple(tests(results, lone, "bnf", "best")[0]["base"]["win_rate"])
+    gains = mine[0] > base[0] + 2 * math.hypot(mine[1], base[1])
+    numbers = f"win rate {show(mine)} (base {base[0]:.3f}); on pairs {show(paired)}; kto unpaired {show(kto)}"
+    return REPRODUCED if gains and within(mine, kto) else NOT, numbers
+
+
+def stable(results: dict, maths: str) -> tuple[str, str]:
+    def kept(method: str, customary: bool = False) -> float:
+        fixed = results["spec"]["methods"][method].get("customary", {}) if customary else {}
+        runs = [r for r in results["runs"] if (r["set"], r["method"], r["split"]) == (maths, method, "validation")]
+        runs = [r for r in runs if fixed.items() <= r["setting"].items()]
+        return mean(bool(r["result"]) and r["result"]["accuracy"][0] >= r["base"]["accuracy"][0] - TOLERANCE for r in runs)
+
+    mine, usual = kept("bnf"), kept("bnf", True)
+    others, at_custom = {m: kept(m) for m in rivals(results, maths)}, {m: kept(m, True) for m in rivals(results, maths)}
+    best = max(others, key=others.get)
+    numbers = (
+        f"settings that keep reasoning within {TOLERANCE} of the base: bnf {mine:.0%}, rivals' median "
+        f"{median(others.values()):.0%}, most {best} {others[best]:.0%}; at customary hyper-parameters bnf {usual:.0%}, "
+        f"rivals' median {median(at_custom.values()):.0%}, most "
+        f"{max(at_custom, key=at_custom.get)} {max(at_custom.values()):.0%}"
+    )
+    return either(mine >= max(others.values()), usual >= max(at_custom.values())), numbers
+
+
+def shifts(results: dict, qa: str) -> tuple[str, str]:
+    size = lambda m: sum(abs(figure(results, qa, m, "best", f"shift/{side}")[0]) for side in ("chosen", "rejected"))
+    uneven = lambda m: figure(results, qa, m, "best", "gini")[0]
+    others = rivals(results, qa)
+    least, even = min(others, key=size), min(others, key=uneven)
+    sizes = f"bnf {size('bnf'):.2f}, least rival {least} {size(least):.2f}, median {median(map(size, others)):.2f}"
+    ginis = f"bnf {uneven('bnf'):.3f}, lowest rival {even} {uneven(even):.3f}, median {median(map(uneven, others)):.3f}"
+    numbers = f"sizes of the shifts of chosen and rejected together, nats: {sizes}; Gini: {ginis}"
+    return REPRODUCED if size("bnf") <= size(least) and uneven("bnf") <= uneven(even) else NOT, numbers
+
+
+def tuning(results: dict, qa: str) -> tuple[str, str]:
+    methods = results["spec"]["methods"]
+    width = {m: decades(good_rates(results, qa, m, methods[m].get("customary"))) for m in results["spec"]["on"][qa]}
+    others = {m: width[m] for m in rivals(results, qa)}
+    numbers = (
+        f"decades of learning rates within {TOLERANCE} of its best: bnf {width['bnf']:.1f}, nll {width['nll']:.1f}, rivals at "
+        f"customary hyper-parameters {median(others.values()):.1f} (median), {max(others.values()):.1f} (most)"
+    )
+    return REPRODUCED if width["bnf"] >= width["nll"] else NOT, numbers
+
+
+def verdicts(results: dict, qa: str = "qa", maths: str = "math", lone: str = "unpaired") -> list[tuple[str, str, str]]:
+    """(claim, verdict, numbers) of the paper's six claims, those whose sets and methods the results hold."""
+    claims = [
+        ("aligns as well as the best method on QA", aligns, {qa: ["bnf"]}),
+        ("costs far less reasoning: at most half of what rivals lose", costs, {qa: ["bnf"]}),
+        ("works on unpaired data: gains, and no less than KTO", unpaired, {qa: ["bnf"], lone: ["bnf", "kto"]}),
+        ("is stable on mathematical pairs, where its rivals are not", stable, {maths: ["bnf"]}),
+        ("shifts likelihoods least, and its logit shifts are the least concentrated", shifts, {qa: ["bnf"]}),
+        ("needs no tuning beyond what fine-tuning needs", tuning, {qa: ["bnf", "nll"]}),
+    ]
+    on = results["spec"]["on"]
+    held = lambda needs: all({*m} <= {*on.get(name, [])} and rivals(results, name) for name, m in needs.items())
+    return [(claim, *rule(results, *needs)) for claim, rule, needs in claims if held(needs)]
+
+
+def verdict_table(results: dict) -> str:
+    lines = ["| BNF … | here | numbers |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {claim} | {verdict} | {numbers} |" for claim, verdict, numbers in verdicts(results)])
+
+
+def report(results: dict) -> str:
+    """Markdown: every table, then the verdicts."""
+    parts = []
+    for name in results["spec"]["on"]:
+        parts += [f"## {name}", table(results, name)]
+    small = any(r["kind"] != "files" for r in results["runs"])
+    return "\n\n".join([*parts, "## Verdicts", verdict_table(results)] if small else parts)
