@@ -6,18 +6,30 @@ Every tensor is accounted for by name and shape; a tied unembedding is stored on
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minibnf.config import read_config, read_json
 from minibnf.model import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors names them
 
 SHARD_BYTES = 5 * 10**9
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and what its file's header says of it; dtype as safetensors writes it: F32, BF16, ..."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None) -> Transformer:
@@ -25,38 +37,58 @@ def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=
 
     Raises ValueError for a tensor that is missing, unexpected or of another shape than config.json says.
     """
-    directory = Path(directory)
     config, raw = read_config(directory)
     with torch.device("meta"):
         model = Transformer(config, raw)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    state = {}
-    for file in _weight_files(directory):
-        try:
-            with safe_open(file, framework="pt", device="cpu") as tensors:
-                for name in tensors.keys():
-                    if name in state:
-                        raise ValueError(f"{file}: tensor '{name}' stands in more than one file")
-                    state[name] = tensors.get_tensor(name)
-        except Exception as error:  # safetensors' own exception type does not derive from ValueError
-            if isinstance(error, (ValueError, OSError)):
-                raise
-            raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
-    if config.tie_word_embeddings and (twin := state.pop("lm_head.weight", None)) is not None:
-        if not torch.equal(twin, state.get("model.embed_tokens.weight", torch.empty(0))):
-            raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens")
-    if missing := sorted(set(wanted) - set(state)):
-        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)")
-    if unexpected := sorted(set(state) - set(wanted)):
-        raise ValueError(f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names")
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != wanted[name]:
-            raise ValueError(f"{directory}: tensor '{name}' is {tuple(tensor.shape)}, but config.json says {wanted[name]}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported")
-        state[name] = tensor.to(device=device, dtype=dtype)
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors_of(tensors_stored(directory, model))}
     model.load_state_dict(state, strict=True, assign=True)
     return model
+
+
+def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str, Stored]:
+    """{name: Stored} of exactly the model's parameters, from the headers of the directory's files: no weights are read, but
+    for an unembedding that config.json ties and the files hold nevertheless. Raises as load does.
+    """
+    wanted, found = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
+    for file in _weight_files(Path(directory)):
+        with opened(file) as tensors:
+            for name in tensors.keys():
+                if name in found:
+                    raise ValueError(f"{file}: tensor '{name}' stands in more than one file")
+                header = tensors.get_slice(name)
+                found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
+    if model.config.tie_word_embeddings and (twin := found.pop("lm_head.weight", None)) is not None:
+        pair = {"lm_head.weight": twin} | {k: v for k, v in found.items() if k == "model.embed_tokens.weight"}
+        if len(values := list(tensors_of(pair))) < 2 or not torch.equal(values[0][1], values[1][1]):
+            raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens")
+    if missing := sorted(set(wanted) - set(found)):
+        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)")
+    if unexpected := sorted(set(found) - set(wanted)):
+        raise ValueError(f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name]:
+            raise ValueError(f"{directory}: tensor '{name}' is {tensor.shape}, but config.json says {wanted[name]}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported")
+    return found
+
+
+def tensors_of(stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of each, file by file."""
+    for file in sorted({x.file for x in stored.values()}):
+        with opened(file) as tensors:
+            for name in (name for name, x in stored.items() if x.file == file):
+                yield name, tensors.get_tensor(name)
+
+
+@contextmanager
+def opened(file: Path):
+    """safe_open, whose own exception (no ValueError) becomes one that names the file."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 def fresh(directory: str | os.PathLike, seed: int, dtype: torch.dtype = torch.float32, device=None) -> Transformer:

@@ -82,10 +82,11 @@ READS = {  # family: the fields it reads besides SHAPE
     "qwen3": _QWEN | {"attention_bias"},
     "smollm3": _QWEN | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
     "gemma2": _GEMMA | {"attn_logit_softcapping", "final_logit_softcapping"},
-    "gemma3_text": _GEMMA | {"attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq",
-                             "sliding_window_pattern", "_sliding_window_pattern"},
+    "gemma3_text": _GEMMA | {"final_logit_softcapping", "rope_local_base_freq", "sliding_window_pattern",
+                             "_sliding_window_pattern"},
 }  # fmt: skip
-OFF = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "use_sliding_window": False}
+OFF = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "use_sliding_window": False,
+       "attn_logit_softcapping": None}  # fmt: skip
 DEFAULTS = {  # where transformers' own default is not that of Llama
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
@@ -209,15 +210,17 @@ def _ropes(given: dict, number, path) -> dict[str, Rope]:
     """{"full_attention": ..., "sliding_attention": ...}, from rope_theta and rope_scaling or from rope_parameters."""
     raw = given.get("rope_parameters") or given.get("rope_scaling") or {}
     each = raw if set(raw) & {"full_attention", "sliding_attention"} else {"full_attention": raw, "sliding_attention": raw}
+    if given.get("rope_parameters") and each is not raw and given.get("model_type") == "gemma3_text":
+        raise ValueError(f"{path}: field 'rope_parameters' must hold full_attention and sliding_attention for gemma3_text")
     found = {}
     for kind in ("full_attention", "sliding_attention"):
         p = each.get(kind) or {}
         local = kind == "sliding_attention" and given.get("model_type") == "gemma3_text"  # its local layers' own base
+        if local and each is not raw:  # a scaling of transformers 4 is the global layers' alone
+            p = {}
         theta = p.get("rope_theta") or (given.get("rope_local_base_freq", 1e4) if local else number("rope_theta", 1e4))
         rope_type = p.get("rope_type", p.get("type", "default"))
         known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if local and "full_attention" not in raw:
-            rope_type, p = "default", {}
         if rope_type == "default" and not set(p) - known and p.get("partial_rotary_factor", 1.0) == 1.0:
             found[kind] = Rope(theta)
         elif rope_type == "llama3" and len(set(p) - known) == 4 and p.get("partial_rotary_factor", 1.0) == 1.0:

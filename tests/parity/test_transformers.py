@@ -1,6 +1,7 @@
-"""transformers as an independent judge of the model: random tiny ones made by it, and the real SmolLM2."""
+"""The real SmolLM2-135M-Instruct against transformers (test_families.py has the random models)."""
 
 from pathlib import Path
+from pydoc_data.topics import topics  # Python's manual, which comes with Python: prose that every machine has
 
 import pytest
 import torch
@@ -10,53 +11,49 @@ transformers = pytest.importorskip("transformers", reason="the parity extra is n
 from minibnf.checkpoint import load, save  # noqa: E402
 from minibnf.generate import generate  # noqa: E402
 from minibnf.tokenizer import load_tokenizer  # noqa: E402
+from tests.parity.conftest import REAL  # noqa: E402
+from tests.parity.test_families import difference_of_gradients  # noqa: E402
 
 SMOL = Path(__file__).parents[2] / "weights" / "smollm2-135m-instruct"
 needs_smol = pytest.mark.skipif(not SMOL.is_dir(), reason="weights/smollm2-135m-instruct is not there: make weights")
 
 
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 8), (6, 2, 10), (3, 1, 16), (12, 3, 4)])
-@pytest.mark.parametrize("tied", [True, False])
-def test_random_llamas_both_ways(tmp_path, heads, kv_heads, head_dim, tied):
-    config = transformers.LlamaConfig(
-        vocab_size=131, hidden_size=48, intermediate_size=60, num_hidden_layers=3, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=head_dim, tie_word_embeddings=tied, max_position_embeddings=64,
-        rms_norm_eps=1e-5, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(heads)
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
-    ours = load(tmp_path / "theirs")
-    tokens = torch.randint(131, (3, 17))
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    new = generate(ours, tokens[:, :5].tolist(), max_new_tokens=12, temperature=0)
-    expected = theirs.generate(tokens[:, :5], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert new == expected[:, 5:].tolist()
-    save(ours, tmp_path / "ours")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, rtol=0, atol=0)
+def texts(tokenizer) -> list[list[int]]:
+    """The token ids of 100 passages of 20 to 400 tokens, one or more whole paragraphs each, from all over Python's manual."""
+    paragraphs = [p for topic in sorted(topics) for p in topics[topic].split("\n\n")]
+    found: list[list[int]] = []
+    for i in range(0, len(paragraphs), 10):
+        ids = tokenizer.encode("\n\n".join(paragraphs[i : i + 1 + len(found) % 5]))
+        if 20 <= len(ids) <= 400 and ids not in found:
+            found.append(ids)
+    return [found[i * len(found) // 100] for i in range(100)]
 
 
 @needs_smol
-@torch.no_grad()
-def test_smollm2_gives_the_same_logits():
-    tokenizer = load_tokenizer(SMOL)
-    text = tokenizer.encode_chat(
-        [{"role": "user", "content": "Translate 'Welcome' into German."}, {"role": "assistant", "content": "Willkommen."}]
-    )
-    ours, theirs = load(SMOL), transformers.AutoModelForCausalLM.from_pretrained(SMOL)
-    torch.testing.assert_close(ours(torch.tensor([text])), theirs(torch.tensor([text])).logits, rtol=0, atol=1e-5)
-
-
-@needs_smol
-@torch.no_grad()
-def test_smollm2_reads_a_plain_sentence_with_the_likelihood_it_should():
-    """Left permuted as GGUF stores them, the q and k projections still answer "Paris"; a likelihood tells."""
-    tokenizer, model = load_tokenizer(SMOL), load(SMOL)
-    ids = torch.tensor([tokenizer.encode("The sun rises in the east and sets in the west, and the moon follows it at night.")])
-    nll = -model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).mean()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(SMOL)(ids, labels=ids).loss
-    assert nll.item() == pytest.approx(theirs.item(), abs=1e-4)
+def test_smollm2_is_the_same_model(tmp_path, measured, measured_nats):
+    """All logits and the log-likelihoods of 100 real texts, greedy continuations of three of them, and BNF's gradients."""
+    tokenizer, ours, theirs = load_tokenizer(SMOL), load(SMOL), transformers.AutoModelForCausalLM.from_pretrained(SMOL)
+    save(ours, tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = texts(tokenizer)
+    assert len({tuple(ids) for ids in found}) == 100 and sum(map(len, found)) > 8000
+    logits, saved, likelihoods = 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for i, ids in enumerate(found):
+            row = torch.tensor([ids])
+            z, expected = ours(row), theirs(row).logits
+            logits = max(logits, float((z - expected).abs().max()))
+            nats = [x[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None]).sum() for x in (z, expected)]
+            likelihoods = max(likelihoods, abs(float(nats[0] - nats[1])))
+            if i < 10:
+                saved = max(saved, float((again(row).logits - expected).abs().max()))
+    prompts = [ids[:20] for ids in found[::40]]
+    greedy = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [theirs.generate(torch.tensor([ids]), **greedy)[0, 20:].tolist() for ids in prompts]
+    assert generate(ours, prompts, max_new_tokens=32, temperature=0) == expected
+    gradients = difference_of_gradients(theirs, ours, tuple(found[0]), tuple(tuple(ids[:40]) for ids in found[1:4]))
+    measured(REAL, sum(map(len, expected)), logits=logits, saved=saved, gradients=gradients)
+    measured_nats(likelihoods)
 
 
 @needs_smol

@@ -1,0 +1,90 @@
+"""What the parity tests find against transformers: held to the README's table of families, and printed as that table."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+HEAD = "| family | `model_type` | what is particular | models | logits | greedy tokens | saved and loaded | BNF's gradients |"
+REAL = "SmolLM2-135M"
+ROWS = {  # family: (model_type, what is particular)
+    "Llama 2": ("llama", "grouped queries; biases where config.json says so"),
+    "Llama 3": ("llama", "rotary frequencies stretched for a longer context"),
+    "Mistral": ("mistral", "a sliding window in every layer"),
+    "Qwen2, 2.5": ("qwen2", "biases on q, k and v; a window in the upper layers"),
+    "Qwen3": ("qwen3", "norms of each head's query and key; a window in the upper layers"),
+    "SmolLM3": ("smollm3", "layers that know no positions"),
+    "Gemma-2": ("gemma2", "soft caps, four norms a layer, a window in every other layer"),
+    "Gemma-3": ("gemma3_text", "windowed layers with a rotary base of their own, norms of queries and keys"),
+    REAL: ("llama", "its real weights"),
+}
+NATS = "the log-likelihoods that SmolLM2-135M gives 100 passages of Python's manual, 20 to 400 tokens each, agree to"
+
+found: dict[str, dict] = {}  # family: models, greedy tokens and the largest of each difference
+nats: list[float] = []
+
+
+def at_most(x: float, floor: float) -> str:
+    """The power of ten that x does not exceed, and none below the floor: what another machine's rounding may make of it."""
+    return f"1e{math.ceil(math.log10(max(x, floor)) - 1e-9)}"
+
+
+def row(family: str, models: int, tokens: int, logits: float, saved: float, gradients: float) -> list[str]:
+    errors = at_most(logits, 1e-5), f"{tokens} of {tokens}", at_most(saved, 1e-5) if saved else "0", at_most(gradients, 1e-5)
+    return [family, f"`{ROWS[family][0]}`", ROWS[family][1], str(models), *errors]
+
+
+def promised(family: str) -> list[str]:
+    """The cells of a family's row in the README."""
+    _, _, rows = README.partition(HEAD + "\n")
+    cells = [line.strip("| ").split(" | ") for line in rows.split("\n\n")[0].splitlines()]
+    (mine,) = [c for c in cells if c[0] == family] or [None]
+    assert mine, f"the README's table of families has no row {family}"
+    return mine
+
+
+@pytest.fixture
+def measured():
+    """measured(family, tokens, logits, saved, gradients) of a model: kept for the table, and no more than the README says.
+
+    tokens: how many were generated alike. logits, saved: the largest differences of logits, of the model here and of what
+    it saved and transformers loaded. gradients: the largest, over parameters, of ‖difference of gradients‖/‖gradient‖.
+    """
+
+    def keep(family, tokens, **differences):
+        mine = found.setdefault(family, {"models": 0, "tokens": 0} | dict.fromkeys(differences, 0.0))
+        mine["models"], mine["tokens"] = mine["models"] + 1, mine["tokens"] + tokens
+        limits = promised(family)
+        for name, column in (("logits", 4), ("saved", 6), ("gradients", 7)):
+            mine[name] = max(mine[name], differences[name])
+            limit = float(limits[column])
+            assert differences[name] <= limit, f"{family}: {name} differ by {differences[name]:.2g}, the README says {limit:g}"
+
+    return keep
+
+
+@pytest.fixture
+def measured_nats():
+    """measured_nats(x): keep the largest difference of texts' log-likelihoods, no larger than the README says."""
+
+    def keep(x: float):
+        nats.append(x)
+        limit = float(re.search(re.escape(NATS) + " (1e-[0-9]+) nats", " ".join(README.split()))[1])
+        assert x <= limit, f"log-likelihoods differ by {x:.2g} nats, the README says {limit:g}"
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not found:
+        return
+    terminalreporter.section("the largest differences from transformers in float32, rounded up")
+    for cells in [HEAD.strip("| ").split(" | "), ["---"] * 8, *(row(family, **mine) for family, mine in found.items())]:
+        terminalreporter.write_line("| " + " | ".join(cells) + " |")
+    for x in nats:
+        terminalreporter.write_line(f"\n{NATS} {at_most(x, 1e-3)} nats")
+    for family, mine in found.items():
+        exact = ", ".join(f"{name} {mine[name]:.1e}" for name in ("logits", "saved", "gradients"))
+        terminalreporter.write_line(f"exactly, {family}: {exact}")
