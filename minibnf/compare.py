@@ -91,8 +91,6 @@ def chosen_settings(spec: dict, runs: list[dict], name: str, method: str) -> dic
     tried = [r for r in runs if (r["set"], r["method"], r["split"], r["seed"]) == (name, method, "validation", 0)]
     customary = spec["methods"][method].get("customary", {})
     usual = [r for r in tried if customary.items() <= r["setting"].items()]
-    if not usual:
-        raise ValueError(f"method '{method}': its customary setting {customary} is not in its grid")
     return {which: max(some, key=objective)["setting"] for which, some in (("best", tried), ("customary", usual))}
 
 
@@ -373,6 +371,9 @@ def check(spec: dict) -> None:
                 raise ValueError(f"spec: method '{method}' needs a 'loss' of {', '.join(LOSSES)} and a 'grid' with an 'lr'")
             for setting in settings(given):
                 hyper_parameters(spec, {"method": method, "setting": setting})
+            customary = given.get("customary", {})
+            if not any(customary.items() <= setting.items() for setting in settings(given)):
+                raise ValueError(f"spec: method '{method}': its customary setting {customary} is not in its grid")
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

@@ -1,0 +1,241 @@
+"""Comparisons: what is run, what is chosen, what counts as collapse; the verdicts' rules on made-up results; one real run."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from minibnf import compare as module
+from minibnf.compare import chosen_settings, collapsed, compare, finals, main, objective, settings, slug, sweep
+from minibnf.verdicts import CUSTOMARY, NOT, REPRODUCED, figure, good_rates, report, table, verdicts, within
+
+SPEC = {
+    "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32}, "sets": {"qa": {"kind": "qa", "count": 64}},
+    "methods": {
+        "bnf": {"loss": "bnf", "grid": {"lr": [1e-4, 1e-3]}},
+        "dpo": {"loss": "dpo", "grid": {"lr": [1e-4, 1e-3], "beta": [0.1, 2]}, "customary": {"beta": 0.1}},
+    },
+    "on": {"qa": ["bnf", "dpo"]},
+}  # fmt: skip
+BASE = {"win_rate": [0.5, 0.01], "accuracy": [0.9, 0.01], "degenerate": [0.1, 0.01], "shift/chosen": [0, 0],
+        "shift/rejected": [0, 0], "gini": [0, None]}  # fmt: skip
+
+
+def run(name, method, setting, seed=0, win=0.6, accuracy=0.9, degenerate=0.1, shift=(0.1, -1.0), gini=0.4, error=0.01):
+    result = {
+        "win_rate": [win, error], "accuracy": [accuracy, error], "degenerate": [degenerate, error],
+        "shift/chosen": [shift[0], error], "shift/rejected": [shift[1], error], "gini": [gini, None],
+    }  # fmt: skip
+    split = "test" if seed else "validation"
+    kind = "math" if name == "math" else "qa"
+    return {"set": name, "method": method, "setting": setting, "seed": seed, "split": split, "kind": kind, "result": result,
+            "base": BASE, "trace": {}, "feedback": {}}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ what is run
+
+
+def test_every_combination_is_tried_and_the_best_and_the_customary_one_are_repeated():
+    assert settings(SPEC["methods"]["dpo"]) == [{"lr": lr, "beta": b} for lr in (1e-4, 1e-3) for b in (0.1, 2)]
+    jobs = sweep(SPEC)
+    assert len(jobs) == 6 and {job["seed"] for job in jobs} == {0} and len(set(map(slug, jobs))) == 6
+    wins = {("bnf", 1e-4, None): 0.6, ("bnf", 1e-3, None): 0.7, ("dpo", 1e-4, 0.1): 0.55, ("dpo", 1e-3, 0.1): 0.5,
+            ("dpo", 1e-4, 2): 0.6, ("dpo", 1e-3, 2): 0.65}  # fmt: skip
+    runs = [
+        run("qa", j["method"], j["setting"], win=wins[j["method"], j["setting"]["lr"], j["setting"].get("beta")]) for j in jobs
+    ]
+    assert chosen_settings(SPEC, runs, "qa", "bnf") == {"best": {"lr": 1e-3}, "customary": {"lr": 1e-3}}
+    dpo = {"best": {"lr": 1e-3, "beta": 2}, "customary": {"lr": 1e-4, "beta": 0.1}}
+    assert chosen_settings(SPEC, runs, "qa", "dpo") == dpo
+    last = finals(SPEC, runs)
+    assert len(last) == (1 + 2) * 2 and {job["split"] for job in last} == {"test"} and {job["seed"] for job in last} == {1, 2}
+    extra = copy.deepcopy(SPEC)
+    extra["methods"]["dpo"]["extra"] = "sweep"
+    assert {job["method"] for job in finals(extra, runs)} == {"bnf"}
+
+
+def test_what_a_setting_is_chosen_by():
+    assert objective(run("qa", "bnf", {}, win=0.6, accuracy=0.85)) == pytest.approx(0.6 - 0.05)
+    assert objective(run("qa", "bnf", {}, win=0.6, accuracy=0.95)) == 0.6  # gained reasoning is no win
+    assert objective(run("math", "bnf", {}, accuracy=0.85)) == 0.85
+    assert objective(run("qa", "bnf", {}) | {"result": {}}) < 0
+    assert objective(run("qa", "bnf", {}) | {"result": {"preference": [0.7, 0.1]}}) == 0.7
+
+
+@pytest.mark.parametrize(
+    "change, is_so",
+    [
+        ({}, False),
+        ({"accuracy": 0.451}, False),
+        ({"accuracy": 0.449}, True),
+        ({"degenerate": 0.34}, False),
+        ({"degenerate": 0.36}, True),
+    ],
+)
+def test_collapse_is_half_of_the_reasoning_or_a_quarter_more_degenerate_answers(change, is_so):
+    assert collapsed(run("qa", "bnf", {}, **change)) is is_so
+
+
+def test_a_run_that_broke_off_has_collapsed():
+    assert collapsed(run("qa", "bnf", {}) | {"result": {}})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("seeds"), "field 'seeds' is missing"),
+        (lambda s: s.update(sedes=[1]), "field 'sedes' is unknown"),
+        (lambda s: s["on"].update(math=["bnf"]), "'on' names the set 'math'"),
+        (lambda s: s["on"]["qa"].append("ipo"), "the method 'ipo', which 'methods' lacks"),
+        (lambda s: s["methods"]["bnf"].update(loss="bfn"), "method 'bnf' needs a 'loss' of"),
+        (lambda s: s["methods"]["bnf"]["grid"].update(beta=[1]), "no hyper-parameter 'beta'"),
+        (lambda s: s["methods"]["dpo"].update(customary={"beta": 1}), "its customary setting {'beta': 1} is not in its grid"),
+    ],
+)
+def test_a_spec_that_cannot_be_run_is_refused_before_anything_is(change, message, tmp_path, capsys):
+    spec = copy.deepcopy(SPEC)
+    change(spec)
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert main([str(tmp_path / "spec.json"), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, capsys):
+    spec = {
+        "base": "weights/tiny", "seeds": [1], "train": {"batch_size": 8, "max_steps": 2}, "exam": {"samples": 1, "count": 2},
+        "sets": {"qa": {"kind": "qa", "count": 16}},
+        "methods": {"bnf": {"loss": "bnf", "grid": {"lr": [1e-4]}}, "dpo": {"loss": "dpo", "grid": {"lr": [1e-4]}}},
+        "on": {"qa": ["bnf", "dpo"]},
+    }  # fmt: skip
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    command = [str(tmp_path / "spec.json"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "| bnf | best, customary | lr=0.0001 |" in shown and "aligns as well as the best method" in shown
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["runs"]) == 4 and results["spec"] == spec and results["facts"]["revision"]
+    last = results["runs"][-1]
+    assert last["split"] == "test" and last["trace"]["step"] == [1, 2] and last["feedback"]["chosen"]
+    assert {figure.suffix for figure in (tmp_path / "out" / "figures").iterdir()} == {".svg"}
+    assert not list((tmp_path / "out" / "runs").iterdir())  # models are not kept
+
+    lost = sorted((tmp_path / "out" / "results").iterdir())[0]
+    lost.unlink()
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "results").iterdir()}
+    again = compare(spec, tmp_path / "out", 1)
+    strip = lambda runs: [{k: v for k, v in r.items() if k != "train_seconds"} for r in runs]
+    assert strip(again["runs"]) == strip(results["runs"]) and lost.exists()
+    assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
+    with pytest.raises(ValueError, match="holds runs of another spec"):
+        compare(spec | {"seeds": [2]}, tmp_path / "out", 1)
+
+
+def test_the_weights_of_real_tokens_lie_on_bnfs_curve(tmp_path):
+    """Autograd through the soft-max of a model that was changed at random, on real rows: w = min(1, o(p)/o(r))."""
+    import torch
+
+    from minibnf.checkpoint import load, save
+    from minibnf.tokenizer import load_tokenizer
+
+    spec = SPEC | {"sets": {"qa": {"kind": "qa", "count": 8}}}
+    files = module.prepare(spec, "qa", tmp_path / "data")
+    model = load("weights/tiny")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    load_tokenizer("weights/tiny").save(tmp_path / "model")
+    save(model, tmp_path / "model")
+    found = module.measured_feedback(spec, {"method": "bnf", "setting": {"lr": 1e-4}}, files["test"], tmp_path / "model")
+    below = 0
+    for x, w in found["chosen"] + found["rejected"]:
+        assert w == pytest.approx(min(1.0, math.exp(x)), rel=1e-3)
+        below += x < -0.1
+    assert below > 20
+    assert len({e for file in files.values() for e in file.read_text().splitlines()}) > 500  # three splits, other rows
+
+
+# ------------------------------------------------------------------------------------------------------- verdicts
+
+
+def results(**of):
+    """Results in which each method on "qa", "unpaired" and "math" scores as given, at every setting and seed."""
+    spec = copy.deepcopy(SPEC)
+    spec["methods"] |= {m: {"loss": m, "grid": {"lr": [1e-4, 1e-3]}} for m in ("kto", "nll")}
+    spec["on"] = {name: ["bnf", "dpo", "kto", "nll"] for name in ("qa", "math", "unpaired")}
+    made = {"spec": spec, "runs": []}
+    for job in sweep(spec):
+        given = of.get(job["method"], {}) | of.get(f"{job['method']}_{job['setting'].get('beta')}", {})
+        made["runs"].append(run(job["set"], job["method"], job["setting"], **given))
+    for job in finals(spec, made["runs"]):
+        given = of.get(job["method"], {}) | of.get(f"{job['method']}_{job['setting'].get('beta')}", {})
+        made["runs"].append(run(job["set"], job["method"], job["setting"], job["seed"], **given))
+    return made
+
+
+def verdict(made, words):
+    ((_, found, numbers),) = [v for v in verdicts(made) if words in v[0]]
+    return found, numbers
+
+
+def test_aligning_as_well():
+    assert verdict(results(bnf={"win": 0.6}, dpo={"win": 0.62}), "aligns")[0] == REPRODUCED  # within two errors
+    assert verdict(results(bnf={"win": 0.6}, dpo={"win": 0.7}), "aligns")[0] == NOT
+    only = results(bnf={"win": 0.6}, **{"dpo_2": {"win": 0.7}, "dpo_0.1": {"win": 0.55}})
+    found, numbers = verdict(only, "aligns")
+    assert found == CUSTOMARY and "best rival dpo 0.700" in numbers
+
+
+def test_costing_less():
+    cheap = results(bnf={"accuracy": 0.88}, dpo={"accuracy": 0.8}, kto={"accuracy": 0.8})
+    assert verdict(cheap, "costs")[0] == REPRODUCED
+    assert verdict(results(bnf={"accuracy": 0.84}, dpo={"accuracy": 0.8}, kto={"accuracy": 0.8}), "costs")[0] == NOT
+    assert verdict(results(bnf={"accuracy": 0.89}), "costs")[0] == NOT  # rivals lose nothing
+
+
+def test_unpaired_data():
+    assert verdict(results(bnf={"win": 0.6}, kto={"win": 0.6}), "unpaired")[0] == REPRODUCED
+    assert verdict(results(bnf={"win": 0.51}, kto={"win": 0.5}), "unpaired")[0] == NOT  # no gain
+    assert verdict(results(bnf={"win": 0.6}, kto={"win": 0.7}), "unpaired")[0] == NOT
+
+
+def test_stability_on_mathematical_pairs():
+    assert verdict(results(dpo={"accuracy": 0.4}, kto={"accuracy": 0.4}), "stable")[0] == REPRODUCED
+    assert verdict(results(bnf={"accuracy": 0.4}), "stable")[0] == NOT
+    only = results(bnf={}, kto={"accuracy": 0.4}, **{"dpo_0.1": {"accuracy": 0.4}})
+    assert verdict(only, "stable")[1].startswith("settings that keep reasoning within 0.05 of the base: bnf 100%")
+
+
+def test_shifts_and_tuning():
+    assert verdict(results(bnf={"shift": (0.1, -0.5), "gini": 0.3}), "shifts")[0] == REPRODUCED
+    assert verdict(results(bnf={"shift": (0.1, -0.5), "gini": 0.5}), "shifts")[0] == NOT
+    assert verdict(results(), "tuning")[0] == REPRODUCED
+    made = results()
+    for r in made["runs"]:
+        if r["method"] == "bnf" and r["setting"]["lr"] == 1e-3:
+            r["result"]["win_rate"] = [0.5, 0.01]
+    assert good_rates(made, "qa", "bnf") == [1e-4] and verdict(made, "tuning")[0] == NOT
+
+
+def test_an_error_joins_seeds_and_prompts():
+    made = results(bnf={"error": 0.03})
+    first, second = [r for r in made["runs"] if r["method"] == "bnf" and r["split"] == "test" and r["set"] == "qa"]
+    first["result"]["win_rate"][0], second["result"]["win_rate"][0] = 0.5, 0.7
+    mean, error = figure(made, "qa", "bnf", "best", "win_rate")
+    assert mean == pytest.approx(0.6) and error == pytest.approx(math.sqrt(0.02 / 2 + 0.03**2))
+    assert within((0.5, 0.05), (0.6, 0.05)) and not within((0.5, 0.01), (0.6, 0.01))
+
+
+def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
+    made = results()
+    made["spec"]["on"] = {"qa": ["bnf", "dpo"]}
+    assert [claim.split()[0] for claim, _, _ in verdicts(made)] == ["aligns", "costs", "shifts"]
+
+
+def test_a_table_has_the_base_first_then_the_best(tmp_path):
+    made = results(bnf={"win": 0.7})
+    lines = table(made, "qa").splitlines()
+    assert lines[2].startswith("| base |") and lines[3].startswith("| bnf | best, customary |")
+    assert "0 of 4" in "".join(line for line in lines if line.startswith("| dpo | best"))
+    assert len({line.count("|") for line in report(made).splitlines() if line.startswith("|") and "BNF" not in line}) == 2
