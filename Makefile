@@ -86,6 +86,7 @@ $(SMOL)/config.json: | .venv/weights
 .venv/parity: .venv/test
 	$(BIN)/python -m pip install -q -e '.[parity]'
 	$(BIN)/python -m pip install -q --no-deps 'liger-kernel>=0.8.5'  # what it depends on, triton, is 1 GB and not needed
+	$(BIN)/python -m pip install -q --no-deps 'mistral-common>=1.13'  # for its data files, real vocabularies
 	$(BIN)/python -m pip install -q --no-deps 'lm_eval>=0.4.13'  # its metrics' other packages are not needed
 	@touch $@
 

@@ -52,8 +52,8 @@ def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> 
     examples, counts = [], Counter()
     for number, row in tqdm(list(read_rows(path)), desc="tokenising", unit="row", disable=None, leave=False):
         where = f"{path}, line {number}"
-        prompt, completions, preferred = _parse(row, where)
-        ids = [_tokenise(tokenizer, prompt, c, where, field) for field, c in completions]
+        prompt, completions, preferred = parse_row(row, where)
+        ids = [tokenise(tokenizer, prompt, c, where, field) for field, c in completions]
         prompt_ids, responses = ids[0][0], [tuple(response) for _, response in ids]
         if not prompt_ids:
             raise ValueError(f"{where}: field 'prompt' is empty, so nothing predicts the first token of a response")
@@ -104,9 +104,6 @@ def read_rows(path):
             yield number, row
 
 
-_rows = read_rows
-
-
 def _numbered(lines, path):
     """enumerate(lines, 1), a broken archive named."""
     try:
@@ -115,7 +112,7 @@ def _numbered(lines, path):
         raise ValueError(f"{path}: cannot be read to its end: {error}") from None
 
 
-def _parse(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tuple[bool, ...]]:
+def parse_row(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tuple[bool, ...]]:
     """-> prompt, [(field, completion)], preferred; prompt and completions all strings or all lists of messages."""
     if "completion" in row or "label" in row:
         if both := {"chosen", "rejected"} & set(row):
@@ -136,7 +133,7 @@ def _parse(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tup
                 )
     for field in ("prompt", *fields):
         if row.get(field) is not None:
-            _check_text(row[field], where, field)
+            check_text(row[field], where, field)
     prompt = row.get("prompt")
     if prompt is None:
         chosen, rejected = row["chosen"], row["rejected"]
@@ -155,7 +152,8 @@ def _parse(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tup
     return prompt, [(field, row[field]) for field in fields], preferred
 
 
-def _check_text(value, where: str, field: str):
+def check_text(value, where: str, field: str):
+    """ValueError where a field is neither text nor a list of messages."""
     if isinstance(value, str):
         return
     if not isinstance(value, list):
@@ -165,7 +163,7 @@ def _check_text(value, where: str, field: str):
             raise ValueError(f"{where}: field '{field}', message {i}: needs text in 'role' and 'content'")
 
 
-def _tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
+def tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
     """-> the ids of prompt and response, () for an empty response."""
     with _named(where, field):
         if isinstance(prompt, str):
@@ -178,7 +176,7 @@ def _tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[li
 
 def encode_prompt(tokenizer, prompt, where: str, field: str = "prompt") -> list[int]:
     """A text as it stands, or messages up to where the model's answer begins; ValueError names where and field."""
-    _check_text(prompt, where, field)
+    check_text(prompt, where, field)
     with _named(where, field):
         return (
             tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt, add_generation_prompt=True)

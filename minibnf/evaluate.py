@@ -1,131 +1,396 @@
-"""What alignment changed: the small world's exact judge and exact answers, before against after.
+"""What a model makes of held-out data; what alignment changed.
 
-    python -m minibnf.evaluate --base weights/tiny --model runs/small/bnf/model --pairs runs/small/held-out.jsonl
+    python -m minibnf.evaluate --model runs/first/model --base weights/smollm2-135m-instruct --data held-out.jsonl
+    python -m minibnf.evaluate --model runs/small/bnf/model --base weights/tiny --pairs runs/small/held-out.jsonl
 
-QA is asked of people that no preference pair spoke of (the test split): sampled answers at temperature 1, their mean judge
-score (0 to 5), the share that is degenerate (0), and the win rate: the probability that an answer of the model beats one
-of the base to the same question, a tie counting half. Reasoning is greedy, exact answers, on problems never trained on.
-Shifts are mean log-likelihoods of held-out pairs' responses against the base, in nats a response; the Gini coefficient of
-their tokens' absolute logit shifts says how concentrated the change is (0 evenly spread, 1 in one token).
+With --data any model is measured on the rows of a .jsonl or .jsonl.gz file, whose fields say what is measured:
+
+preference   TRL's preference rows. Accuracy is the share of pairs whose chosen response is more likely than the rejected,
+             a tie counting half: by log-likelihood, by its mean a token, and with --base by its shift against the base,
+             the implicit reward. (The difference of a log-likelihood to the base's is that shift.)
+likelihood   {"prompt", "completion"} or {"question", "answer"}: log-likelihoods of the given answers, perplexity.
+choice       {"prompt" or "question", "choices": [texts], "answer": index from 0, or letter}, as MMLU has it, or
+             {.., "choices": {"text": [..], "label": [..]}, "answerKey": label}, as ARC and CommonsenseQA have it. Accuracy
+             is the share of rows whose right choice is the likeliest, by log-likelihood, and by that a token, character
+             or UTF-8 byte (lm-eval's acc, acc_norm and acc_bytes; as there, the end of a turn is not counted).
+gsm8k        {"question", "answer" that ends in "#### 42"}: greedy answers, right where the last number equals that one, and
+             the log-likelihood of the answer given (--task likelihood measures that alone and generates nothing).
+
+A prompt and what follows it are text as it stands (a choice begins with its own space) or messages. A question is what a user
+says, by the model's chat template; for a model that has none, the text "Question: ..." and on the next line "Answer: ...",
+after the token that begins a text where the tokenizer has one of its own for that.
+A number is digits, with commas between groups of three or without, with decimals or without. A currency sign may stand before
+it; a minus counts unless a letter, digit or closing bracket stands before that (-$4, $-4, x=-4, but 9 in 10-9). Numbers are
+compared by value: 1,200.50 is 1200.5. The last number of 1/2 is 2, of 50% it is 50.
+
+The intervals are of 95 %: Wilson's for a share, 1.96 standard errors for a mean (rows are what was drawn, tokens are not). With
+--base follow its value and the difference over the same rows, paired; of shares by Agresti and Min, who add half a row to each
+outcome: to have seen no difference is not to know that there is none. Without --data, two models are compared in the small
+world (exam.py).
 """
 
 import argparse
+import math
+import re
 import sys
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from minibnf.checkpoint import load
-from minibnf.data import pack, read_examples
-from minibnf.model import Transformer
-from minibnf.feedback import gini, target_logits
-from minibnf.logprob import token_logps
-from minibnf.smallworld import QA, REASONING, Problem, problems, sampler, score
-from minibnf.tokenizer import load_tokenizer
+from minibnf.checkpoint import load, resolve_device_and_dtype, write_json
+from minibnf.data import Example, check_text, digest, parse_row, read_examples, read_rows, tokenise
+from minibnf.exam import LABELS, exam, read_responses, small_world
+from minibnf.generate import generate
+from minibnf.smallworld import sampler
+from minibnf.tokenizer import Tokenizer, load_tokenizer
 
+# ------------------------------------------------------------------------------------------------------------- reading
 
-def mean_and_error(x: Tensor) -> tuple[float, float]:
-    """The mean of x (n,) and its standard error."""
-    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else float("nan")
-
-
-def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
-    """(Q, n) and (Q, m) judge scores -> (Q,): the probability to beat the base on each question, a tie counting half."""
-    mine, theirs = scores[:, :, None], base_scores[:, None, :]
-    return ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean((1, 2))
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = re.compile(rf"(?:(?<![\w)\]}}])([-−]))?(?:[$€£¥]([-−])?)?({DIGITS})")
 
 
-def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
-    """(Q, n): the score of every answer."""
-    return torch.tensor([[score(p, a) for a in texts] for p, texts in zip(asked, answers, strict=True)])
+def last_number(text: str) -> Decimal | None:
+    """The value of the last number in a text, as the top of the file defines it; None where there is none."""
+    if not (found := NUMBER.findall(text)):
+        return None
+    *minus, digits = found[-1]
+    return Decimal(digits.replace(",", "")) * (-1 if any(minus) else 1)
 
 
-@torch.no_grad()
-def read_responses(model: Transformer, tokenizer, file, max_tokens: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a preference file: (R,) the log-likelihood of every response in nats, (R,) whether it is preferred, and (N,) the
-    logit of every response token."""
-    examples, _ = read_examples(file, tokenizer, model.config.max_position_embeddings)
-    sums, preferred, logits = [], [], []
-    for batch in pack(examples, list(range(len(examples))), max_tokens):
+class Row(NamedTuple):
+    """A row of the data as token ids, and what else its task needs: the texts of the choices, or the number."""
 
-        def head(x, unembed, batch=batch):
-            hidden, cap = x[0, batch.predictors], model.config.final_softcap
-            logps = token_logps(hidden, unembed, batch.targets, softcap=cap)
-            return logps, target_logits(hidden, unembed, batch.targets, softcap=cap)
-
-        logps, z = model(batch.tokens, batch.positions, batch.layout, head=head)
-        sums.append(batch.responses(logps, None).sums(logps))
-        preferred.append(batch.preferred)
-        logits.append(z)
-    return torch.cat(sums), torch.cat(preferred), torch.cat(logits)
+    example: Example
+    extra: list[str] | Decimal | None
 
 
-def smallworld(base_directory, model_directory, pairs, samples: int, count: int, split: str, seed: int) -> dict:
-    """Every number of the table, {name: (before, after, standard error of after)}, and a few answers of both."""
-    tokenizer = load_tokenizer(base_directory)
-    questions = problems(QA, split, 40, seed)
-    chains = problems(REASONING, split, count * len(REASONING), seed)
-    found, answers, read = {}, {}, {}
-    base, aligned = load(base_directory), load(model_directory)
-    for when, model in (("base", base), ("before", base), ("after", aligned)):
-        draw = sampler(model, tokenizer)([p.prompt for p in questions], samples, seed + (when != "base"))
-        scores = judged(questions, draw)
-        if when == "base":  # what both are compared with: draws of its own
-            base_scores = scores
-            continue
-        greedy = sampler(model, tokenizer, temperature=0)
-        solved = greedy([p.prompt for p in chains], 1, seed)
-        right = judged(chains, solved)[:, 0]
-        found[when] = {
-            "QA win rate against the base": mean_and_error(win_rates(scores, base_scores)),
-            "QA judge score, 0 to 5": mean_and_error(scores.mean(1)),
-            "QA degenerate answers": mean_and_error((scores == 0).float().mean(1)),
-            "reasoning accuracy": mean_and_error(right),
-        }
-        for family in REASONING:
-            mine = torch.tensor([p.family == family for p in chains])
-            found[when][f"  {family}"] = mean_and_error(right[mine])
-        if pairs:
-            read[when] = read_responses(model, tokenizer, pairs)
-        spoken = greedy([questions[0].prompt, chains[3].prompt], 1, seed)
-        answers[when] = [texts[0] for texts in spoken]
-    table = {name: (found["before"][name][0], *found["after"][name]) for name in found["after"]}
-    if pairs:
-        (before, preferred, z_before), (after, _, z_after) = read["before"], read["after"]
-        for name, which in (("chosen", preferred), ("rejected", ~preferred)):
-            if which.any():
-                table[f"log-likelihood shift, {name} (nats)"] = (0.0, *mean_and_error((after - before)[which]))
-        table["Gini of tokens' |logit shift|"] = (0.0, gini(z_after - z_before), float("nan"))
-    asked = [questions[0].prompt, chains[3].prompt]
-    return {"table": table, "answers": list(zip(asked, answers["before"], answers["after"], strict=True))}
+# Each task reads a row as data.parse_row does: -> prompt, [(field, completion)], which are preferred; and the extra.
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser("minibnf.evaluate", description="Before against after, in the small world.")
-    p.add_argument("--base", required=True, metavar="DIR", help="the model before")
-    p.add_argument("--model", required=True, metavar="DIR", help="the model after")
-    p.add_argument("--pairs", metavar="FILE", help="held-out preference rows, for the log-likelihood shifts")
-    p.add_argument("--samples", type=int, default=16, metavar="N", help="answers drawn to each QA question; default 16")
-    p.add_argument("--count", type=int, default=100, metavar="N", help="problems of each reasoning family; default 100")
-    p.add_argument("--split", choices=["validation", "test"], default="test", help="of the prompts; default test")
-    p.add_argument("--seed", type=int, default=0, help="of prompts and samples; default 0")
-    args = p.parse_args(argv)
-    if args.samples < 1 or args.count < 1:
-        p.error("--samples and --count must be 1 or more")
-    try:
-        found = smallworld(args.base, args.model, args.pairs, args.samples, args.count, args.split, args.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def _preference(row: dict, where: str, tokenizer: Tokenizer):
+    return *parse_row(row, where), None
+
+
+def _likelihood(row, where, tokenizer):
+    if row.get("prompt") is not None:
+        return *parse_row({"completion": None, **row, "label": True}, where), None
+    return *_answered(row, where, tokenizer, "answer", [row.get("answer")]), (True,), None
+
+
+def _gsm8k(row, where, tokenizer):
+    _, marker, tail = str(row.get("answer")).rpartition("####")
+    if not marker or not NUMBER.fullmatch(tail.strip()):
+        raise ValueError(f"{where}: field 'answer' must end in a number after ####, such as '#### 42'")
+    return *_answered(row, where, tokenizer, "answer", [row["answer"]]), (True,), last_number(tail)
+
+
+def _choice(row, where, tokenizer):
+    texts, answer, labels = row.get("choices"), row.get("answer", row.get("answerKey")), "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    if isinstance(texts, dict):
+        texts, labels = texts.get("text"), texts.get("label")
+    if not isinstance(texts, list) or len(texts) < 2 or not isinstance(labels, str | list):
+        raise ValueError(f"{where}: field 'choices' must be a list of two texts or more, or hold lists 'text' and 'label'")
+    right = list(labels).index(answer) if isinstance(answer, str) and answer in list(labels) else answer
+    if type(right) is not int or not 0 <= right < len(texts):
+        raise ValueError(f"{where}: the answer {answer!r} is none of the {len(texts)} choices (an index from 0, or a label)")
+    return *_answered(row, where, tokenizer, "choices", texts), tuple(k == right for k in range(len(texts))), texts
+
+
+def _answered(row, where: str, tokenizer: Tokenizer, field: str, texts: list):
+    """-> the prompt, text or messages, and texts as completions of it."""
+    prompt, question, space = row.get("prompt"), row.get("question"), ""
+    if prompt is not None:
+        check_text(prompt, where, "prompt")
+    elif not isinstance(question, str) or not question:
+        raise ValueError(f"{where}: field 'question' must be text and not empty")
+    elif tokenizer.source is not None:
+        prompt = [{"role": "user", "content": question}]
+    else:
+        begin = tokenizer.special.get("bos_token", "") if tokenizer.bos_id != tokenizer.eos_id else ""
+        prompt, space = f"{begin}Question: {question}\nAnswer:", " "
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{where}: field '{field}' must be text and not empty")
+    as_message = lambda text: [{"role": "assistant", "content": text}]
+    return prompt, [(field, space + text if isinstance(prompt, str) else as_message(text)) for text in texts]
+
+
+TASKS = {"preference": _preference, "likelihood": _likelihood, "choice": _choice, "gsm8k": _gsm8k}
+
+
+def task_of(row: dict, where: str) -> str:
+    """The task that a row's fields decide. Raises ValueError where they decide none."""
+    if {"chosen", "rejected", "label"} & set(row):
+        return "preference"
+    if "choices" in row:
+        return "choice"
+    if {"question", "answer"} <= set(row):
+        return "gsm8k" if "####" in str(row["answer"]) else "likelihood"
+    if {"prompt", "completion"} <= set(row):
+        return "likelihood"
+    raise ValueError(f"{where}: its fields {', '.join(map(repr, row))} belong to no task; --help says which do")
+
+
+def tokenised(path, tokenizer: Tokenizer, task: str = "auto", limit: int | None = None) -> tuple[str, list[Row]]:
+    """The task ("auto": what the first row's fields say) and the first `limit` rows of a file.
+
+    Raises ValueError with file, line and field for a row that does not fit, FileNotFoundError for no such file.
+    """
+    rows = []
+    for number, row in tqdm(list(islice(read_rows(path), limit)), desc="tokenising", unit="row", disable=None, leave=False):
+        where = f"{path}, line {number}"
+        task = task_of(row, where) if task == "auto" else task
+        prompt, completions, preferred, extra = TASKS[task](row, where, tokenizer)
+        ids = [tokenise(tokenizer, prompt, completion, where, field) for field, completion in completions]
+        end = tokenizer.end_ids if task == "choice" else ()
+        responses = [tuple(r[:-1] if r and r[-1] in end else r) for _, r in ids]
+        if not ids[0][0] or not all(responses):
+            field = completions[responses.index(())][0] if ids[0][0] else "prompt"
+            raise ValueError(f"{where}: field '{field}' is empty; prompt and response need at least one token each")
+        rows.append(Row(Example(tuple(ids[0][0]), tuple(responses), preferred, number), extra))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return task, rows
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+class Measured(NamedTuple):
+    """What a model made of the rows: (R,) the log-likelihood of each response in nats, (R,) its tokens, both float64; for
+    gsm8k the answers that it generated, each with whether it came to an end."""
+
+    sums: Tensor
+    lengths: Tensor
+    answers: list[tuple[str, bool]]
+
+
+def measure(model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=None, max_new_tokens=256) -> Measured:
+    """Raises ValueError for a row longer than the model's context, or than max_tokens (None: what suits the device), and
+    for a tokenizer of more tokens than the model has."""
+    examples, context = [row.example for row in rows], model.config.max_position_embeddings
+    for e in examples:
+        needed = len(e.prompt) + max(*map(len, e.responses), max_new_tokens if task == "gsm8k" else 0)
+        if needed > context:
+            raise ValueError(
+                f"line {e.line} of the data: prompt and answer need {needed} tokens, and the model reads {context}"
+            )
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model")
+    default = max(2048 if model.unembed.device.type == "cpu" else 16384, *(e.tokens for e in examples))
+    read = read_responses(model, examples, max_tokens or default)
+    sums, lengths = [x.double().sum() for x in read], [len(x) for x in read]
+    equal = {}  # responses of a row that are the same tie, however rounding differs between their places in a batch
+    for place, response in enumerate((e.line, response) for e in examples for response in e.responses):
+        sums[place] = equal.setdefault(response, sums[place])
+    answers, prompts, stop = [], [list(e.prompt) for e in examples] if task == "gsm8k" else [], sorted(tokenizer.end_ids)
+    for i in tqdm(range(0, len(prompts), 64), desc="answering", unit="64 rows", disable=None if prompts else True, leave=False):
+        for ids in generate(model, prompts[i : i + 64], max_new_tokens=max_new_tokens, temperature=0, stop_ids=stop):
+            answers.append((tokenizer.decode(ids), ids[-1] in stop))
+    return Measured(torch.stack(sums), torch.tensor(lengths).double(), answers)
+
+
+class Figure(NamedTuple):
+    """A figure is the mean of one number a row (n,), float64; those of a share are 0, 1 or, for a tie, a half."""
+
+    rows: Tensor
+    share: bool = False
+
+
+def share(x) -> Figure:
+    return Figure(torch.as_tensor(x).double(), share=True)
+
+
+def wins(x: Tensor, y: Tensor) -> Figure:
+    """The share of rows in which x (n,) exceeds y, a tie counting half."""
+    return share((x > y) + 0.5 * (x == y))
+
+
+def per_token(sums: Tensor, lengths: Tensor) -> Figure:
+    """The mean over all tokens, a ratio of two means: its rows are the ratio's linearisation."""
+    ratio = sums.sum() / lengths.sum()
+    return Figure(ratio + (sums - ratio * lengths) / lengths.mean())
+
+
+def figures(task: str, rows: list[Row], found: Measured, base: Measured | None = None) -> dict[str, Figure]:
+    """Every figure of a task by its name in the table."""
+    sums, lengths, answers = found
+    preferred = torch.tensor([p for row in rows for p in row.example.preferred])
+    sizes = torch.tensor([len(row.example.responses) for row in rows])
+    table, names = {}, {"given answer": preferred}
+    if task == "preference":
+        chosen, names = (sizes.cumsum(0) - 2)[sizes == 2], {"chosen": preferred, "rejected": ~preferred}
+        if len(chosen):
+            table["accuracy by log-likelihood"] = wins(sums[chosen], sums[chosen + 1])
+            table["accuracy by log-likelihood / token"] = wins(*((sums / lengths)[chosen + k] for k in (0, 1)))
+            table["chosen less rejected (nats)"] = Figure(sums[chosen] - sums[chosen + 1])
+        if len(chosen) and base:
+            table["accuracy by shift against the base"] = wins(*((sums - base.sums)[chosen + k] for k in (0, 1)))
+    if task == "choice":
+        names = {"right choice": preferred}
+        texts = [text.lstrip() for row in rows for text in row.extra]
+        characters, of_bytes = (torch.tensor([len(f(t)) for t in texts]) for f in (str, str.encode))
+        for name, scale in (("", 1), (" / token", lengths), (" / character", characters), (" / byte", of_bytes)):
+            best = [int(x.argmax()) for x in (sums / scale).split(sizes.tolist())]
+            table[f"accuracy by log-likelihood{name}"] = share(
+                [row.example.preferred[k] for row, k in zip(rows, best, strict=True)]
+            )
+    if task == "gsm8k":
+        numbers = [last_number(text) for text, _ in answers]
+        table["accuracy"] = share([n == row.extra for n, row in zip(numbers, rows, strict=True)])
+        table["answers without a number"] = share([n is None for n in numbers])
+        table["answers cut at --max-new-tokens"] = share([not ended for _, ended in answers])
+    for name, which in names.items():
+        if which.any():
+            table[f"log-likelihood, {name} (nats)"] = Figure(sums[which])
+            table[f"log-likelihood, {name} (nats / token)"] = per_token(sums[which], lengths[which])
+    if task in ("likelihood", "gsm8k"):
+        rate = per_token(sums, lengths).rows
+        table["perplexity"] = Figure((-rate.mean()).exp() * (1 - rate + rate.mean()))
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def interval(figure: Figure) -> tuple[float, float]:
+    """95 %, of a share or of a mean; nan for the mean of one row."""
+    n, mean = len(figure.rows), figure.rows.mean().item()
+    if not figure.share:
+        half = 1.96 * figure.rows.std().item() / math.sqrt(n) if n > 1 else math.nan
+        return mean - half, mean + half
+    centre, half = mean + 1.96**2 / (2 * n), 1.96 * math.sqrt(mean * (1 - mean) / n + (1.96 / (2 * n)) ** 2)
+    return max(0.0, (centre - half) / (1 + 1.96**2 / n)), min(1.0, (centre + half) / (1 + 1.96**2 / n))
+
+
+def paired_interval(figure: Figure, base: Figure) -> tuple[float, float]:
+    """95 %, of the difference of two shares or means over the same rows."""
+    d = figure.rows - base.rows
+    if not figure.share:
+        return interval(Figure(d))
+    n = len(d) + 2  # the two rows more: half a row right and wrong, half wrong and right, and two halves without difference
+    mean, square = d.sum().item() / n, (d.square().sum().item() + 1) / n
+    half = 1.96 * math.sqrt((square - mean**2) / n)
+    return mean - half, mean + half
+
+
+def table_of(found: dict[str, Figure], base: dict[str, Figure]) -> dict[str, dict[str, float]]:
+    """{name: {"rows", "value", "low", "high"}}, and where the base has the figure its value and the difference too."""
+    table = {}
+    for name, figure in found.items():
+        (low, high), value = interval(figure), figure.rows.mean().item()
+        table[name] = {"rows": len(figure.rows), "value": value, "low": low, "high": high}
+        if name in base:
+            (low, high), before = paired_interval(figure, base[name]), base[name].rows.mean().item()
+            table[name] |= {"base": before, "difference": value - before, "difference_low": low, "difference_high": high}
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def on_data(args: argparse.Namespace) -> None:
+    """Measure --model, and --base where there is one, on the rows of --data: print the table, write --out."""
+    if args.out:  # what cannot be written is to be known now
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        if Path(args.out).is_dir():
+            raise ValueError(f"--out {args.out} is a folder; name a file")
+    tokenizer, measured = load_tokenizer(args.model), []
+    task, rows = tokenised(args.data, tokenizer, args.task, args.limit)
+    data = digest([row.example for row in rows])
+    if args.base and data != digest([r.example for r in tokenised(args.data, load_tokenizer(args.base), task, args.limit)[1]]):
+        raise ValueError(f"the tokenizers of {args.base} and {args.model} make different tokens of {args.data}")
+    for directory in filter(None, (args.model, args.base)):
+        model = load(directory)
+        device, dtype = resolve_device_and_dtype(args.device, args.dtype, sum(p.numel() for p in model.parameters()))
+        model = model.to(device=device, dtype=dtype)
+        measured.append(measure(model, tokenizer, task, rows, args.max_tokens, args.max_new_tokens))
+        del model  # one in memory at a time
+    base = measured[1] if args.base else None
+    table = table_of(figures(task, rows, measured[0], base), figures(task, rows, base) if base else {})
+    same = sum(len(set(row.example.responses)) < len(row.example.responses) for row in rows)
+    dtype = str(dtype).removeprefix("torch.")
+    print(f"{args.data}: {len(rows)} rows of {task}, {device}, {dtype}" + (f", {same} with equal responses" if same else ""))
+    print(f"\n{'':44}{'rows':>5}{'value':>10}{'95 % interval':>20}", end="")
+    print(f"{'base':>10}{'difference':>12}{'95 % interval':>20}" if base else "")
+    for name, x in table.items():
+        print(f"{name:44}{x['rows']:5}{x['value']:10.3f}{x['low']:10.3f}{x['high']:10.3f}", end="")
+        print(
+            "{base:10.3f}{difference:+12.3f}{difference_low:+10.3f}{difference_high:+10.3f}".format(**x) if "base" in x else ""
+        )
+    if args.out:
+        table = {name: {k: v if v == v else None for k, v in x.items()} for name, x in table.items()}  # JSON has no nan
+        settings = vars(args) | {"task": task, "device": str(device), "dtype": dtype, "data_sha256": data}
+        names = ("model", "base") if base else ("model",)
+        answers = [
+            {"line": row.example.line, "number": str(row.extra)}
+            | {who: m.answers[i][0] for who, m in zip(names, measured, strict=True)}
+            for i, row in enumerate(rows if task == "gsm8k" else [])
+        ]
+        write_json(Path(args.out), {"settings": settings, "figures": table, "answers": answers})
+
+
+def in_small_world(args: argparse.Namespace) -> None:
+    """Print the small world's table of --base and --model, and what each answers to two prompts."""
+    tokenizer, base, aligned = load_tokenizer(args.base), load(args.base), load(args.model)
+    examples = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)[0] if args.pairs else []
+    asked = exam(base, tokenizer, split=args.split, samples=args.samples, count=args.count, seed=args.seed, examples=examples)
+    before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))
     print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
-    for name, (before, after, error) in found["table"].items():
-        print(f"{name:38}{before:9.3f}{after:9.3f}" + (f"  ± {error:.3f}" if error == error else ""))
-    for prompt, before, after in found["answers"]:
-        print(f"\n{prompt}\n  before  {before}\n  after   {after}")
+    for name, (value, error) in after.items():
+        print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}" + (f"  ± {error:.3f}" if error == error else ""))
+    prompts = [asked.questions[0].prompt, asked.chains[3].prompt]
+    spoken = [sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed) for model in (base, aligned)]
+    for prompt, (old,), (new,) in zip(prompts, *spoken, strict=True):
+        print(f"\n{prompt}\n  before  {old}\n  after   {new}")
     figure = Path(args.model).parent / "figures" / "training.png"
     if figure.is_file():
         print(f"\nfigure  {figure}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser("minibnf.evaluate", description=__doc__, allow_abbrev=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.add_argument("--model", required=True, metavar="DIR", help="the model to measure, in Hugging Face layout")
+    p.add_argument("--base", metavar="DIR", help="the model before alignment, to compare with")
+    a = p.add_argument_group("on any rows").add_argument
+    a("--data", metavar="FILE", help=".jsonl or .jsonl.gz, see above; without it, the small world")
+    a("--task", choices=["auto", *TASKS], default="auto", help="auto: what the fields of the first row say")
+    a("--limit", type=int, metavar="N", help="the first N rows alone")
+    a("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer in gsm8k; default 256")
+    a("--out", metavar="FILE", help="write all figures and settings, and the answers of gsm8k, as JSON")
+    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of weights and products. auto: as in training")
+    a("--max-tokens", type=int, metavar="N", help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")
+    a = p.add_argument_group("in the small world, which needs --base").add_argument
+    a("--pairs", metavar="FILE", help="held-out preference rows, for the log-likelihood shifts")
+    a("--samples", type=int, default=16, metavar="N", help="answers drawn to each QA question; default 16")
+    a("--count", type=int, default=100, metavar="N", help="problems of each reasoning family; default 100")
+    a("--split", choices=["validation", "test"], default="test", help="of the prompts; default test")
+    a("--seed", type=int, default=0, help="of prompts and samples; default 0")
+    args = p.parse_args(argv)
+    of_data, of_world = "task limit max_new_tokens out device dtype max_tokens", "pairs samples count split seed"
+    for name in (of_world if args.data else of_data).split():
+        if getattr(args, name) != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} goes {'without' if args.data else 'with'} --data")
+    if not args.data and not args.base:
+        p.error("--data FILE measures a model on any rows; without it the small world compares two and needs --base")
+    for name in ("limit", "max_new_tokens", "max_tokens", "samples", "count"):
+        if (x := getattr(args, name)) is not None and x < 1:
+            p.error(f"--{name.replace('_', '-')} must be 1 or more")
+    try:
+        (on_data if args.data else in_small_world)(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -5,20 +5,22 @@
     tokenizer.encode_chat([{"role": "user", "content": "Hi <|im_end|>"}])   # messages: what they say is only ever text
 
 How the template's control tokens are told from those a message merely spells: the template renders a copy of the
-messages in which stand-ins of private-use characters replace the text of control tokens, so every control token it shows
-is its own. Each of those becomes a mark (the mark character, the id, a semicolon), the stand-ins become text again, and
-the backend encodes the whole with control tokens spelt by marks and by nothing else.
+messages in which stand-ins, strings that occur nowhere, replace the text of control tokens, so every control token it shows
+is its own. Each of those becomes a mark (such a string, the id, a semicolon), the stand-ins become text again, and the
+backend encodes the whole with control tokens spelt by marks and by nothing else.
 """
 
 import json
 import re
+import secrets
 import shutil
 import struct
 import warnings
-from datetime import datetime
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
+
+from minibnf.templates import compile_template
 
 FILES = (
     "tokenizer.json",
@@ -84,7 +86,7 @@ class Tokenizer:
 
         # For encode_chat: how to find control tokens, and which strings could be an end, or the middle, of one.
         texts, functional = list(self.control), self.end_ids | {self.bos_id, self.pad_id}
-        self._pattern = any_of(texts)
+        self._pattern, self._fresh = any_of(texts), fresh_marks()
         self._starts = tuple({t[:k] for t in texts for k in range(1, len(t))})
         self._finishes = tuple({t[k:] for t in texts for k in range(1, len(t))})
         self._words = {re.sub(r"\W", "", t) for t in texts} - {""}
@@ -108,16 +110,40 @@ class Tokenizer:
             raise ValueError(f"{bad[0]} is no id of {self.backend.path}, whose ids end at {self.vocab_size - 1}")
         return self.backend.decode(ids, skip_special)
 
+    def stream(self, ids, skip_special=True):
+        """The text of token ids while they come, in pieces, each as soon as it is certain: joined, they are decode(ids).
+
+        ids: any iterable, such as a generator. A character spread over several tokens is shown when it is whole; where a
+        tokenizer.json spells characters by <0xE4>-like tokens, a run of these is shown when it ends, since one wrong byte
+        spoils all of it. Each id costs the decoding of a few ids, however long the text.
+        """
+        decode = lambda ids: self.decode(ids, skip_special)
+        # Text after an ordinary token does not depend on which: a decoder treats only the beginning of a text as special.
+        anchor = next(([i] for i in range(self.vocab_size) if decode([i]).isalnum() and i not in self.backend.byte_tokens), [])
+        before, held, shown = [], [], 0  # of decode(before + held) the first characters that are shown
+        for i in ids:
+            if decode([*anchor, i]) == decode(anchor):
+                continue  # a special token
+            held.append(i)
+            if i in self.backend.byte_tokens:
+                continue
+            text = decode(before + held)
+            # The up to 3 first bytes of a character show as one \ufffd or as one each; a \ufffd can stand for 3 bytes.
+            waiting = min(3, len(text) - len(text.rstrip("\ufffd")))
+            if piece := text[shown : len(text) - waiting]:
+                yield piece
+            if text or decode(held + held):  # else this text has not begun: white space that the decoder leaves out
+                before = anchor
+            held = held[-9:] if waiting else []
+            shown = len(decode(before + held)) - waiting
+        if piece := decode(before + held)[shown:]:
+            yield piece
+
     def render(self, messages, add_generation_prompt=False):
         """The template's text for a list of {"role", "content", ...}. ValueError: no template, or it refuses them."""
-        template = self.template
-        from jinja2 import TemplateError
-
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
-        try:
-            return template.render(given | self.special)
-        except (TemplateError, TypeError) as error:  # TypeError: such as text + None
-            raise ValueError(f"the chat template of {self.directory} cannot render these messages: {error}") from error
+        return self.template(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.special
+        )
 
     def encode_chat(self, messages, add_generation_prompt=False):
         """The ids of the rendered chat, in which whatever the messages say is only ever ordinary text.
@@ -158,9 +184,15 @@ class Tokenizer:
                 shutil.copyfile(self.directory / name, Path(directory) / name)
 
     def _marks(self, messages):
-        """Three private-use characters that occur nowhere: for control tokens, stand-ins and guards."""
+        """Three strings that occur nowhere: for control tokens, stand-ins and guards.
+
+        They are the same from call to call, since a tokenizer.json needs a twin for each, and random, so that no text can
+        name them on purpose.
+        """
         seen = json.dumps([messages, self.source, list(self.control)], ensure_ascii=False, default=str)
-        return list(islice((c for c in map(chr, range(0xE000, 0xF900)) if c not in seen), 3))
+        while any(mark in seen for mark in self._fresh):
+            self._fresh = fresh_marks()
+        return self._fresh
 
     def _shield(self, value, marks, key=None):
         """A copy of the messages in which no string holds a control token, or becomes part of one.
@@ -204,39 +236,12 @@ class Tokenizer:
 
     @cached_property
     def template(self):
-        """The compiled chat template, in the environment that transformers gives it."""
-        try:
-            from jinja2 import TemplateError, TemplateSyntaxError
-            from jinja2.ext import Extension, loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise ImportError("chat templates need the package jinja2: pip install 'minibnf[hf]'") from None
         if self.source is None:
             raise ValueError(
                 f"{self.directory} has no chat template: chat_template.jinja, or chat_template in "
                 "tokenizer_config.json (of several, the one named 'default')"
             )
-
-        class Generation(Extension):  # {% generation %} only points out an assistant's words
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser):
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja's own escapes HTML
-            return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        jinja.filters["tojson"] = tojson
-        jinja.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-        try:
-            return jinja.from_string(self.source)
-        except TemplateSyntaxError as error:
-            raise ValueError(f"{self.directory}: the chat template is malformed, line {error.lineno}: {error}") from error
+        return compile_template(self.source, f"the chat template of {self.directory}")
 
 
 class HuggingFace:
@@ -261,6 +266,8 @@ class HuggingFace:
             for i, token in self.fast.get_added_tokens_decoder().items()
             if token.special or not PLAIN.fullmatch(token.content)
         }
+        fallback = "ByteFallback" in repr(self.fast.decoder)  # then the decoder spells bytes by <0x00> to <0xFF>
+        self.byte_tokens = {i for token, i in vocabulary.items() if fallback and re.fullmatch("<0x[0-9A-F]{2}>", token)}
         # A byte-level BPE spells each byte by one printable character. Some vocabularies (SmolLM2's) lack a few of these,
         # and then the library leaves such bytes out, as transformers does too. Here that is at least said.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -335,6 +342,7 @@ class SentencePiece:
         self.first, self.rest = Processor(model_proto=bytes(model)), Processor(model_proto=bytes(model + b"\x1a\x02\x18\x00"))
         ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "pad_token": pieces.pad_id()}
         self.special = {key: pieces.id_to_piece(i) for key, i in ids.items() if i >= 0}
+        self.byte_tokens = ()  # sentencepiece decodes byte by byte
         self.texts, self.pattern = {i: text for text, i in self.control.items()}, any_of(self.control)
 
     def id(self, text):
@@ -354,17 +362,21 @@ class SentencePiece:
 
     def decode(self, ids, skip_special):
         text, processor = "", self.first
-        for control, run in groupby(ids, self.texts.__contains__):
-            if control:
-                text += "" if skip_special else "".join(self.texts[i] for i in run)
-            else:
-                text, processor = text + processor.decode(list(run)), self.rest
+        shown = (i for i in ids if not skip_special or i not in self.texts)
+        for run in (list(run) for _, run in groupby(shown, self.texts.__contains__)):
+            text += "".join(self.texts[i] for i in run) if run[0] in self.texts else processor.decode(run)
+            processor = self.rest
         return text
 
 
 def any_of(texts):
     """The pattern that finds any of the texts, the longest first, as tokenizers do."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def fresh_marks():
+    """Three strings of private-use characters around a random number."""
+    return [f"{c}{secrets.token_hex(8)}{c}" for c in "\ue000\ue001\ue002"]
 
 
 def read_json(path):

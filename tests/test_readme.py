@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from minibnf.config import READS
 from tests.loss_table import table
 
 ROOT = Path(__file__).parent.parent
@@ -11,6 +12,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_table_of_losses_is_the_one_that_make_losses_prints():
     assert table() in README
+
+
+def test_the_table_of_families_has_every_model_type():
+    """Its figures are held to what is measured by `make parity` (tests/parity/conftest.py)."""
+    assert set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", README, re.M)) - {"model_type"} == set(READS)
 
 
 def test_every_file_of_the_package_is_named_and_every_link_leads_somewhere():

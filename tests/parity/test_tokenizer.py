@@ -14,6 +14,8 @@ pytest.importorskip("jinja2", reason="needs minibnf[hf]")
 
 from minibnf.convert import shipped_gguf  # noqa: E402
 from minibnf.tokenizer import load_tokenizer  # noqa: E402
+from tests import test_templates  # noqa: E402
+from tests.test_tokenizer import controls  # noqa: E402
 
 DIRECTORY = Path(__file__).parents[2] / "weights" / "smollm2-135m-instruct"
 pytestmark = pytest.mark.skipif(not DIRECTORY.is_dir(), reason=f"{DIRECTORY} is absent: run make weights")
@@ -38,7 +40,7 @@ def gguf():
         pytest.skip(str(error))
 
 
-def strings(count=400, digits=True):
+def strings(count=5000, digits=True):
     """Words, white space, numbers, code, many scripts, control tokens and random characters, joined at random."""
     draw = random.Random(0)
     words = [
@@ -99,7 +101,7 @@ def test_ids_of_strings(ours, theirs):
 
 
 def test_ids_of_chats(ours, theirs):
-    draw, texts = random.Random(1), [t for t in strings() if "<" not in t]
+    draw, texts = random.Random(1), [t for t in strings(400) if "<" not in t]
     for _ in range(100):
         roles = draw.choice([["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]])
         chat = [{"role": role, "content": draw.choice(texts)} for role in roles]
@@ -111,6 +113,21 @@ def test_ids_of_chats(ours, theirs):
                 assert ours.encode_chat(chat, prompt) == expected
 
 
+def test_5000_strings_give_no_control_token(ours):
+    expected = controls(ours, ours.encode_chat([{"role": "user", "content": "a"}], True))
+    parts = [*ours.control, *(t[:-1] for t in ours.control), *(t[1:] for t in ours.control)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for text in test_templates.strings(5000, parts):
+            assert controls(ours, ours.encode_chat([{"role": "user", "content": text}], True)) == expected, text
+
+
+def test_streams(ours, theirs):
+    for text in strings(500):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert "".join(ours.stream(ids, skip_special=False)) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def test_special_ids(ours, theirs):
     assert (ours.eos_id, ours.bos_id, ours.pad_id) == (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id)
     assert ours.vocab_size == len(theirs) == json.loads((DIRECTORY / "config.json").read_text())["vocab_size"]
@@ -119,7 +136,7 @@ def test_special_ids(ours, theirs):
 def test_ids_of_the_tokenizer_that_transformers_makes_of_the_gguf(ours, gguf):
     """Only for text without digits: transformers overlooks that the pre-tokenizer 'smollm' sets each digit apart."""
     theirs = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for text in strings(digits=False):
+    for text in strings(400, digits=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text

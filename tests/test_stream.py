@@ -1,0 +1,125 @@
+"""Decoding while ids come: joined, the pieces are the decoded text, whatever the ids, and none shows half a character."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minibnf.tokenizer import load_tokenizer
+from tests.test_tokenizer import CORPUS, ROLES, SPECIAL, byte_level, sentence_piece, write_config
+
+tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
+KINDS = ["byte level", "metaspace", "gemma", "unigram", "sp", "sp prefix"]
+PROPERTY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **config):
+    """A tokenizer.json that spells unknown characters by bytes: as Llama 2's (metaspace), Gemma's, or a unigram model."""
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram() if kind == "unigram" else tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=kind == "unigram")
+    if kind == "unigram":
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=120, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+        )
+    else:
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    model, by_bytes = json.loads(made.to_str())["model"], [f"<0x{b:02X}>" for b in range(256)]
+    if kind == "unigram":
+        vocabulary = [*model["vocab"], *((t, -20.0) for t in by_bytes)]
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram([tuple(v) for v in vocabulary], 0, byte_fallback=True))
+    else:
+        names = ["<unk>", *by_bytes, *(t for t in model["vocab"])]
+        merges = [tuple(m) for m in model["merges"]]
+        made = tokenizers.Tokenizer(
+            tokenizers.models.BPE(
+                {t: i for i, t in enumerate(names)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+            )
+        )
+    d = tokenizers.decoders
+    if kind == "gemma":
+        made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+        made.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse()])
+    else:
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        made.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    made.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
+    made.save(str(directory / "tokenizer.json"))
+    return write_config(directory, template, **config)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """{kind: Tokenizer}"""
+    prefix = {"add_dummy_prefix": True}
+    return {
+        kind: load_tokenizer(
+            byte_level(tmp_path_factory.mktemp("t"))
+            if kind == "byte level"
+            else sentence_piece(tmp_path_factory.mktemp("t"), **(prefix if kind == "sp prefix" else {}))
+            if kind.startswith("sp")
+            else byte_fallback(tmp_path_factory.mktemp("t"), kind)
+        )
+        for kind in KINDS
+    }
+
+
+def awkward(tokenizer):
+    """Ids that spell parts of characters, white space or nothing, which random ids rarely bring together."""
+    return [i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i]).strip(" \n\ufffd")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@PROPERTY
+@given(data=st.data(), skip=st.booleans())
+def test_the_pieces_are_the_text(loaded, kind, data, skip):
+    tokenizer = loaded[kind]
+    some = st.sampled_from(awkward(tokenizer)) | st.integers(0, tokenizer.vocab_size - 1)
+    ids = data.draw(st.lists(some, max_size=14))
+    pieces = list(tokenizer.stream(iter(ids), skip))
+    assert "".join(pieces) == tokenizer.decode(ids, skip) and all(pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@PROPERTY
+@given(text=st.text(st.characters(exclude_characters="▁\ufffd", exclude_categories=["Cs"]), max_size=8))
+def test_no_piece_shows_half_a_character(loaded, kind, text):
+    assert not any("\ufffd" in piece for piece in loaded[kind].stream(loaded[kind].encode(text)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_characters_come_at_once(loaded, kind):
+    tokenizer, shown = loaded[kind], []
+    ids = tokenizer.encode("<|im_start|>The capital of France is Paris.")
+
+    def feed():
+        for k, i in enumerate(ids):
+            assert "".join(shown) == tokenizer.decode(ids[:k])
+            yield i
+
+    for piece in tokenizer.stream(feed()):
+        shown.append(piece)
+    assert "".join(shown) == tokenizer.decode(ids) and len(shown) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_is_linear(loaded, kind, monkeypatch):
+    """The ids decoded for each id that comes do not grow with the text, even where it is bytes that spell nothing."""
+    tokenizer, decoded = loaded[kind], []
+    decode = tokenizer.backend.decode
+    monkeypatch.setattr(tokenizer.backend, "decode", lambda ids, skip: decoded.append(len(ids)) or decode(ids, skip))
+    for text in ("The capital 😀 of France é is Paris. ", "\ufffd", "  ", "你"):
+        ids = [i for i in tokenizer.encode(text * 400) for _ in range(1 + (text == "你"))]
+        list(tokenizer.stream(ids[:1]))
+        start = sum(decoded)  # includes the search for an ordinary token
+        decoded.clear()
+        list(tokenizer.stream(ids))
+        assert sum(decoded) - start < 30 * len(ids)
+        decoded.clear()
+
+
+def test_ids_that_do_not_exist_are_told(loaded):
+    with pytest.raises(ValueError, match="is no id of"):
+        list(loaded["sp"].stream([10**6]))
