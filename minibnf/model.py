@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibnf.config import Config, Rope
+from minibnf.linear import linear
 
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
 
@@ -33,7 +34,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -52,7 +53,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., d) of positions (...): the angle of the pair (i, i + d/2) is position * theta^(-2i/d)."""
+    """cos and sin (..., d) of positions (...): the angle of the pair (i, i + d/2) is position * theta^(-2i/d). The first
+    half of sin has a minus, for rotate()."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # as transformers writes it, so that float32 rounds alike: SmolLM2's logits are then equal bit for bit
     frequency = 1.0 / rope.theta ** (torch.arange(0, d, 2, device=positions.device, dtype=wide) / d)  # (d/2,)
@@ -62,14 +64,14 @@ def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[T
         mix = ((context / (2 * math.pi / frequency) - low) / (high - low)).clamp(0, 1)
         frequency = (1 - mix) * frequency / factor + mix * frequency
     angle = positions[..., None].to(wide) * frequency
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + d/2}) of x (B, heads, S, d) by its position's angle; cos, sin (B, 1, S, d)."""
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return x * cos + torch.cat([b, a], -1) * sin
 
 
 class Cache:
@@ -81,22 +83,42 @@ class Cache:
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: Tensor, longest: int):
         self.keys, self.values, self.length, self.longest = keys, values, length, longest
 
+    def begin(self, S: int):
+        """S new tokens a row are about to be appended, layer by layer."""
+        count = lambda n: torch.arange(n, device=self.length.device)
+        self.places = (
+            count(len(self.length))[:, None],
+            slice(None),
+            self.length[:, None] + count(S),
+        )  # (B, 1), all heads, (B, S)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put S new tokens a row, k and v (B, K, S, d), at each row's end; return all keys and values."""
-        S, rows = k.shape[2], torch.arange(len(k), device=k.device)[:, None]
-        places = self.length[:, None] + torch.arange(S, device=k.device)  # (B, S)
-        self.keys[layer][rows, :, places] = k.transpose(1, 2)
-        self.values[layer][rows, :, places] = v.transpose(1, 2)
-        end = self.longest + S
+        self.keys[layer][self.places] = k.transpose(1, 2)
+        self.values[layer][self.places] = v.transpose(1, 2)
+        end = self.longest + k.shape[2]
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def advance(self, S: int):
         """The S tokens that every layer appended now belong to what was read."""
         self.length, self.longest = self.length + S, self.longest + S
 
-    def keep(self, rows: Tensor) -> "Cache":
-        """The cache of these rows only (indices)."""
-        return Cache([k[rows] for k in self.keys], [v[rows] for v in self.values], self.length[rows], self.longest)
+    def keep(self, rows: list[int]) -> list[int]:
+        """Go on with these rows alone, in the order returned: the last ones move into the places that became free, for to copy
+        them all, each time that one ends, would cost more than their products."""
+        n, device = len(rows), self.length.device
+        free, moved = sorted(set(range(n)) - set(rows)), sorted(set(rows) - set(range(n)))
+        order = list(range(n))
+        for place, row in zip(free, moved, strict=True):
+            order[place] = row
+        to, of = (torch.tensor(x, dtype=torch.int64, device=device) for x in (free, moved))
+        for stores in (self.keys, self.values):
+            for layer, store in enumerate(stores):
+                if free:
+                    store[to] = store[of]
+                stores[layer] = store[:n]
+        self.length = self.length[torch.tensor(order, dtype=torch.int64, device=device)]
+        return order
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tensor | None]] | None", c: Config) -> Tensor:
@@ -258,6 +280,10 @@ class Transformer(nn.Module):
         turns = {rope: rotary(positions[:, None], c.head_dim, rope, x.dtype) for _, rope in layer_kinds(c) if rope}  # (B,1,S,d)
         seen = {window: masks(layout, x.shape[1], window, x.device) for window, _ in layer_kinds(c)}
         cache = layout if isinstance(layout, Cache) else None
+        if cache is not None:
+            cache.begin(x.shape[1])
+            if c.attention_softcap is None:  # as scaled_dot_product_attention would make of it in every layer
+                seen = {window: torch.zeros_like(m, dtype=x.dtype).masked_fill_(~m, -torch.inf) for window, m in seen.items()}
         for layer, block in zip(c.layers, self.model.layers, strict=True):
             x = block(x, turns.get(layer.rope), seen[layer.window], cache, keep)
         x = self.model.norm(x)
@@ -267,7 +293,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor, unembed: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V), with Gemma-2's soft cap."""
-        z, cap = F.linear(x, unembed.to(x.dtype)), self.config.final_softcap
+        z, cap = linear(x, unembed.to(x.dtype)), self.config.final_softcap
         return z if cap is None else cap * torch.tanh(z / cap)
 
     @torch.no_grad()

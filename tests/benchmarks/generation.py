@@ -9,22 +9,29 @@ bfloat16 a near tie of two tokens may fall either way).
 
 import argparse
 import gzip
+import itertools
 import json
 import statistics
 import time
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 
 from minibnf.checkpoint import DTYPES, load
 from minibnf.generate import generate
+from minibnf.smallworld import QA, REASONING, problems
 from minibnf.tokenizer import load_tokenizer
 
 
 def prompts_of(file: str, tokenizer, count: int) -> list[list[int]]:
-    """The first `count` prompts of a preference file, as ids ready for an answer."""
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line)["prompt"] for _, line in zip(range(count), lines, strict=False)]
+    """The first `count` prompts of a preference file, as ids ready for an answer; the small world's where it is not there."""
+    if Path(file).is_file():
+        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line)["prompt"] for line in itertools.islice(lines, count)]
+    else:
+        print(f"{file} is not there: prompts of the small world instead")
+        rows = [problem.prompt for problem in problems(QA + REASONING, "test", count, seed=0)]
     chats = [row if isinstance(row, list) else [{"role": "user", "content": row}] for row in rows]
     return [tokenizer.encode_chat(chat, add_generation_prompt=True) for chat in chats]
 

@@ -1,0 +1,45 @@
+"""x W^T + b, by the faster of PyTorch's two CPU libraries.
+
+On a CPU PyTorch multiplies float32 matrices by MKL, which keeps AMD's processors to narrow instructions; oneDNN, which
+PyTorch uses for bfloat16, ships with it too and multiplies float32 as fast as the processor can. On an AMD EPYC with AVX-512
+it took 0.4 to 0.5 of MKL's time from 100,000 weights on, for 8 to 2,048 rows; with fewer, its calls cost what they save.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGE = 100_000  # weights
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), with gradients in all three."""
+    cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not (ONEDNN and cpu and weight.numel() >= LARGE and x.numel() > x.shape[-1]):  # one row alone reads W at memory's speed
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b: dL/dx = g W, dL/dW = g^T x, dL/db = the sum of g's rows, g = dL/dy."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        rows, g_rows = x.flatten(0, -2), g.flatten(0, -2)
+        dx = _product(g, weight.t()) if for_x else None
+        dweight = _product(g_rows.t().contiguous(), rows.t().contiguous()) if for_weight else None
+        return dx, dweight, g_rows.sum(0) if for_bias else None
