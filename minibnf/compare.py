@@ -34,15 +34,16 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
+from statistics import mean
 
 import torch
 from tqdm import tqdm
 
 from minibnf import smallworld, train
 from minibnf.checkpoint import load, read_json, write_json, write_text
-from minibnf.data import Example, pack, read_examples, read_rows
-from minibnf.exam import exam, mean_and_error, read_responses, small_world
-from minibnf.feedback import gini, target_logits
+from minibnf.config import read_config
+from minibnf.data import read_examples
+from minibnf.exam import exam, held_out, on_files, small_world, solutions, token_weights
 from minibnf.losses import LOSSES
 from minibnf.tokenizer import load_tokenizer
 
@@ -191,7 +192,7 @@ def run_job(spec: dict, job: dict, folder: Path) -> None:
         if code == 0:
             one["result"] = examined.__wrapped__(text, job["set"], split, str(folder), str(out / "model"))
             if split == "test" and job["seed"] == spec["seeds"][0]:
-                one["trace"], one["feedback"] = trace(rows), measured_feedback(spec, job, files["test"], out / "model")
+                one["trace"], one["feedback"] = trace(rows), feedback_of(spec, job, files["test"], out / "model")
         write_json(folder / "results" / f"{slug(one)}.json", one)
     shutil.rmtree(out)
 
@@ -216,8 +217,8 @@ def the_exam(text: str, name: str, split: str, folder: str):
     if "kind" in spec["sets"][name]:
         return exam(base, tokenizer, split=split, examples=examples, **spec.get("exam", {}))
     if extra := spec["sets"][name].get("solutions"):
-        examples += solutions(extra, tokenizer, base.config.max_position_embeddings)
-    return examples, read_responses(base, examples), read_responses(base, examples, read=target_logits)
+        examples += solutions(extra["file"], extra["count"], tokenizer)
+    return held_out(base, examples)
 
 
 @cache
@@ -226,66 +227,8 @@ def examined(text: str, name: str, split: str, folder: str, model_directory: str
     directory, asked = model_directory or json.loads(text)["base"], the_exam(text, name, split, folder)
     model = load(directory)
     small = "kind" in json.loads(text)["sets"][name]
-    found = small_world(model, load_tokenizer(directory), asked) if small else on_files(model, *asked)
+    found = small_world(model, load_tokenizer(directory), asked) if small else on_files(model, asked)
     return {k: [rounded(x) for x in pair] for k, pair in found.items()}
-
-
-def on_files(model, examples: list, base_logps: list, base_logits: list) -> dict[str, tuple[float, float]]:
-    """Of held-out pairs: the share whose chosen response gained more likelihood than its rejected one (a tie, as for the base
-    all are, is half), the shifts in nats a response and the Gini of logit shifts; of solutions: nats a token."""
-    logps, logits = read_responses(model, examples), read_responses(model, examples, read=target_logits)
-    shifts = torch.stack([(a - b).sum() for a, b in zip(logps, base_logps, strict=True)])
-    which = torch.tensor([i for i, e in enumerate(examples) for _ in e.responses])
-    pair = torch.tensor([len(e.responses) == 2 for e in examples])[which]
-    chosen, rejected = shifts[pair][0::2], shifts[pair][1::2]
-    moved = torch.cat([a - b for a, b, p in zip(logits, base_logits, pair, strict=True) if p])
-    found = {
-        "preference": mean_and_error((chosen > rejected).float() + 0.5 * (chosen == rejected).float()),
-        "shift/chosen": mean_and_error(chosen),
-        "shift/rejected": mean_and_error(rejected),
-        "gini": (gini(moved), float("nan")),
-    }
-    if not pair.all():
-        found["solutions"] = mean_and_error(torch.stack([x.mean() for x, p in zip(logps, pair, strict=True) if not p]))
-    return found
-
-
-def solutions(given: dict, tokenizer, context: int) -> list[Example]:
-    """{"file", "count"}: the first rows of a .jsonl of {"question", "answer"}, the answer as the model's own turn."""
-    found = []
-    for line, row in itertools.islice(read_rows(given["file"]), given["count"]):
-        ask, say = ([{"role": role, "content": row[field]}] for role, field in (("user", "question"), ("assistant", "answer")))
-        prompt, response = tokenizer.encode_response(ask, say)
-        found.append(Example(tuple(prompt), (tuple(response),), (True,), line))
-    return found
-
-
-def measured_feedback(spec: dict, job: dict, file: Path, model_directory: Path) -> dict[str, list]:
-    """Of real tokens [[x, w], ...]: x = log o(p) - log o(r), p under the model and r under the base, and w the push on the
-    token's logit that autograd finds through the soft-max and the loss, over 1 - p, and over what that is at the base."""
-    loss, hyper = LOSSES[spec["methods"][job["method"]]["loss"]], hyper_parameters(spec, job)
-    base, model, tokenizer = load(spec["base"]), load(model_directory), load_tokenizer(spec["base"])
-    examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
-    batch = pack(examples, list(range(min(16, len(examples)))), 10**9)[0]
-    read = lambda m: m(batch.tokens, batch.positions, batch.layout, head=lambda x, u: m.logits(x[0, batch.predictors], u))
-    with torch.no_grad():
-        logits, reference = read(model).double(), read(base).double()
-    target = batch.targets[:, None]
-    of = lambda z: z.log_softmax(-1).gather(-1, target)[:, 0]
-
-    def push(z):
-        z = z.clone().requires_grad_()
-        loss.value(batch.responses(of(z), of(reference)), **hyper).backward()
-        return z.grad.gather(-1, target)[:, 0].abs() / -torch.expm1(of(z.detach()))
-
-    odds = torch.logit(of(logits).exp()) - torch.logit(of(reference).exp())
-    weight, good = push(logits) / push(reference), batch.preferred[batch.owner]
-    usable = torch.isfinite(odds) & torch.isfinite(weight)
-    found = {}
-    for name, which in (("chosen", good & usable), ("rejected", ~good & usable)):
-        keep = which.nonzero()[:, 0][:FEEDBACK_TOKENS]
-        found[name] = [[rounded(x), rounded(w)] for x, w in zip(odds[keep].tolist(), weight[keep].tolist(), strict=True)]
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ all runs
@@ -341,9 +284,27 @@ def compare(spec: dict, folder: Path, workers: int) -> dict:
         **versions,
         "hours_of_training": round(sum(r["train_seconds"] for r in runs) / 3600, 2),
     }
+    facts["response_tokens"] = {name: response_tokens(spec, name, folder) for name in spec["on"]}
     results = {"spec": spec, "facts": facts, "runs": runs}
     write_text(folder / "results.json", dumps(results))
     return results
+
+
+def feedback_of(spec: dict, job: dict, file: Path, model_directory: Path) -> dict[str, list]:
+    """The weights of real tokens in the loss that trained the model; see exam.token_weights."""
+    base, model, tokenizer = load(spec["base"]), load(model_directory), load_tokenizer(spec["base"])
+    examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
+    loss = LOSSES[spec["methods"][job["method"]]["loss"]]
+    found = token_weights(base, model, examples[:16], loss, hyper_parameters(spec, job))
+    keep = {side: [[rounded(x), rounded(w)] for x, w in pairs] for side, pairs in found.items()}
+    return {side: pairs[:FEEDBACK_TOKENS] for side, pairs in keep.items()}
+
+
+def response_tokens(spec: dict, name: str, folder: Path) -> float:
+    """The mean length of the responses that a set is trained on."""
+    file, tokenizer = prepare(spec, name, folder / "data")["train"], load_tokenizer(spec["base"])
+    examples, _ = read_examples(file, tokenizer, read_config(spec["base"])[0].max_position_embeddings)
+    return round(mean(len(response) for e in examples for response in e.responses), 1)
 
 
 def dumps(results: dict) -> str:

@@ -10,13 +10,14 @@ log-likelihoods of held-out responses against the base, in nats a response; the 
 logit shifts says how concentrated the change is (0 evenly spread, 1 in one token).
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.data import Example, pack
+from minibnf.data import Example, pack, read_rows
 from minibnf.feedback import gini, target_logits
 from minibnf.logprob import token_logps
 from minibnf.model import Transformer
@@ -124,3 +125,74 @@ def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
                 found[f"shift/{name}"] = mean_and_error((sums - exam.base_sums)[which])
         found["gini"] = gini(logits - exam.base_logits), float("nan")
     return found
+
+
+# -------------------------------------------------------------------------------------------- held-out rows of any kind
+
+
+class HeldOut(NamedTuple):
+    """Rows that were not trained on, pairs and single answers, and the base's log-probability and logit of each token."""
+
+    examples: list[Example]
+    logps: list[Tensor]  # a tensor a response
+    logits: list[Tensor]
+
+
+def held_out(base: Transformer, examples: list[Example]) -> HeldOut:
+    return HeldOut(examples, read_responses(base, examples), read_responses(base, examples, read=target_logits))
+
+
+def on_files(model: Transformer, base: HeldOut) -> dict[str, tuple[float, float]]:
+    """{name: (mean, standard error)}. Of pairs: preference, the share whose chosen response gained more likelihood than its
+    rejected one (a tie, as for the base all are, is half), shift/chosen and shift/rejected in nats a response, and the gini of
+    logit shifts; of single answers: solutions, nats a token."""
+    found = held_out(model, base.examples)
+    shifts = torch.stack([(a - b).sum() for a, b in zip(found.logps, base.logps, strict=True)])
+    pair = torch.tensor([len(e.responses) == 2 for e in base.examples for _ in e.responses])
+    chosen, rejected = shifts[pair][0::2], shifts[pair][1::2]
+    moved = torch.cat([a - b for a, b, p in zip(found.logits, base.logits, pair, strict=True) if p])
+    table = {
+        "preference": mean_and_error((chosen > rejected).float() + 0.5 * (chosen == rejected).float()),
+        "shift/chosen": mean_and_error(chosen),
+        "shift/rejected": mean_and_error(rejected),
+        "gini": (gini(moved), float("nan")),
+    }
+    if not pair.all():
+        means = [x.mean() for x, p in zip(found.logps, pair, strict=True) if not p]
+        table["solutions"] = mean_and_error(torch.stack(means))
+    return table
+
+
+def solutions(file, count: int, tokenizer) -> list[Example]:
+    """The first `count` rows {"question", "answer"} of a .jsonl file, the answer as the model's own turn."""
+    found = []
+    for line, row in itertools.islice(read_rows(file), count):
+        ask, say = ([{"role": role, "content": row[field]}] for role, field in (("user", "question"), ("assistant", "answer")))
+        prompt, response = tokenizer.encode_response(ask, say)
+        found.append(Example(tuple(prompt), (tuple(response),), (True,), line))
+    return found
+
+
+def token_weights(base: Transformer, model: Transformer, examples: list[Example], loss, hyper: dict) -> dict[str, list]:
+    """Of the responses' tokens, "chosen" and "rejected": [(x, w), ...] with x = log o(p) - log o(r), p under the model and r
+    under the base, and w the push on the token's logit that autograd finds through the soft-max and the loss, over 1 - p, and
+    over what that is at the base. For BNF w = min(1, o(p)/o(r)) (theory.md, identity 1)."""
+    (batch,) = pack(examples, list(range(len(examples))), sum(e.tokens for e in examples))
+    read = lambda m: m(batch.tokens, batch.positions, batch.layout, head=lambda x, u: m.logits(x[0, batch.predictors], u))
+    with torch.no_grad():
+        logits, reference = read(model).double(), read(base).double()
+    target = batch.targets[:, None]
+    of = lambda z: z.log_softmax(-1).gather(-1, target)[:, 0]
+
+    def push(z):
+        z = z.clone().requires_grad_()
+        loss.value(batch.responses(of(z), of(reference)), **hyper).backward()
+        return z.grad.gather(-1, target)[:, 0].abs() / -torch.expm1(of(z.detach()))
+
+    odds = torch.logit(of(logits).exp()) - torch.logit(of(reference).exp())
+    weight, good = push(logits) / push(reference), batch.preferred[batch.owner]
+    usable = torch.isfinite(odds) & torch.isfinite(weight)  # where the base gives no gradient there is nothing to compare
+    table = {}
+    for name, which in (("chosen", good & usable), ("rejected", ~good & usable)):
+        table[name] = list(zip(odds[which].tolist(), weight[which].tolist(), strict=True))
+    return table

@@ -8,7 +8,7 @@ log-likelihood ratios or margins; nll and unlikelihood are the controls.
 
 import json
 import math
-from statistics import mean, median, stdev
+from statistics import correlation, mean, median, stdev
 
 from minibnf.compare import chosen_settings, collapsed, objective
 
@@ -171,8 +171,19 @@ def tuning(results: dict, qa: str) -> tuple[str, str]:
     return REPRODUCED if width["bnf"] >= width["nll"] else NOT, numbers
 
 
+def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
+    """rbnf against the best of DPO's sweep: win rate on QA pairs, reasoning on mathematical ones."""
+    measures = ((qa, "win_rate"), (maths, "accuracy"))
+    mine, dpo, bnf = ([figure(results, name, m, "best", what) for name, what in measures] for m in ("rbnf", "dpo", "bnf"))
+    numbers = "; ".join(
+        f"{NAMES[what]} on {name}: rbnf {show(a)}, dpo {show(b)}, bnf {show(c)}"
+        for (name, what), a, b, c in zip(measures, mine, dpo, bnf, strict=True)
+    )
+    return REPRODUCED if all(map(within, mine, dpo)) else NOT, numbers
+
+
 def verdicts(results: dict, qa: str = "qa", maths: str = "math", lone: str = "unpaired") -> list[tuple[str, str, str]]:
-    """(claim, verdict, numbers) of the paper's six claims, those whose sets and methods the results hold."""
+    """(claim, verdict, numbers) of the paper's six claims and of rbnf, those whose sets and methods the results hold."""
     claims = [
         ("aligns as well as the best method on QA", aligns, {qa: ["bnf"]}),
         ("costs far less reasoning: at most half of what rivals lose", costs, {qa: ["bnf"]}),
@@ -180,10 +191,62 @@ def verdicts(results: dict, qa: str = "qa", maths: str = "math", lone: str = "un
         ("is stable on mathematical pairs, where its rivals are not", stable, {maths: ["bnf"]}),
         ("shifts likelihoods least, and its logit shifts are the least concentrated", shifts, {qa: ["bnf"]}),
         ("needs no tuning beyond what fine-tuning needs", tuning, {qa: ["bnf", "nll"]}),
+        (
+            "(not the paper's: rbnf matches the best of DPO's sweep)",
+            retrieval,
+            {q: ["bnf", "rbnf", "dpo"] for q in (qa, maths)},
+        ),
     ]
     on = results["spec"]["on"]
     held = lambda needs: all({*m} <= {*on.get(name, [])} and rivals(results, name) for name, m in needs.items())
     return [(claim, *rule(results, *needs)) for claim, rule, needs in claims if held(needs)]
+
+
+# ------------------------------------------------------------------------------------------------- other questions
+
+
+def lengths(results: dict, name: str) -> str:
+    """Markdown: what BNF's length normaliser changes."""
+    lines = ["| BNF divided by | best learning rate | good learning rates | win rate | reasoning |", "|---|---|---|---|---|"]
+    for method, what in (("bnf", "the pair's shorter length"), ("bnf own", "its own"), ("bnf batch", "the batch's mean")):
+        if method in results["spec"]["on"][name]:
+            rates, best = (
+                good_rates(results, name, method),
+                chosen_settings(results["spec"], results["runs"], name, method)["best"],
+            )
+            shown = [show(figure(results, name, method, "best", c)) for c in ("win_rate", "accuracy")]
+            lines.append(f"| {what} | {best['lr']:g} | {rates[0]:g} to {rates[-1]:g} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def beta_and_length(results: dict) -> str:
+    """Markdown: DPO at one learning rate over beta, on sets of short and of long responses (validation prompts, seed 0)."""
+    method, lines = (
+        "dpo lr 1e-4",
+        ["| set | tokens a response | β | β × tokens | win rate | reasoning |", "|---|---|---|---|---|---|"],
+    )
+    for name, on in results["spec"]["on"].items():
+        tokens = results["facts"]["response_tokens"][name]
+        for r in results["runs"] if method in on else []:
+            if (r["set"], r["method"]) == (name, method):
+                beta, found = r["setting"]["beta"], r["result"]
+                shown = " | ".join(show(found[c]) for c in ("win_rate", "accuracy"))
+                lines.append(f"| {name} | {tokens:.1f} | {beta:g} | {beta * tokens:.2g} | {shown} |")
+    return "\n".join(lines)
+
+
+def concentration(results: dict, name: str) -> tuple[float, int]:
+    """Is a low Gini good? Over how many validation runs of a set, Spearman's rank correlation of Gini and reasoning lost."""
+    runs = [r for r in results["runs"] if (r["set"], r["split"]) == (name, "validation") and r["result"]]
+    lost = [r["base"]["accuracy"][0] - r["result"]["accuracy"][0] for r in runs]
+    ginis = [r["result"]["gini"][0] for r in runs]
+    vary = len(set(ginis)) > 1 and len(set(lost)) > 1
+    return correlation(ranks(ginis), ranks(lost)) if vary else math.nan, len(runs)
+
+
+def ranks(x: list[float]) -> list[float]:
+    """Equal values share their mean rank."""
+    return [sum(b < a for b in x) + (sum(b == a for b in x) - 1) / 2 for a in x]
 
 
 def verdict_table(results: dict) -> str:
@@ -193,8 +256,18 @@ def verdict_table(results: dict) -> str:
 
 def report(results: dict) -> str:
     """Markdown: every table, then the verdicts."""
-    parts = []
-    for name in results["spec"]["on"]:
+    parts, spec = [], results["spec"]
+    for name in spec["on"]:
         parts += [f"## {name}", table(results, name)]
-    small = any(r["kind"] != "files" for r in results["runs"])
-    return "\n\n".join([*parts, "## Verdicts", verdict_table(results)] if small else parts)
+    if all(r["kind"] == "files" for r in results["runs"]):
+        return "\n\n".join(parts)
+    for name, methods in spec["on"].items():
+        if "bnf own" in methods:
+            parts += [f"## What BNF is divided by, {name}", lengths(results, name)]
+    if any("dpo lr 1e-4" in methods for methods in spec["on"].values()):
+        parts += ["## DPO's β and the length of responses", beta_and_length(results)]
+    parts += ["## Is a low Gini good?"]
+    for name in spec["on"]:
+        rho, count = concentration(results, name)
+        parts.append(f"{name}: rank correlation of Gini and reasoning lost over {count} runs: {rho:+.2f}")
+    return "\n\n".join([*parts, "## Verdicts", verdict_table(results)])

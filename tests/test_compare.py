@@ -8,7 +8,19 @@ import pytest
 
 from minibnf import compare as module
 from minibnf.compare import chosen_settings, collapsed, compare, finals, main, objective, settings, slug, sweep
-from minibnf.verdicts import CUSTOMARY, NOT, REPRODUCED, figure, good_rates, report, table, verdicts, within
+from minibnf.verdicts import (
+    CUSTOMARY,
+    NOT,
+    REPRODUCED,
+    concentration,
+    figure,
+    good_rates,
+    ranks,
+    report,
+    table,
+    verdicts,
+    within,
+)
 
 SPEC = {
     "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32}, "sets": {"qa": {"kind": "qa", "count": 64}},
@@ -147,7 +159,7 @@ def test_the_weights_of_real_tokens_lie_on_bnfs_curve(tmp_path):
             p.add_(0.02 * torch.randn_like(p))
     load_tokenizer("weights/tiny").save(tmp_path / "model")
     save(model, tmp_path / "model")
-    found = module.measured_feedback(spec, {"method": "bnf", "setting": {"lr": 1e-4}}, files["test"], tmp_path / "model")
+    found = module.feedback_of(spec, {"method": "bnf", "setting": {"lr": 1e-4}}, files["test"], tmp_path / "model")
     below = 0
     for x, w in found["chosen"] + found["rejected"]:
         assert w == pytest.approx(min(1.0, math.exp(x)), rel=1e-3)
@@ -239,3 +251,54 @@ def test_a_table_has_the_base_first_then_the_best(tmp_path):
     assert lines[2].startswith("| base |") and lines[3].startswith("| bnf | best, customary |")
     assert "0 of 4" in "".join(line for line in lines if line.startswith("| dpo | best"))
     assert len({line.count("|") for line in report(made).splitlines() if line.startswith("|") and "BNF" not in line}) == 2
+
+
+def test_rbnf_is_judged_on_both_kinds_of_pairs():
+    made = results(bnf={}, dpo={"win": 0.62})
+    for name in made["spec"]["on"]:
+        made["spec"]["on"][name] = [*made["spec"]["on"][name], "rbnf"]
+    made["spec"]["methods"]["rbnf"] = made["spec"]["methods"]["bnf"]
+    made["runs"] += [r | {"method": "rbnf"} for r in made["runs"] if r["method"] == "bnf"]
+    assert verdict(made, "rbnf")[0] == REPRODUCED
+    for r in made["runs"]:
+        if r["method"] == "rbnf" and r["set"] == "math":
+            r["result"] = r["result"] | {"accuracy": [0.8, 0.01]}
+    assert verdict(made, "rbnf")[0] == NOT
+
+
+def test_ranks_and_what_the_gini_goes_with():
+    assert ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
+    made = results()
+    for k, r in enumerate(made["runs"]):
+        r["result"] |= {"gini": [0.1 * k, None], "accuracy": [0.9 - 0.01 * k, 0.01]}
+    rho, count = concentration(made, "qa")
+    assert rho == pytest.approx(1) and count == len(sweep(made["spec"])) / 3
+
+
+def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {k} + 4?"}]}
+        | {
+            side: [{"role": "assistant", "content": f"{answer} {k}"}]
+            for side, answer in (("chosen", "good"), ("rejected", "bad"))
+        }
+        for k in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3+4=7. Answer: 7"}) + "\n")
+    extra = {"file": str(tmp_path / "problems.jsonl"), "count": 1}
+    given = {"rows": str(tmp_path / "pairs.jsonl"), "count": 8, "held_out": 8, "solutions": extra}
+    spec = {
+        "base": "weights/tiny", "seeds": [0], "train": {"batch_size": 8, "max_steps": 12}, "sets": {"mine": given},
+        "methods": {"bnf": {"loss": "bnf", "grid": {"lr": [1e-3]}}}, "on": {"mine": ["bnf"]},
+    }  # fmt: skip
+    made = compare(spec, tmp_path / "out", 1)
+    assert [(r["split"], r["seed"]) for r in made["runs"]] == [("validation", 0), ("test", 0)]  # one run, two results
+    for r in made["runs"]:
+        assert r["base"]["preference"] == [0.5, 0] and r["base"]["shift/chosen"] == [0, 0] and r["base"]["gini"][0] == 0
+        assert r["result"]["preference"][0] > 0.9 and r["result"]["shift/chosen"][0] > r["result"]["shift/rejected"][0]
+        assert -20 < r["result"]["solutions"][0] < 0 and r["result"]["solutions"] != r["base"]["solutions"]
+    assert "| bnf | best, customary | lr=0.001 |" in report(made) and "pairs told right" in report(made)
+    given["count"] = 9
+    with pytest.raises(ValueError, match=r"has 16 rows, fewer than the 9 and 8 that set 'mine' asks for"):
+        compare(spec, tmp_path / "other", 1)
