@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 COMMANDS = {
     "train": "align a checkpoint on preference data",
@@ -17,7 +18,14 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] and argv[0] in COMMANDS:
-        return import_module(f"minibnf.{argv[0]}").main(argv[1:])
+        try:
+            return import_module(f"minibnf.{argv[0]}").main(argv[1:])
+        except KeyboardInterrupt:  # while it was still starting
+            print("interrupted", file=sys.stderr)
+            return 130
+    if argv == ["--version"]:
+        print(f"minibnf {version('minibnf')}")
+        return 0
     asked = argv[:1] in (["-h"], ["--help"])
     out = sys.stdout if asked else sys.stderr
     if argv and not asked:

@@ -140,17 +140,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--model", required=True, metavar="DIR", help="checkpoint in Hugging Face layout, with a chat template")
     p.add_argument("--compare", metavar="DIR", help="a second one, which answers beside it")
     p.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    add_sampling(p.add_argument, 512)
+    add_sampling(p.add_argument, 512, temperature=0.7, top_p=0.9)
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+        check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
         sides = [Side(directory, args) for directory in (args.model, args.compare) if directory]
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     with suppress(ImportError):
         import readline  # noqa: F401  arrow keys and a history of what was typed, where Python has it
@@ -160,9 +160,16 @@ def main(argv: list[str] | None = None) -> int:
     while True:
         try:
             message = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+            message.encode()
+        except EOFError:
             print()
             return 0
+        except KeyboardInterrupt:  # perhaps a moment too late to stop an answer: not a reason to lose the conversation
+            print(f"\n{HELP}")
+            continue
+        except UnicodeError:
+            print("error: what was typed is not valid UTF-8\n")
+            continue
         if message == "/quit":
             return 0
         if message == "/reset":
@@ -177,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 print(" [stopped]\n")
             except ValueError as error:  # a chat template that refuses, such as two messages of one role in a row
-                print(f"error: {error}\n")
+                print(printable(f"error: {error}\n"))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(report(Path(args.directory), args.max_tokens, args.values))
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        inner = Path(args.directory) / "model"  # of a run's folder
+        print(f"error: {error}" + f"\nDid you mean {inner}?" * (inner / "config.json").is_file(), file=sys.stderr)
         return 1
     return 0
 

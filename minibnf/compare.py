@@ -1,7 +1,7 @@
 """Many runs of the trainer from one base: methods x settings x seeds, into one JSON, a table and figures.
 
     python -m minibnf.compare SPEC.json --out runs/compare
-    python -m minibnf.compare --tables results.json             # tables and figures of what was measured before
+    python -m minibnf.compare --tables results.json --figures DIR       # of what was measured before
 
 The spec names a base, sets of data, methods with the settings to try, and which methods run on which set:
 
@@ -42,7 +42,8 @@ from tqdm import tqdm
 from minibnf import smallworld, train
 from minibnf.checkpoint import load, read_json, write_json, write_text
 from minibnf.config import read_config
-from minibnf.data import read_examples
+from minibnf.data import read_examples, read_rows
+from minibnf.forward import fingerprint
 from minibnf.exam import exam, held_out, on_files, small_world, solutions, token_weights
 from minibnf.losses import LOSSES
 from minibnf.tokenizer import load_tokenizer
@@ -129,15 +130,17 @@ def prepare(spec: dict, name: str, folder: Path) -> dict[str, Path]:
         return files
     folder.mkdir(parents=True, exist_ok=True)
     if "rows" in given:
-        lines = Path(given["rows"]).read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [row for _, row in read_rows(given["rows"])]
         count, held = given["count"], given["held_out"]
-        if len(lines) < count + held:
+        if len(rows) < count + held:
             raise ValueError(
-                f"{given['rows']} has {len(lines)} rows, fewer than the {count} and {held} that set '{name}' asks for"
+                f"{given['rows']} has {len(rows)} rows, fewer than the {count} and {held} that set '{name}' asks for"
             )
-        parts = lines[:count], lines[count : count + held // 2], lines[count + held // 2 : count + held]
+        if any("completion" in row for row in rows[count : count + held]):
+            raise ValueError(f"{given['rows']}: the {held} rows that set '{name}' holds out must be pairs")
+        parts = rows[:count], rows[count : count + held // 2], rows[count + held // 2 : count + held]
         for file, part in zip(files.values(), parts, strict=True):
-            write_text(file, "".join(part))
+            write_text(file, "".join(json.dumps(row) + "\n" for row in part))
         return files
     model, tokenizer = load(spec["base"]), load_tokenizer(spec["base"])
     for split, count in (("train", given["count"]), ("validation", 256), ("test", 256)):
@@ -155,20 +158,17 @@ def slug(job: dict) -> str:
 
 def arguments(spec: dict, job: dict, files: dict, out: Path) -> list[str]:
     """The trainer's command line."""
-    method = spec["methods"][job["method"]]
-    hyper = method.get("fixed", {}) | {k: v for k, v in job["setting"].items() if k != "lr"}
-    flags = (
-        spec.get("train", {}) | spec["sets"][job["set"]].get("train", {}) | {"lr": job["setting"]["lr"], "seed": job["seed"]}
-    )
-    argv = ["--model", spec["base"], "--data", str(files["train"]), "--loss", method["loss"], "--out", str(out), "--overwrite"]
+    flags = spec.get("train", {}) | spec["sets"][job["set"]].get("train", {})
+    flags |= {"lr": job["setting"]["lr"], "seed": job["seed"], "loss": spec["methods"][job["method"]]["loss"]}
+    argv = ["--model", spec["base"], "--data", str(files["train"]), "--out", str(out), "--overwrite"]
     argv += [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", f"{v}")]
-    return argv + (["--loss-args", *(f"{k}={v}" for k, v in hyper.items())] if hyper else [])
+    return argv + (["--loss-args", *hyper] if (hyper := loss_args(spec, job)) else [])
 
 
-def hyper_parameters(spec: dict, job: dict) -> dict:
-    method = spec["methods"][job["method"]]
-    hyper = method.get("fixed", {}) | {k: v for k, v in job["setting"].items() if k != "lr"}
-    return train.loss_hyper(LOSSES[method["loss"]], [f"{k}={v}" for k, v in hyper.items()])
+def loss_args(spec: dict, job: dict) -> list[str]:
+    """["beta=0.1", ...], as the trainer takes them."""
+    hyper = spec["methods"][job["method"]].get("fixed", {}) | {k: v for k, v in job["setting"].items() if k != "lr"}
+    return [f"{k}={v}" for k, v in hyper.items()]
 
 
 def run_job(spec: dict, job: dict, folder: Path) -> None:
@@ -203,9 +203,11 @@ def rounded(x: float) -> float | None:
 
 def trace(rows: list[dict]) -> dict[str, list]:
     """The mean log-likelihoods of chosen and rejected against the step, at TRACE_POINTS steps or all there are."""
+    names = [k for k in ("step", "logps/chosen", "logps/rejected") if any(k in row for row in rows)]
+    rows = [row for row in rows if all(k in row for k in names)]  # of unpaired rows a step may hold one kind alone
     count = min(TRACE_POINTS, len(rows))
     keep = [rows[i * (len(rows) - 1) // max(1, count - 1)] for i in range(count)]
-    return {k: [rounded(row[k]) for row in keep] for k in ("step", "logps/chosen", "logps/rejected") if k in rows[-1]}
+    return {k: [rounded(row[k]) for row in keep] for k in names}
 
 
 @cache
@@ -271,19 +273,17 @@ def revision() -> str:
 def compare(spec: dict, folder: Path, workers: int) -> dict:
     """Every run of the spec -> all that was measured, which is also written to folder/results.json."""
     check(spec)
-    kept = folder / "spec.json"
-    if kept.exists() and read_json(kept) != spec:
-        raise ValueError(f"{folder} holds runs of another spec ({kept}); name another --out, or delete it")
-    (folder / "results").mkdir(parents=True, exist_ok=True)
-    write_json(kept, spec)
+    base = fingerprint(load(spec["base"]))
+    for file, now in ((folder / "spec.json", spec), (folder / "base.json", {"sha256": base})):
+        if file.exists() and read_json(file) != now:
+            raise ValueError(f"{folder} holds runs of another {file.stem} ({file}); name another --out, or delete it")
+        (folder / "results").mkdir(parents=True, exist_ok=True)
+        write_json(file, now)
     runs = run_all(spec, sweep(spec), folder, workers)
     runs += run_all(spec, finals(spec, runs), folder, workers)
     versions = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-    facts = {
-        "revision": sorted({r.pop("revision") for r in runs}),
-        **versions,
-        "hours_of_training": round(sum(r["train_seconds"] for r in runs) / 3600, 2),
-    }
+    facts = {"revision": sorted({r.pop("revision") for r in runs}), "base_sha256": base, **versions}
+    facts["hours_of_training"] = round(sum(r["train_seconds"] for r in runs) / 3600, 2)
     facts["response_tokens"] = {name: response_tokens(spec, name, folder) for name in spec["on"]}
     results = {"spec": spec, "facts": facts, "runs": runs}
     write_text(folder / "results.json", dumps(results))
@@ -295,7 +295,7 @@ def feedback_of(spec: dict, job: dict, file: Path, model_directory: Path) -> dic
     base, model, tokenizer = load(spec["base"]), load(model_directory), load_tokenizer(spec["base"])
     examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
     loss = LOSSES[spec["methods"][job["method"]]["loss"]]
-    found = token_weights(base, model, examples[:16], loss, hyper_parameters(spec, job))
+    found = token_weights(base, model, examples[:16], loss, train.loss_hyper(loss, loss_args(spec, job)))
     keep = {side: [[rounded(x), rounded(w)] for x, w in pairs] for side, pairs in found.items()}
     return {side: pairs[:FEEDBACK_TOKENS] for side, pairs in keep.items()}
 
@@ -314,27 +314,48 @@ def dumps(results: dict) -> str:
     return head[:-2] + ',\n "runs": [\n' + runs + "\n]}\n"
 
 
+FIELDS = {  # of a spec, a method and a set: what each must have, and what it may have
+    "spec": ({"base", "sets", "methods", "on", "seeds"}, {"train", "threads", "exam", "note"}),
+    "method": ({"loss", "grid"}, {"fixed", "customary", "extra"}),
+    "set of the small world": ({"kind", "count"}, {"unpaired", "train", "seed"}),
+    "set of files": ({"rows", "count", "held_out"}, {"solutions", "train"}),
+}
+
+
 def check(spec: dict) -> None:
-    """ValueError that names what in the spec is missing or unknown."""
-    for field in ("base", "sets", "methods", "on", "seeds"):
-        if field not in spec:
-            raise ValueError(f"spec: field '{field}' is missing")
-    if unknown := set(spec) - {"base", "sets", "methods", "on", "seeds", "train", "threads", "exam", "note"}:
-        raise ValueError(f"spec: field '{min(unknown)}' is unknown")
+    """ValueError that names what in the spec is missing, unknown or refused by the trainer."""
+
+    def fields(given: dict, what: str, name: str = ""):
+        must, may = FIELDS[what]
+        if missing := must - set(given):
+            raise ValueError(f"{what}{name}: field '{min(missing)}' is missing")
+        if unknown := set(given) - must - may:
+            raise ValueError(f"{what}{name}: field '{min(unknown)}' is unknown")
+
+    fields(spec, "spec")
+    if not spec["seeds"]:
+        raise ValueError("spec: 'seeds' is empty, and the second stage needs one")
+    for name, given in spec["sets"].items():
+        fields(given, "set of files" if "rows" in given else "set of the small world", f" '{name}'")
+    for name, given in spec["methods"].items():
+        fields(given, "method", f" '{name}'")
+        if given["loss"] not in LOSSES or "lr" not in given["grid"] or given.get("extra", True) not in (True, "sweep"):
+            raise ValueError(
+                f"method '{name}' needs a 'loss' of {', '.join(LOSSES)} and an 'lr' in its 'grid'; extra: true, 'sweep'"
+            )
+        if not any(given.get("customary", {}).items() <= setting.items() for setting in settings(given)):
+            raise ValueError(f"method '{name}': its customary setting {given['customary']} is not in its grid")
     for name, methods in spec["on"].items():
-        if name not in spec["sets"]:
-            raise ValueError(f"spec: 'on' names the set '{name}', which 'sets' lacks")
-        for method in methods:
-            if method not in spec["methods"]:
-                raise ValueError(f"spec: 'on' names the method '{method}', which 'methods' lacks")
-            given = spec["methods"][method]
-            if given.get("loss") not in LOSSES or "lr" not in given.get("grid", {}):
-                raise ValueError(f"spec: method '{method}' needs a 'loss' of {', '.join(LOSSES)} and a 'grid' with an 'lr'")
-            for setting in settings(given):
-                hyper_parameters(spec, {"method": method, "setting": setting})
-            customary = given.get("customary", {})
-            if not any(customary.items() <= setting.items() for setting in settings(given)):
-                raise ValueError(f"spec: method '{method}': its customary setting {customary} is not in its grid")
+        for kind, wanted in (("sets", [name]), ("methods", methods)):
+            if unknown := [x for x in wanted if x not in spec[kind]]:
+                raise ValueError(f"spec: 'on' names '{unknown[0]}', which '{kind}' lacks")
+    for job in sweep(spec):
+        words = arguments(spec, job, {"train": "data"}, Path("out"))
+        try:
+            args = train.parse(words)
+        except SystemExit:
+            raise ValueError(f"set '{job['set']}', method '{job['method']}': the trainer refuses {' '.join(words)}") from None
+        train.loss_hyper(LOSSES[args.loss], args.loss_args)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -347,33 +368,31 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("spec", nargs="?", metavar="SPEC.json", help="what to run; see the top of minibnf/compare.py")
     p.add_argument("--out", metavar="DIR", help="folder of the runs; what is finished there is not run again")
     p.add_argument("--workers", type=int, default=2, metavar="N", help="runs at once, each with the spec's threads; default 2")
-    p.add_argument("--tables", metavar="FILE", help="a results.json: print its tables and draw its figures, run nothing")
-    p.add_argument("--figures", metavar="DIR", help="where to draw figures; default: OUT/figures")
+    p.add_argument("--tables", metavar="FILE", help="a results.json: print its tables, run nothing")
+    p.add_argument("--figures", metavar="DIR", help="where to draw the figures; default: OUT/figures, with --tables none")
     args = p.parse_args(argv)
     if bool(args.tables) == bool(args.spec) or (args.spec and not args.out) or args.workers < 1:
         p.error("give SPEC.json and --out, or --tables FILE; --workers must be 1 or more")
     try:
-        results = (
-            read_json(Path(args.tables)) if args.tables else compare(read_json(Path(args.spec)), Path(args.out), args.workers)
-        )
+        from minibnf import plots, verdicts
+
+        spec = read_json(Path(args.tables or args.spec))
+        results = spec if args.tables else compare(spec, Path(args.out), args.workers)
+        if not {"spec", "facts", "runs"} <= set(results):
+            raise ValueError(f"{args.tables} is no results.json of minibnf compare")
+        text = verdicts.report(results)
+        print(text)
+        if args.out:
+            write_text(Path(args.out) / "report.md", text + "\n")
+        folder = args.figures or (Path(args.out) / "figures" if args.out else None)
+        for file in plots.comparison(results, Path(folder)) if folder else ():
+            print(f"figure  {file}")
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on with what {args.out} holds", file=sys.stderr)
         return 130
-    from minibnf import verdicts
-
-    text = verdicts.report(results)
-    print(text)
-    if args.out:
-        write_text(Path(args.out) / "report.md", text + "\n")
-    folder = Path(args.figures or Path(args.out or ".") / "figures") if args.figures or args.out else None
-    if folder:
-        from minibnf.plots import comparison
-
-        for file in comparison(results, folder):
-            print(f"figure  {file}")
     return 0
 
 

@@ -244,7 +244,7 @@ def main(argv=None):
         f"wrote {args.out}: {config['num_hidden_layers']} layers, width {config['hidden_size']}, vocabulary "
         f"{config['vocab_size']}, {config['dtype']}, {megabytes:.0f} MB"
     )
-    print(f"What it is, and what memory training it takes: python -m minibnf.check {args.out}")
+    print(f"What it is, and what memory training it takes: minibnf check {args.out}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """What a model makes of held-out data; what alignment changed.
 
-    python -m minibnf.evaluate --model runs/first/model --base weights/smollm2-135m-instruct --data held-out.jsonl
-    python -m minibnf.evaluate --model runs/small/bnf/model --base weights/tiny --pairs runs/small/held-out.jsonl
+    minibnf evaluate --model runs/first/model --base weights/smollm2-135m-instruct --data held-out.jsonl
+    minibnf evaluate --model runs/small/bnf/model --base weights/tiny --pairs runs/small/held-out.jsonl
 
 With --data any model is measured on the rows of a .jsonl or .jsonl.gz file, whose fields say what is measured:
 
@@ -323,6 +323,8 @@ def on_data(args: argparse.Namespace) -> None:
         print(
             "{base:10.3f}{difference:+12.3f}{difference_low:+10.3f}{difference_high:+10.3f}".format(**x) if "base" in x else ""
         )
+    if len(rows) < 30:
+        print(f"\n{len(rows)} rows are few: intervals of means are too narrow below about 30")
     if args.out:
         table = {name: {k: v if v == v else None for k, v in x.items()} for name, x in table.items()}  # JSON has no nan
         settings = vars(args) | {"task": task, "device": str(device), "dtype": dtype, "data_sha256": data}
@@ -338,23 +340,27 @@ def on_data(args: argparse.Namespace) -> None:
 def in_small_world(args: argparse.Namespace) -> None:
     """Print the small world's table of --base and --model, and what each answers to two prompts."""
     tokenizer, base, aligned = load_tokenizer(args.base), load(args.base), load(args.model)
-    examples = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)[0] if args.pairs else []
+    examples, _ = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)
     asked = exam(base, tokenizer, split=args.split, samples=args.samples, count=args.count, seed=args.seed, examples=examples)
     before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))
     print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
     for name, (value, error) in after.items():
         print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}" + (f"  ± {error:.3f}" if error == error else ""))
-    prompts = [asked.questions[0].prompt, asked.chains[3].prompt]
-    spoken = [sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed) for model in (base, aligned)]
-    for prompt, (old,), (new,) in zip(prompts, *spoken, strict=True):
-        print(f"\n{prompt}\n  before  {old}\n  after   {new}")
+    for what, some in (("questions", asked.questions), ("problems", asked.chains)):
+        prompts = [problem.prompt for problem in some]
+        spoken = [sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed) for model in (base, aligned)]
+        rows = [(prompt, old, new) for prompt, (old,), (new,) in zip(prompts, *spoken, strict=True)]
+        changed = [row for row in rows if row[1] != row[2]]
+        print(f"\nThe likeliest answer changed in {len(changed)} of {len(rows)} {what}" + "; the first:" * bool(changed))
+        for prompt, old, new in changed[:1]:
+            print(f"  {prompt}\n    before  {old}\n    after   {new}")
     figure = Path(args.model).parent / "figures" / "training.png"
     if figure.is_file():
         print(f"\nfigure  {figure}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser("minibnf.evaluate", description=__doc__, allow_abbrev=False)
+    p = argparse.ArgumentParser("minibnf evaluate", description=__doc__, allow_abbrev=False)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("--model", required=True, metavar="DIR", help="the model to measure, in Hugging Face layout")
     p.add_argument("--base", metavar="DIR", help="the model before alignment, to compare with")
@@ -378,8 +384,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in (of_world if args.data else of_data).split():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} goes {'without' if args.data else 'with'} --data")
-    if not args.data and not args.base:
-        p.error("--data FILE measures a model on any rows; without it the small world compares two and needs --base")
+    if not args.data and not (args.base and args.pairs):
+        p.error("--data FILE measures a model on any rows; the small world compares two and needs --base and --pairs")
     for name in ("limit", "max_new_tokens", "max_tokens", "samples", "count"):
         if (x := getattr(args, name)) is not None and x < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")

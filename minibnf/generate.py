@@ -1,4 +1,4 @@
-"""Batched sampling with a KV cache: no padding, a prompt or a beginning that prompts share is read once.
+"""Batched sampling with a KV cache: no padding; equal prompts, and beginnings that are much of them, are read once.
 
     python -m minibnf.generate --model DIR --data prompts.jsonl --out answers.jsonl --chat --temperature 0
 
@@ -52,7 +52,7 @@ def generate(
     reach this share. Row i's randomness depends on seed and first_row + i, not on what it is batched with. Raises
     ValueError for an empty prompt or an impossible setting.
     """
-    check_settings(max_new_tokens, temperature, top_p, top_k)
+    check_settings(max_new_tokens, temperature, top_p, top_k, seed)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; generation needs at least one token to start from")
@@ -69,12 +69,16 @@ def generate(
     return outputs
 
 
-def check_settings(max_new_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
-    if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1):
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, top_k={top_k}, max_new_tokens={max_new_tokens}: temperature must be 0 "
-            "or more, top_p above 0 and at most 1, top_k 0 (all) or more, max_new_tokens 1 or more"
-        )
+def check_settings(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:
+    for name, value, fits, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
+        ("seed", seed, seed >= 0, "0 or more"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} = {value}: it must be {wanted}")
 
 
 def uniform(seed: int, row: int, n: int) -> Tensor:
@@ -180,7 +184,8 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, to
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, V = (logits.float() / temperature).softmax(-1), logits.shape[-1]
+    z, V = logits.float(), logits.shape[-1]
+    p = ((z - z.amax(-1, keepdim=True)) / temperature).softmax(-1)  # so that no temperature makes an infinity of it
     if top_p == 1 and not top_k:
         return _invert(p, u)
     kept, order = _most_probable(p, min(top_k or look, V))
@@ -217,6 +222,8 @@ class Reader:
     @torch.no_grad()
     def logits(self, ids: list[int]) -> Tensor:
         """(1, V): of the token after ids, which may also go back on what was read before."""
+        if not ids:
+            raise ValueError("the prompt is empty; generation needs at least one token to start from")
         model, c = self.model, self.model.config
         device, dtype = model.unembed.device, model.unembed.dtype
         limit = min(len(self.ids), len(ids) - 1)
@@ -232,15 +239,17 @@ class Reader:
         self.cache.length, self.cache.longest = torch.tensor([n], device=device), n
         tokens = torch.tensor([ids[n:]], device=device)
         positions = torch.arange(n, len(ids), device=device)[None]
+        self.ids = ids[:n]  # what holds if this is interrupted
+        logits = model(tokens, positions, self.cache, head=lambda x, unembed: model.logits(x[:, -1], unembed))
         self.ids = list(ids)
-        return model(tokens, positions, self.cache, head=lambda x, unembed: model.logits(x[:, -1], unembed))
+        return logits
 
 
 def stream(
     reader: Reader, prompt: list[int], *, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0, row=0, stop_ids=()
 ):
     """Yields new ids one by one, the same that generate() returns for a prompt that is its row `row`."""
-    check_settings(max_new_tokens, temperature, top_p, top_k)
+    check_settings(max_new_tokens, temperature, top_p, top_k, seed)
     ids = list(prompt)
     for u in uniform(seed, row, max_new_tokens):
         token = int(sample(reader.logits(ids), u[None].to(reader.model.unembed.device), temperature, top_p, top_k))
@@ -294,15 +303,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.samples < 1 or args.batch_size < 1:
         p.error("--samples and --batch-size must be 1 or more")
+    if args.samples > 1 and args.temperature == 0:
+        p.error(f"--temperature 0 would write the same answer {args.samples} times")
     if args.resume and args.overwrite:
         p.error("--resume and --overwrite exclude each other")
     return args
 
 
-def add_sampling(a, max_new_tokens: int) -> None:
+def add_sampling(a, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0) -> None:
     a("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"at most; default {max_new_tokens}")
-    a("--temperature", type=float, default=1.0, metavar="T", help="0: always the most probable token; default 1")
-    a("--top-p", type=float, default=1.0, metavar="P", help="of the most probable tokens that together reach P; default 1: all")
+    a("--temperature", type=float, default=temperature, metavar="T",
+      help=f"0: always the most probable token; default {temperature:g}")  # fmt: skip
+    a("--top-p", type=float, default=top_p, metavar="P",
+      help=f"of the most probable tokens that together reach P (1: all); default {top_p:g}")  # fmt: skip
     a("--top-k", type=int, default=0, metavar="K", help="of the K most probable tokens; default 0: all")
     a("--seed", type=int, default=0, help="default 0")
     a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
@@ -318,8 +331,10 @@ def load_for_sampling(directory, device: str, dtype: str):
 
 
 def run(args: argparse.Namespace) -> None:
-    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     out, settings_file = Path(args.out), Path(f"{args.out}.settings.json")
+    if out.resolve() == Path(args.data).resolve():
+        raise ValueError(f"--out {out} is --data: the prompts would be written over")
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
     model, tokenizer = load_for_sampling(args.model, args.device, args.dtype)
@@ -340,8 +355,8 @@ def run(args: argparse.Namespace) -> None:
         os.truncate(out, whole[done - 1] if done else 0)  # whole batches only, so that the rest comes out as it would have
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("")  # first: rows of other settings must not be taken for rows of these
         write_json(settings_file, settings)
-        out.write_text("")
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     stops, written = tokenizer.end_ids, 0
     with open(out, "a", encoding="utf-8") as lines, tqdm(total=len(wanted), initial=done, unit="row", disable=None) as bar:

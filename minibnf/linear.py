@@ -18,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if not (ONEDNN and cpu and weight.numel() >= LARGE and x.numel() > x.shape[-1]):  # one row alone reads W at memory's speed
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
 

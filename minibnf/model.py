@@ -77,7 +77,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys and values of what was read so far: per layer (B, K, capacity, d), filled to `length` (B,) tokens a row.
 
-    `longest` is length's maximum as a plain number, so that knowing it does not wait for the device.
+    `longest` is at least length's maximum, as a plain number, so that knowing it does not wait for the device.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: Tensor, longest: int):
@@ -129,7 +129,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tens
         return torch.cat([attend(q_, k_, v_, one, c) for (_, one), q_, k_, v_ in groups], 2)
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.shape[2] == 1 and mask is not None:  # a head's queries as its rows: in bfloat16 five times faster on a CPU
-        return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).view(q.shape)
+        return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).reshape(q.shape)
     if c.attention_softcap is None:
         causal = mask is None
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=c.query_scale, enable_gqa=gqa)

@@ -118,6 +118,8 @@ def comparison(results: dict, folder: Path) -> list[Path]:
         for name in results["spec"]["on"]:
             for draw in (_frontier, _rates, _likelihoods, _weights):
                 figure = draw(results, name)
+                if figure is None:
+                    continue
                 files.append(folder / f"{name}-{draw.__name__[1:]}.svg")
                 figure.savefig(files[-1], metadata={"Date": None})
                 plt.close(figure)
@@ -128,31 +130,38 @@ def _swept(results: dict, name: str, method: str) -> list[dict]:
     return [r for r in results["runs"] if (r["set"], r["method"], r["split"]) == (name, method, "validation") and r["result"]]
 
 
+def _lines(results: dict, name: str) -> list[tuple[str, list[dict], tuple[str, str], float]]:
+    """(method, its validation runs, colour and marker, width) of every method with a run that did not break off."""
+    methods = ((m, _swept(results, name, m)) for m in results["spec"]["on"][name])
+    return [(m, runs, LINES.get(m, OTHER), 2.4 if m == "bnf" else 1.2) for m, runs in methods if runs]
+
+
 def _axes_of(run: dict) -> tuple[str, str, str, str]:
     """What a set is about: the measure that is lost, its label, the measure that is gained, its label."""
     if "win_rate" in run["result"]:
         return "accuracy", "reasoning accuracy", "win_rate", "QA win rate against the base"
-    what = "solutions" if "solutions" in run["result"] else "shift/chosen"
-    return what, "log-likelihood of solutions (nats a token)", "preference", "share of held-out pairs told right"
+    kept = ("shift/chosen", "shift of chosen responses (nats)")
+    if "solutions" in run["result"]:
+        kept = ("solutions", "log-likelihood of solutions (nats a token)")
+    return *kept, "preference", "share of held-out pairs told right"
 
 
 def _frontier(results: dict, name: str):
     """One curve a method: of its settings those that no other of its settings beats in both respects."""
+    lines = _lines(results, name)
+    if not lines:
+        return None
     figure, axis = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
-    for method in results["spec"]["on"][name]:
-        runs, (colour, marker) = _swept(results, name, method), LINES.get(method, OTHER)
-        x, x_label, y, y_label = _axes_of(runs[0])
+    first = lines[0][1][0]
+    x, x_label, y, y_label = _axes_of(first)
+    for method, runs, (colour, marker), width in lines:
         points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
         axis.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.25, markersize=4, linestyle="")
         best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
-        width = 2.4 if method == "bnf" else 1.2
         axis.plot(*zip(*best, strict=True), marker + "-", color=colour, markersize=5, linewidth=width, label=method)
-    base = runs[0]["base"]
-    axis.plot(base[x][0], base[y][0], "k+", markersize=12, label="base")
+    axis.plot(first["base"][x][0], first["base"][y][0], "k+", markersize=12, label="base")
     axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
-    axis.set_title(
-        f"{name}: what is gained against what is kept; faint: settings that another one beats", fontsize=10, loc="left"
-    )
+    axis.set_title(f"{name}: gained against kept; faint: settings that another one beats", fontsize=10, loc="left")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -161,17 +170,17 @@ def _rates(results: dict, name: str):
     """What settings are chosen by, against the learning rate: at customary hyper-parameters, and at each rate's best."""
     from minibnf.compare import objective
 
+    lines = _lines(results, name)
+    if not lines:
+        return None
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True, layout="constrained")
-    for method in results["spec"]["on"][name]:
-        runs, (colour, marker) = _swept(results, name, method), LINES.get(method, OTHER)
+    for method, runs, (colour, marker), width in lines:
         customary = results["spec"]["methods"][method].get("customary", {})
         usual = [r for r in runs if customary.items() <= r["setting"].items()]
         for axis, some in zip(axes, (usual, runs), strict=True):
             rates = sorted({r["setting"]["lr"] for r in some})
             top = [max(objective(r) for r in some if r["setting"]["lr"] == lr) for lr in rates]
-            axis.plot(
-                rates, top, marker + "-", color=colour, markersize=4, linewidth=2.4 if method == "bnf" else 1.2, label=method
-            )
+            axis.plot(rates, top, marker + "-", color=colour, markersize=4, linewidth=width, label=method)
     for axis, title in zip(axes, ("customary hyper-parameters", "the best hyper-parameters at each rate"), strict=True):
         axis.set(xscale="log", xlabel="learning rate")
         axis.set_title(f"{name}: {title}", fontsize=10, loc="left")
@@ -204,6 +213,8 @@ def _weights(results: dict, name: str):
     from minibnf.verdicts import tests
 
     methods = [m for m in ("bnf", "rbnf", "dpo", "kto", "simpo", "unlikelihood") if m in results["spec"]["on"][name]]
+    if not methods:
+        return None
     figure, axes = plt.subplots(
         1, len(methods), figsize=(2.5 * len(methods), 3), sharey=True, squeeze=False, layout="constrained"
     )

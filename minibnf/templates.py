@@ -23,7 +23,7 @@ SECONDS = 3  # of the thread's own processor time, so a busy machine takes nothi
 PRODUCTS = "batch center format indent join replace round slice tojson truncate".split()
 # Others only count or hand on the items of what they are given.
 ITEMS = "attr count d default first items last length list map reject rejectattr select selectattr".split()
-WITHOUT = "pprint random striptags sum urlize wordwrap xmlattr".split()  # slow or random, and of no use in a chat
+WITHOUT = "pprint random striptags sum unique urlize wordwrap xmlattr".split()  # slow or random, and of no use in a chat
 
 
 def compile_template(source, where):

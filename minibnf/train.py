@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     rates = ", ".join(f"{loss.name} {loss.learning_rate:g}" for loss in LOSSES.values())
     known = {loss.name: "".join(f" {k}={v}" for k, v in loss.defaults.items() if k != "kl") for loss in LOSSES.values()}
     hypers = "; ".join(name + values for name, values in known.items() if values)
-    p = argparse.ArgumentParser("minibnf.train", description="Align a checkpoint on preference data.", allow_abbrev=False)
+    p = argparse.ArgumentParser("minibnf train", description="Align a checkpoint on preference data.", allow_abbrev=False)
     a = p.add_argument_group("what to train").add_argument
     a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: the start, and the reference")
     a("--from-scratch", action="store_true", help="random weights; DIR needs only config.json and a tokenizer")
@@ -229,6 +229,7 @@ def setup(args: argparse.Namespace) -> Run | None:
         "loss_args": hyper, "pairs": pairs, "unpaired": len(examples) - pairs, "model_sha256": fingerprint(model),
         "data_sha256": {name: digest(e) for name, e in sets.items()},
         "tokens_per_epoch": sum(e.tokens for e in examples), "changed": changed.removeprefix(", "),
+        "batch": min(args.batch_size, len(examples)),
         "steps": args.max_steps or (args.epochs or 1) * steps_per_epoch, "max_tokens": max_tokens,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
@@ -254,7 +255,7 @@ def announce(run: Run) -> None:
     print(f"loss     {run.loss.name}{hyper}, lr {f['lr']:.3g}, {args.optimizer}")
     print(f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most")
     epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
-    print(f"steps    {run.steps} of {args.batch_size} examples: {epochs}", flush=True)
+    print(f"steps    {run.steps} of {f['batch']} examples: {epochs}", flush=True)
 
 
 def train(run: Run) -> int:
@@ -369,6 +370,7 @@ def finish(run: Run) -> None:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     held_out = [row for row in rows if "eval_loss" in row]
     table = {k: (held_out[0][k], held_out[-1][k]) for k in (held_out[0] if held_out else ()) if k != "step"}
+    shown = table or {f"train {k}": (rows[0][k], rows[-1][k]) for k in rows[0] if k in rows[-1] and (k == "loss" or "/" in k)}
     with replacing(out / "model") as temporary:
         save(run.model, temporary, DTYPES[args.save_dtype])
         run.tokenizer.save(temporary)
@@ -379,7 +381,7 @@ def finish(run: Run) -> None:
         figure = "none: pip install 'minibnf[plots]' draws one"
     else:
         figure = training_curves(rows, out / "figures" / "training.png", f"{args.loss} on {Path(args.data).name}")
-    for name, (first, last) in table.items():
+    for name, (first, last) in shown.items():
         print(f"{name:26} {first:10.4f} -> {last:.4f}")
     print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
 
@@ -394,7 +396,7 @@ tags: [minibnf, {args.loss}, preference-alignment]
 # {base}, trained with {args.loss}
 
 Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {f["pairs"]} pairs and {f["unpaired"]} unpaired responses.
-{f["steps"]} steps of {args.batch_size} examples, peak learning rate {f["lr"]:.3g}, {args.optimizer}, seed {args.seed},
+{f["steps"]} steps of {f["batch"]} examples, peak learning rate {f["lr"]:.3g}, {args.optimizer}, seed {args.seed},
 computed in {f["dtype"]}.
 Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
 """

@@ -1,8 +1,9 @@
 """Is it true? Tables and a verdict a claim, drawn from the results.json of minibnf/compare.py alone.
 
 A figure of a method on a set is its mean over the seeds; its error joins the spread over seeds with the error over prompts:
-e² = (standard deviation over seeds)² / seeds + (mean standard error over prompts)². Two figures differ where they are more
-than 2 sqrt(e1² + e2²) apart: prompts are shared, so this is careful rather than sharp. BNF's rivals are the losses built on
+e² = (standard deviation over seeds)² / seeds + (mean standard error over prompts)². One figure is as good as another unless it
+lies more than 2 sqrt(e1² + e2²) below: prompts are shared, so this is careful rather than sharp. Where a claim says least,
+half or most, figures are compared as they are. BNF's rivals are the losses built on
 log-likelihood ratios or margins; nll and unlikelihood are the controls.
 """
 
@@ -36,12 +37,13 @@ def tests(results: dict, name: str, method: str, which: str) -> list[dict]:
 
 
 def figure(results: dict, name: str, method: str, which: str, what: str) -> tuple[float, float]:
-    """(mean over seeds, its error); what "drop" is the base's reasoning less the model's. A run that broke off counts as 0."""
+    """(mean over seeds, its error); what "drop" is the base's reasoning less the model's. What broke off has the worst."""
     runs, of = tests(results, name, method, which), "accuracy" if what == "drop" else what
-    values = [r["result"].get(of, (0.0, 0.0)) for r in runs]
+    worst = {"solutions": -math.inf, "gini": 1.0, "degenerate": 1.0}.get(of, math.inf if of.startswith("shift") else 0.0)
+    values = [r["result"].get(of, (worst, 0.0)) for r in runs]
     means = [runs[0]["base"]["accuracy"][0] - m if what == "drop" else m for m, _ in values]
     over_prompts = mean(e or 0.0 for _, e in values)
-    over_seeds = stdev(means) ** 2 / len(means) if len(means) > 1 else 0.0
+    over_seeds = stdev(means) ** 2 / len(means) if len(means) > 1 and all(map(math.isfinite, means)) else 0.0
     return mean(means), math.sqrt(over_seeds + over_prompts**2)
 
 
@@ -56,13 +58,15 @@ def setting_text(setting: dict) -> str:
 def table(results: dict, name: str) -> str:
     """Markdown: every method on a set, its best and its customary setting on test prompts, the best first."""
     runs = [r for r in results["runs"] if r["set"] == name]
-    base = next(r for r in runs if r["split"] == "test")["base"]
+    base = next((r for r in runs if r["split"] == "test"), runs[0])["base"]
     columns = [c for c in NAMES if c in base]
     rows = []
     for method in results["spec"]["on"][name]:
         tried = [r for r in runs if r["method"] == method and r["split"] == "validation"]
         lost = f"{sum(map(collapsed, tried))} of {len(tried)}"
         chosen = chosen_settings(results["spec"], results["runs"], name, method)
+        if not tests(results, name, method, "best"):
+            continue  # a method of the first stage alone
         for which in ("best", "customary") if chosen["best"] != chosen["customary"] else ("best",):
             cells = [show(figure(results, name, method, which, c), 2 if c.startswith("shift") else 3) for c in columns]
             rank = mean(map(objective, tests(results, name, method, which)))
@@ -75,12 +79,28 @@ def table(results: dict, name: str) -> str:
 
 
 def good_rates(results: dict, name: str, method: str, fixed: dict | None = None) -> list[float]:
-    """The learning rates at which a method's validation objective is within TOLERANCE of its best over these settings (fixed:
-    only those with these hyper-parameters)."""
+    """The learning rates, one after another, around the best at which a method's validation objective is within TOLERANCE of
+    its best (fixed: over settings with these hyper-parameters alone)."""
     runs = [r for r in results["runs"] if (r["set"], r["method"], r["split"], r["seed"]) == (name, method, "validation", 0)]
-    runs = [r for r in runs if (fixed or {}).items() <= r["setting"].items()]
-    best = max(map(objective, runs))
-    return sorted({r["setting"]["lr"] for r in runs if objective(r) >= best - TOLERANCE})
+    top: dict[float, float] = {}
+    for r in runs:
+        if (fixed or {}).items() <= r["setting"].items():
+            top[r["setting"]["lr"]] = max(objective(r), top.get(r["setting"]["lr"], -math.inf))
+    rates = sorted(top)
+    best = max(rates, key=top.get)
+    good = [top[lr] >= top[best] - TOLERANCE for lr in rates]
+    low = high = rates.index(best)
+    while low and good[low - 1]:
+        low -= 1
+    while high + 1 < len(rates) and good[high + 1]:
+        high += 1
+    return rates[low : high + 1]
+
+
+def common_rates(results: dict, name: str) -> set[float]:
+    """The learning rates that the grids of bnf and of all its rivals on a set hold."""
+    methods = results["spec"]["methods"]
+    return set.intersection(*(set(methods[m]["grid"]["lr"]) for m in ("bnf", *rivals(results, name))))
 
 
 def decades(rates: list[float]) -> float:
@@ -117,7 +137,7 @@ def costs(results: dict, qa: str) -> tuple[str, str]:
         f"reasoning lost {show(mine)}; rivals' median {middle['best']:.3f} (least: {least[1]} {least[0]:.3f}), at customary "
         f"hyper-parameters {middle['customary']:.3f}"
     )
-    far_less = lambda which: mine[0] <= max(0.0, middle[which]) / 2
+    far_less = lambda which: middle[which] > 2 * mine[1] and mine[0] <= middle[which] / 2
     return either(far_less("best"), far_less("customary")), numbers
 
 
@@ -131,22 +151,25 @@ def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
 
 
 def stable(results: dict, maths: str) -> tuple[str, str]:
+    rates = common_rates(results, maths)
+
     def kept(method: str, customary: bool = False) -> float:
         fixed = results["spec"]["methods"][method].get("customary", {}) if customary else {}
         runs = [r for r in results["runs"] if (r["set"], r["method"], r["split"]) == (maths, method, "validation")]
-        runs = [r for r in runs if fixed.items() <= r["setting"].items()]
+        runs = [r for r in runs if fixed.items() <= r["setting"].items() and r["setting"]["lr"] in rates]
         return mean(bool(r["result"]) and r["result"]["accuracy"][0] >= r["base"]["accuracy"][0] - TOLERANCE for r in runs)
 
     mine, usual = kept("bnf"), kept("bnf", True)
     others, at_custom = {m: kept(m) for m in rivals(results, maths)}, {m: kept(m, True) for m in rivals(results, maths)}
-    best = max(others, key=others.get)
-    numbers = (
-        f"settings that keep reasoning within {TOLERANCE} of the base: bnf {mine:.0%}, rivals' median "
-        f"{median(others.values()):.0%}, most {best} {others[best]:.0%}; at customary hyper-parameters bnf {usual:.0%}, "
-        f"rivals' median {median(at_custom.values()):.0%}, most "
-        f"{max(at_custom, key=at_custom.get)} {max(at_custom.values()):.0%}"
+    share = lambda own, of: (
+        f"bnf {own:.0%}, rivals' median {median(of.values()):.0%}, most {max(of, key=of.get)} {max(of.values()):.0%}"
     )
-    return either(mine >= max(others.values()), usual >= max(at_custom.values())), numbers
+    numbers = (
+        f"settings (rates {min(rates):g} to {max(rates):g}) that keep reasoning within {TOLERANCE} of the base: "
+        f"{share(mine, others)}; at customary hyper-parameters {share(usual, at_custom)}"
+    )
+    steadier = lambda own, of: own >= max(of.values()) and own > median(of.values())
+    return either(steadier(mine, others), steadier(usual, at_custom)), numbers
 
 
 def shifts(results: dict, qa: str) -> tuple[str, str]:
@@ -165,8 +188,8 @@ def tuning(results: dict, qa: str) -> tuple[str, str]:
     width = {m: decades(good_rates(results, qa, m, methods[m].get("customary"))) for m in results["spec"]["on"][qa]}
     others = {m: width[m] for m in rivals(results, qa)}
     numbers = (
-        f"decades of learning rates within {TOLERANCE} of its best: bnf {width['bnf']:.1f}, nll {width['nll']:.1f}, rivals at "
-        f"customary hyper-parameters {median(others.values()):.1f} (median), {max(others.values()):.1f} (most)"
+        f"decades of learning rates around its best within {TOLERANCE} of it: bnf {width['bnf']:.1f}, nll {width['nll']:.1f}, "
+        f"rivals at customary hyper-parameters {median(others.values()):.1f} (median), {max(others.values()):.1f} (most)"
     )
     return REPRODUCED if width["bnf"] >= width["nll"] else NOT, numbers
 
@@ -230,7 +253,7 @@ def beta_and_length(results: dict) -> str:
         for r in results["runs"] if method in on else []:
             if (r["set"], r["method"]) == (name, method):
                 beta, found = r["setting"]["beta"], r["result"]
-                shown = " | ".join(show(found[c]) for c in ("win_rate", "accuracy"))
+                shown = " | ".join(show(found[c]) if found else "broke off" for c in ("win_rate", "accuracy"))
                 lines.append(f"| {name} | {tokens:.1f} | {beta:g} | {beta * tokens:.2g} | {shown} |")
     return "\n".join(lines)
 
@@ -259,15 +282,16 @@ def report(results: dict) -> str:
     parts, spec = [], results["spec"]
     for name in spec["on"]:
         parts += [f"## {name}", table(results, name)]
-    if all(r["kind"] == "files" for r in results["runs"]):
+    small = [name for name in spec["on"] if "kind" in spec["sets"][name]]
+    if not small:
         return "\n\n".join(parts)
-    for name, methods in spec["on"].items():
-        if "bnf own" in methods:
+    for name in small:
+        if {"bnf", "bnf own"} <= set(spec["on"][name]):
             parts += [f"## What BNF is divided by, {name}", lengths(results, name)]
     if any("dpo lr 1e-4" in methods for methods in spec["on"].values()):
         parts += ["## DPO's β and the length of responses", beta_and_length(results)]
     parts += ["## Is a low Gini good?"]
-    for name in spec["on"]:
+    for name in small:
         rho, count = concentration(results, name)
         parts.append(f"{name}: rank correlation of Gini and reasoning lost over {count} runs: {rho:+.2f}")
     return "\n\n".join([*parts, "## Verdicts", verdict_table(results)])

@@ -79,11 +79,56 @@ def test_a_full_context_is_said_not_cut():
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--temperature", "-1"], "temperature must be"), (["--compare", "nowhere"], "nowhere is no folder")]
+    "flags, message",
+    [(["--temperature", "-1"], "temperature = -1.0: it must be"), (["--compare", "nowhere"], "nowhere is no folder")],
 )
 def test_what_cannot_be_is_said_at_once(flags, message, capsys):
     assert chat.main(["--model", TINY, *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatch, capsys):
+    mine = side()
+    monkeypatch.setattr(type(mine.tokenizer), "stream", lambda self, ids, skip_special: iter(["\x1b[2J", "red\x07"]))
+    assert "".join(mine.ask("hello")).startswith("\\x1b[2Jred\\x07 [stopped")
+    assert mine.history[-1]["content"] == "\x1b[2Jred\x07"
+
+    def refuses(*_, **__):
+        raise ValueError("the template says \x1b[2J")
+
+    typed = iter(["hello"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError"))
+    monkeypatch.setattr(Side, "ask", refuses)
+    assert chat.main(["--model", TINY]) == 0
+    shown = capsys.readouterr().out
+    assert "the template says \\x1b[2J" in shown and "\x1b" not in shown
+
+
+def test_a_system_message_and_every_setting_are_handed_on():
+    flags = {"temperature": 1.3, "top_p": 0.8, "top_k": 7, "seed": 5, "max_new_tokens": 30}
+    mine = side("--system", "Be brief.", *(word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))))
+    for row, question in enumerate(("What is 3 + 4?", "What is 3 + 4?")):
+        asked = [*mine.history, {"role": "user", "content": question}]
+        assert asked[0] == {"role": "system", "content": "Be brief."}
+        ids = mine.tokenizer.encode_chat(asked, add_generation_prompt=True)
+        (new,) = generate(mine.model, [ids], stop_ids=mine.tokenizer.end_ids, first_row=row, **flags)
+        said = "".join(mine.ask(question))
+        assert said.startswith(mine.tokenizer.decode(new[:-1] if new[-1] in mine.tokenizer.end_ids else new, False))
+
+
+def test_a_slip_at_the_prompt_does_not_lose_the_conversation(monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "caf\udce9", EOFError])
+
+    def press(prompt):
+        key = next(typed)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", press)
+    assert chat.main(["--model", TINY]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(chat.HELP) == 2 and "not valid UTF-8" in shown
 
 
 def test_control_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minibnf.check import layer_bytes, main
+from minibnf.check import layer_bytes, main, memory
 from minibnf.checkpoint import load, save
 from minibnf.config import parse_config
 from minibnf.model import Transformer
@@ -151,3 +151,23 @@ def test_activations_are_what_autograd_keeps(family, fields, dtype, b):
     each = (of(4, 6) - of(2, 6) - of(4, 3) + of(2, 3)) / (2 * 3 * 40)
     config = parse_config(raw | {"num_hidden_layers": 2}, "raw")
     assert layer_bytes(config, b, 40) == pytest.approx(each, rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_by_hand(tied):
+    """One layer of width 8, one head, MLP 16, a vocabulary of 1000; 10 tokens: a chunk of the vocabulary holds them all."""
+    raw = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+           "num_attention_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": tied}  # fmt: skip
+    c = parse_config(raw, "t")
+    n = 4 * 64 + 3 * 128 + 3 * 8 + 8000 * (1 if tied else 2)
+    assert n == sum(p.numel() for p in Transformer(c, raw).parameters())
+    found = memory(c, n, 10, "float32", example=5)
+    norm = 2 * 4 * 8 + 4 * 8 + 4  # what goes in, what is normed, what comes out, a scale
+    layer = 2 * norm + 4 * 4 * 16 + (3 + 2) * 8 * 4 + 4 + 5 * 4
+    kept = 10 * (layer + 2 * 8 * 4 + norm)
+    logits = 10 * 1000 * 4 + 3 * 4 * 8000  # a chunk's logits; gradients of hidden and of the embedding, twice while they add up
+    expected = [4 * n, 4 * n, 8 * n, 0, kept, logits, 0.3 * (kept + logits), 0.3e9]
+    assert list(found.values()) == pytest.approx(expected)
+    half = memory(c, n, 10, "bfloat16", example=5)
+    assert half["weights in bfloat16, a working copy"] == 2 * (n - 8000 * (1 if tied else 2))
+    assert half["activations"] < found["activations"] and half["AdamW's two moments, float32"] == 8 * n

@@ -369,7 +369,7 @@ def test_options_that_would_do_nothing_are_refused(more, says, capsys):
 
 
 def test_a_missing_model_is_one_line(model, tmp_path, capsys):
-    assert main(["--base", str(model), "--model", str(tmp_path / "nowhere")]) == 1
+    assert main(["--base", str(model), "--model", str(tmp_path / "nowhere"), "--pairs", "none"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
 

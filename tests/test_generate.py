@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf import generate as module
+from minibnf.checkpoint import load, save
+from minibnf.config import parse_config
 from minibnf.generate import Reader, generate, main, sample, stream
+from minibnf.model import Transformer
 from minibnf.tokenizer import load_tokenizer
 from tests.strategies import FEW
 
@@ -68,10 +73,10 @@ def test_a_draw_at_either_end_takes_a_token_of_the_nucleus(u):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ({"temperature": -1}, "temperature must be"),
-        ({"top_p": 0}, "top_p above 0"),
-        ({"top_k": -1}, "top_k 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens 1"),
+        ({"temperature": -1}, "temperature = -1: it must be 0"),
+        ({"top_p": 0}, "top_p = 0: it must be above 0"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: it must be 1"),
     ],
 )
 def test_impossible_settings_of_generation(tiny, how, message):
@@ -155,6 +160,60 @@ def test_a_row_among_others_draws_what_it_draws_alone_even_where_tokens_are_equa
         assert sample(logits, u, 1.0, top_p, look=8).tolist() == alone
 
 
+def test_a_reader_that_was_interrupted_forgets_what_it_did_not_finish(tiny, monkeypatch):
+    """Control-C in the middle of a forward: keys of the first layer are written, those of the others are not."""
+    reader, fresh = Reader(tiny), Reader(tiny)
+    reader.logits([1, 2, 3])
+    block = tiny.model.layers[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(block), "forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            reader.logits([1, 2, 7, 8, 9])
+    torch.testing.assert_close(reader.logits([1, 2, 7, 8, 9, 4]), fresh.logits([1, 2, 7, 8, 9, 4]))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        reader.logits([])
+
+
+def test_the_coldest_temperature_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [9.0, -torch.inf, 8.0]])
+    assert sample(logits, torch.tensor([0.99, 0.99]), 1e-38).tolist() == [1, 0]
+
+
+FAMILIES = {
+    "llama3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 4.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "mistral": {"model_type": "mistral", "sliding_window": 4},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0},
+    "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_every_family_generates_as_its_plain_forward_does(family, kv_heads):
+    """Windows, soft caps, layers without positions: packed groups, the cache and a Reader against whole sequences."""
+    raw = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+           "num_key_value_heads": kv_heads, "head_dim": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+           "max_position_embeddings": 256} | FAMILIES[family]  # fmt: skip
+    model = Transformer(parse_config(raw, family), {}).init_weights(0).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6 if p.dim() > 1 else 1)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3) for _ in range(rng.randint(1, 14))] for _ in range(6)]
+    prompts += [prompts[0], prompts[0] + [5], prompts[0] + [5, 6]]
+    reader = Reader(model)
+    for prompt, new in zip(prompts, generate(model, prompts, max_new_tokens=6, temperature=0, stop_ids=[3]), strict=True):
+        for k, token in enumerate(new):
+            text = prompt + new[:k]
+            z = model(torch.tensor([text]))[0, -1]
+            assert int(z.argmax()) == token
+            torch.testing.assert_close(reader.logits(text)[0], z, rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
@@ -182,7 +241,7 @@ def rows_of(file):
 
 def test_a_file_of_prompts_becomes_a_file_of_completions(questions, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    assert command(questions, out, "--chat", "--temperature", "0", "--samples", "2") == 0
+    assert command(questions, out, "--chat", "--top-k", "1", "--samples", "2") == 0
     assert "6 completions" in capsys.readouterr().out
     rows = rows_of(out)
     assert [(row["line"], row["sample"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
@@ -235,3 +294,41 @@ def test_a_row_that_does_not_fit_is_named_before_anything_is_made(tmp_path, row,
     file.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps(row))
     assert command(file, out) == 1 and not out.exists()
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_file_holds_what_one_call_of_generate_gives(questions, tmp_path):
+    """However it is split into batches; with every setting handed on."""
+    out = tmp_path / "out.jsonl"
+    flags = ["--temperature", "1.3", "--top-k", "7", "--top-p", "0.8", "--seed", "5", "--samples", "3", "--batch-size", "2"]
+    assert command(questions, out, "--chat", *flags) == 0
+    model, tokenizer = load("weights/tiny"), load_tokenizer("weights/tiny")
+    prompts = [ids for _, _, ids in module.read_prompts(questions, tokenizer, True, 256, 30) for _ in range(3)]
+    how = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 7, "top_p": 0.8, "seed": 5}
+    expected = generate(model, prompts, stop_ids=tokenizer.end_ids, **how)
+    found = [
+        row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"] for row in rows_of(out)
+    ]
+    assert found == [tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.end_ids else ids, False) for ids in expected]
+
+
+def test_other_prompts_and_another_model_are_not_gone_on_with(questions, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert command(questions, out, "--chat") == 0
+    other = tmp_path / "other"
+    load_tokenizer("weights/tiny").save(other)
+    model = load("weights/tiny")
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    save(model, other)
+    assert command(questions, out, "--chat", "--resume", "--model", str(other)) == 1
+    assert "model_sha256 was" in capsys.readouterr().err
+    shutil.copyfile(questions, tmp_path / "more.jsonl")
+    with open(tmp_path / "more.jsonl", "a") as more:
+        more.write(json.dumps(CHATS[0]))
+    assert command(tmp_path / "more.jsonl", out, "--chat", "--resume") == 1
+    assert "prompts_sha256 was" in capsys.readouterr().err
+    assert command(questions, questions, "--chat", "--overwrite") == 1
+    assert "is --data" in capsys.readouterr().err and rows_of(questions) == CHATS
+    with pytest.raises(SystemExit):
+        command(questions, tmp_path / "twice.jsonl", "--samples", "2", "--temperature", "0")
+    assert "would write the same answer 2 times" in capsys.readouterr().err

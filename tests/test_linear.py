@@ -41,6 +41,9 @@ def test_a_frozen_side_costs_no_gradient(monkeypatch):
     x.requires_grad_()
     linear(x, weight.detach()).sum().backward()
     torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(4, 3))
+    bias = torch.zeros(5, requires_grad=True)
+    linear(x.detach(), weight.detach(), bias).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((5,), 4.0))
 
 
 @pytest.mark.skipif(not module.ONEDNN, reason="this PyTorch has no oneDNN")

@@ -20,5 +20,11 @@ def test_without_a_command_or_with_a_wrong_one_it_lists_them(capsys):
     assert main(["trian"]) == 2 and "'trian' is no command" in capsys.readouterr().err
 
 
+def test_the_version_and_an_interruption_while_starting(monkeypatch, capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("minibnf 0.")
+    monkeypatch.setattr("minibnf.__main__.import_module", lambda name: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["chat"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_commands_exit_status_is_handed_back(capsys):
     assert main(["check", "nowhere"]) == 1 and "nowhere" in capsys.readouterr().err

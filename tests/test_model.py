@@ -1,6 +1,7 @@
 """The Transformer's pieces against definitions, checkpoints out and in."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
-from minibnf.config import Rope
-from minibnf.model import rotary, rotate
+from minibnf.config import Rope, parse_config
+from minibnf.model import attend, masks, rotary, rotate
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
@@ -41,6 +42,54 @@ def test_rotary_scores_depend_on_distance_only(m, n, shift):
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("layout", [None, [(3, [2, 4]), (2, [1])], [(4, [5])]])
+def test_attention_is_its_definition_token_by_token(window, cap, layout):
+    """Loops in float64: who sees whom, the scale, the soft cap, which keys a query head shares."""
+    raw = CONFIG | {
+        "model_type": "gemma2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    raw |= {"query_pre_attn_scalar": 5, "attn_logit_softcapping": cap, "sliding_window": 4, "hidden_size": 32}
+    c = parse_config({k: v for k, v in raw.items() if k != "rope_theta"}, "t")
+    assert c.attention_softcap == cap and c.query_scale == 5**-0.5
+    S = 12 if layout and len(layout) == 2 else 9
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, S, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
+    # (group, part: 0 the prompt, position) of each token
+    places = [(0, 0, i) for i in range(S)] if layout is None else [
+        (group, part, i + prompt * (part > 0))
+        for group, (prompt, responses) in enumerate(layout)
+        for part, n in enumerate([prompt, *responses])
+        for i in range(n)
+    ]  # fmt: skip
+    found = attend(q, k, v, masks(layout, S, window, "cpu"), c)
+    for head in range(4):
+        for i, (group, part, position) in enumerate(places):
+            seen = [
+                j for j, (other, its_part, its_position) in enumerate(places[: i + 1])
+                if other == group and its_part in (0, part) and (window is None or position - its_position < window)
+            ]  # fmt: skip
+            scores = torch.stack([q[0, head, i] @ k[0, head // 2, j] / 5**0.5 for j in seen])
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
+            expected = scores.softmax(0) @ v[0, head // 2, seen]
+            torch.testing.assert_close(found[0, head, i], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_llama3_slows_long_waves_and_keeps_short_ones():
+    """By hand, d = 4: waves of 2π and 2π 1e4 positions, context 1000, factors 1 and 4: the first is kept, the second slowed."""
+    position = torch.tensor([[7.0]], dtype=torch.float64)
+    cos, sin = rotary(position, 4, Rope(1e8, (8.0, 1.0, 4.0, 1000)), torch.float64)
+    angles = torch.tensor([7.0, 7e-4 / 8] * 2, dtype=torch.float64)
+    torch.testing.assert_close(cos[0, 0], angles.cos(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sin[0, 0].abs(), angles.sin(), rtol=1e-9, atol=0)
+    between = rotary(position, 4, Rope(1e8, (8.0, 1.0, 4.0, 2 * math.pi * 2e4)), torch.float64)[0][0, 0, 1].acos()
+    assert between.item() == pytest.approx(7e-4 * (1 / 3 + 2 / 3 / 8), rel=1e-6)  # context / wave = 2: a third of the way
 
 
 def test_a_later_token_changes_nothing_before_it(tiny):

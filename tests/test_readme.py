@@ -1,17 +1,21 @@
 """What the README says of the code is what the code says."""
 
+import json
 import re
 from pathlib import Path
 
+import pytest
+
 from minibnf.config import READS
-from tests.loss_table import table
+from minibnf.verdicts import table, verdict_table
+from tests.loss_table import table as loss_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_losses_is_the_one_that_make_losses_prints():
-    assert table() in README
+    assert loss_table() in README
 
 
 def test_the_table_of_families_has_every_model_type():
@@ -42,3 +46,15 @@ def test_the_drop_in_example_runs():
 def test_no_file_of_the_package_is_too_long_to_read():
     for file in (ROOT / "minibnf").glob("*.py"):
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 450, file.name
+
+
+RESULTS = ROOT / "evidence" / "small-results.json"
+
+
+@pytest.mark.skipif(not RESULTS.is_file(), reason="evidence/small-results.json is not there: make compare-full makes it")
+def test_the_verdicts_are_drawn_from_the_committed_results():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert results["spec"] == json.loads((ROOT / "evidence" / "small.json").read_text(encoding="utf-8"))
+    assert all(len(revision) == 40 for revision in results["facts"]["revision"])  # of committed code alone
+    assert verdict_table(results) in README
+    assert table(results, "qa") in README
