@@ -35,12 +35,14 @@ def test_every_make_target_that_the_readme_names_exists():
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M)) <= targets
 
 
-def test_the_drop_in_example_runs():
-    """The block under 'In your own training loop', as it stands."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)[:1]
+def test_the_examples_in_python_run(capsys):
+    """The blocks under 'In your own training loop' and 'Talk with it, sample from it', as they stand."""
+    loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
-    exec(block, names)
+    exec(loss, names)
     assert names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]  # the chosen one goes up, the rejected one down
+    exec(sampling, names)
+    assert "7" in capsys.readouterr().out
 
 
 def test_no_file_of_the_package_is_too_long_to_read():
