@@ -60,8 +60,9 @@ compare: .venv/small runs/young/run/model/config.json ## a few methods in the sm
 	@$(ONE) $(BIN)/python -m minibnf.compare --tables evidence/small-results.json
 
 compare-full: .venv/small runs/young/run/model/config.json ## all methods, rates, hyper-parameters, 3 seeds (three hours, resumable)
-	$(ONE) $(BIN)/python -m minibnf.compare evidence/small.json --out runs/full --figures tutorials/figures
+	$(ONE) $(BIN)/python -m minibnf.compare evidence/small.json --out runs/full
 	cp runs/full/results.json evidence/small-results.json
+	cp runs/full/figures/qa-frontier.svg runs/full/figures/math-rates.svg tutorials/figures
 
 compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that evidence/real.json names (three hours, resumable)
 	$(BIN)/python -m minibnf.compare evidence/real.json --out runs/real --workers 1

@@ -154,11 +154,15 @@ def _frontier(results: dict, name: str):
     figure, axis = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
     first = lines[0][1][0]
     x, x_label, y, y_label = _axes_of(first)
+    curves: list = []
     for method, runs, (colour, marker), width in lines:
         points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
         axis.plot(*zip(*points, strict=True), marker, color=colour, alpha=0.25, markersize=4, linestyle="")
         best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
         axis.plot(*zip(*best, strict=True), marker + "-", color=colour, markersize=5, linewidth=width, label=method)
+        curves += best
+    left, bottom = (min(p[k] for p in [*curves, (first["base"][x][0], first["base"][y][0])]) for k in (0, 1))
+    axis.set(xlim=(left - 0.02, None), ylim=(bottom - 0.02, None))  # settings worse than all these are out of sight
     axis.plot(first["base"][x][0], first["base"][y][0], "k+", markersize=12, label="base")
     axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
     axis.set_title(f"{name}: gained against kept; faint: settings that another one beats", fontsize=10, loc="left")
