@@ -208,7 +208,8 @@ def _likelihoods(results: dict, name: str):
     for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
         axis.set(xlabel="step", ylabel="nats a response, from the first step")
         axis.set_title(f"{name}: log-likelihood of {side} responses, best settings", fontsize=10, loc="left")
-    axes[0].legend(frameon=False, fontsize=7, ncols=2)
+    if axes[0].lines:
+        axes[0].legend(frameon=False, fontsize=7, ncols=2)
     return figure
 
 
