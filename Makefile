@@ -19,7 +19,7 @@ train-small: .venv/small ## align weights/tiny with BNF on the small world and p
 	@echo
 	$(ONE) $(BIN)/python -m minibnf.evaluate --base weights/tiny --model $(RUN)/bnf/model --pairs $(RUN)/held-out.jsonl
 
-test: .venv/test ## lint and run the test suite (three minutes)
+test: .venv/test ## lint and run the test suite (four minutes)
 	$(BIN)/ruff check .
 	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity
 
@@ -36,8 +36,10 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.plots tutorials/figures/feedback.svg
+	@$(BIN)/python -m minibnf.compare --tables evidence/small-results.json --figures runs/figures > /dev/null
+	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 
-parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL and Liger (three minutes, after downloads)
+parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL, Liger, lm-eval (three minutes, after downloads)
 	$(BIN)/python -m pytest -q tests/parity
 
 bench: .venv/parity $(SMOL)/config.json ## generation against transformers' generate, both in one run (four minutes, a quiet machine)

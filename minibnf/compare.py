@@ -44,7 +44,8 @@ from minibnf.checkpoint import load, read_json, write_json, write_text
 from minibnf.config import read_config
 from minibnf.data import read_examples, read_rows
 from minibnf.forward import fingerprint
-from minibnf.exam import exam, held_out, on_files, small_world, solutions, token_weights
+from minibnf.evaluate import tokenised
+from minibnf.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
 from minibnf.losses import LOSSES
 from minibnf.tokenizer import load_tokenizer
 
@@ -188,9 +189,9 @@ def run_job(spec: dict, job: dict, folder: Path) -> None:
     for split in ("validation", "test") if kind == "files" else (job["split"],):
         one = job | {"split": split, "kind": kind, "steps": len(rows), "train_seconds": round(seconds, 1), "result": {}}
         one |= {"revision": revision()}
-        one["base"] = examined(text, job["set"], split, str(folder), None)
+        asked, one["base"] = the_exam(text, job["set"], split, str(folder))
         if code == 0:
-            one["result"] = examined.__wrapped__(text, job["set"], split, str(folder), str(out / "model"))
+            one["result"] = examined(out / "model", asked)
             if split == "test" and job["seed"] == spec["seeds"][0]:
                 one["trace"], one["feedback"] = trace(rows), feedback_of(spec, job, files["test"], out / "model")
         write_json(folder / "results" / f"{slug(one)}.json", one)
@@ -212,23 +213,22 @@ def trace(rows: list[dict]) -> dict[str, list]:
 
 @cache
 def the_exam(text: str, name: str, split: str, folder: str):
-    """What models are asked, and the base's part in it: once a process, for it does not change."""
+    """What models are asked, and what the base scores in it: once a process (text: the spec as JSON), for neither changes."""
     spec = json.loads(text)
     files, base, tokenizer = prepare(spec, name, Path(folder) / "data"), load(spec["base"]), load_tokenizer(spec["base"])
     examples, _ = read_examples(files[split], tokenizer, base.config.max_position_embeddings)
     if "kind" in spec["sets"][name]:
-        return exam(base, tokenizer, split=split, examples=examples, **spec.get("exam", {}))
+        asked = exam(base, tokenizer, split=split, examples=examples, **spec.get("exam", {}))
+        return asked, examined(spec["base"], asked)
     if extra := spec["sets"][name].get("solutions"):
-        examples += solutions(extra["file"], extra["count"], tokenizer)
-    return held_out(base, examples)
+        examples += [row.example for row in tokenised(extra["file"], tokenizer, "likelihood", extra["count"])[1]]
+    asked = held_out(base, examples)
+    return asked, examined(spec["base"], asked)
 
 
-@cache
-def examined(text: str, name: str, split: str, folder: str, model_directory: str | None) -> dict[str, list]:
-    """{name: [mean, standard error]} of a model (None: the base) in the exam of a set."""
-    directory, asked = model_directory or json.loads(text)["base"], the_exam(text, name, split, folder)
-    model = load(directory)
-    small = "kind" in json.loads(text)["sets"][name]
+def examined(directory, asked: Exam | HeldOut) -> dict[str, list]:
+    """{name: [mean, standard error]} of a model."""
+    model, small = load(directory), isinstance(asked, Exam)
     found = small_world(model, load_tokenizer(directory), asked) if small else on_files(model, asked)
     return {k: [rounded(x) for x in pair] for k, pair in found.items()}
 

@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 from minibnf.checkpoint import load, resolve_device_and_dtype, write_json
 from minibnf.data import Example, check_text, digest, parse_row, read_examples, read_rows, tokenise
-from minibnf.exam import LABELS, exam, read_responses, small_world
+from minibnf.exam import LABELS, exam, small_world
+from minibnf.forward import read_responses
 from minibnf.generate import generate
 from minibnf.smallworld import sampler
 from minibnf.tokenizer import Tokenizer, load_tokenizer

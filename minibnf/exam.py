@@ -10,16 +10,14 @@ log-likelihoods of held-out responses against the base, in nats a response; the 
 logit shifts says how concentrated the change is (0 evenly spread, 1 in one token).
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from minibnf.data import Example, pack, read_rows
-from minibnf.feedback import gini, target_logits
-from minibnf.logprob import token_logps
+from minibnf.data import Example, pack
+from minibnf.feedback import gini
+from minibnf.forward import logps_and_logits, read_responses
 from minibnf.model import Transformer
 from minibnf.smallworld import QA, REASONING, Problem, problems, sampler, score
 
@@ -52,21 +50,29 @@ LABELS = {  # what the names of small_world() are called in a table
 }
 
 
-@torch.no_grad()
-def read_responses(model: Transformer, examples: list[Example], max_tokens: int = 4096, read=token_logps) -> list[Tensor]:
-    """What `read` makes of every response token, a tensor a response, in the order of the examples, on the CPU: its
-    log-probability (token_logps) or its logit (target_logits)."""
-    device, cap = model.unembed.device, model.config.final_softcap
-    found: dict[tuple[int, int], Tensor] = {}
-    with tqdm(total=len(examples), desc="reading", unit="row", disable=None, leave=False) as bar:
-        for i in range(0, len(examples), 512):
-            for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
-                batch = batch.to(device)
-                head = lambda x, unembed, b=batch: read(x[0, b.predictors], unembed, b.targets, softcap=cap)
-                x = model(batch.tokens, batch.positions, batch.layout, head=head).cpu()
-                found |= zip(batch.order, x.split(torch.bincount(batch.owner).tolist()), strict=True)
-                bar.update(len(batch.lines))
-    return [found[place] for place in sorted(found)]
+class HeldOut(NamedTuple):
+    """Rows that were not trained on, pairs and single answers, and the base's log-probability and logit of each token."""
+
+    examples: list[Example]
+    logps: list[Tensor]  # a tensor a response
+    logits: list[Tensor]
+
+
+def held_out(base: Transformer, examples: list[Example]) -> HeldOut:
+    both = [x.unbind(-1) for x in read_responses(base, examples, read=logps_and_logits)]
+    return HeldOut(examples, [logps for logps, _ in both], [logits for _, logits in both])
+
+
+def shifts(found: HeldOut, base: HeldOut, which: Tensor) -> dict[str, tuple[float, float]]:
+    """Of the responses that `which` (R,) bool names: shift/chosen and shift/rejected, nats a response; gini of logit shifts."""
+    preferred = torch.tensor([p for e in base.examples for p in e.preferred])
+    sums = torch.stack([(a - b).sum() for a, b in zip(found.logps, base.logps, strict=True)])
+    table = {}
+    for name, side in (("chosen", preferred & which), ("rejected", ~preferred & which)):
+        if side.any():
+            table[f"shift/{name}"] = mean_and_error(sums[side])
+    moved = torch.cat([a - b for a, b, w in zip(found.logits, base.logits, which, strict=True) if w])
+    return table | {"gini": (gini(moved), float("nan"))}
 
 
 class Exam(NamedTuple):
@@ -77,16 +83,7 @@ class Exam(NamedTuple):
     samples: int  # answers drawn to each question
     seed: int
     base_scores: Tensor  # (questions, samples)
-    examples: list[Example]  # preference rows, may be none
-    base_sums: Tensor  # (R,) the base's log-likelihood of each of their responses, in nats
-    base_logits: Tensor  # (N,) its logit of each of their tokens
-
-
-def _sums_and_logits(model: Transformer, examples: list[Example]) -> tuple[Tensor, Tensor]:
-    if not examples:
-        return torch.empty(0), torch.empty(0)
-    sums = torch.stack([logps.sum() for logps in read_responses(model, examples)])
-    return sums, torch.cat(read_responses(model, examples, read=target_logits))
+    held: HeldOut  # preference rows, may be none
 
 
 def exam(base, tokenizer, *, split="test", samples=16, count=100, seed=0, examples: list[Example] | None = None) -> Exam:
@@ -94,7 +91,8 @@ def exam(base, tokenizer, *, split="test", samples=16, count=100, seed=0, exampl
     preference examples (data.read_examples); the base draws `samples` answers to each question."""
     questions, chains = problems(QA, split, 40, seed), problems(REASONING, split, count * len(REASONING), seed)
     scores = judged(questions, sampler(base, tokenizer)([p.prompt for p in questions], samples, seed))
-    return Exam(questions, chains, samples, seed, scores, examples or [], *_sums_and_logits(base, examples or []))
+    held = held_out(base, examples) if examples else HeldOut([], [], [])
+    return Exam(questions, chains, samples, seed, scores, held)
 
 
 def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
@@ -117,60 +115,26 @@ def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
     }
     for family in REASONING:
         found[f"accuracy/{family}"] = mean_and_error(right[torch.tensor([p.family == family for p in exam.chains])])
-    if exam.examples:
-        preferred = torch.tensor([p for e in exam.examples for p in e.preferred])
-        sums, logits = _sums_and_logits(model, exam.examples)
-        for name, which in (("chosen", preferred), ("rejected", ~preferred)):
-            if which.any():
-                found[f"shift/{name}"] = mean_and_error((sums - exam.base_sums)[which])
-        found["gini"] = gini(logits - exam.base_logits), float("nan")
+    if exam.held.examples:
+        own = held_out(model, exam.held.examples)
+        found |= shifts(own, exam.held, torch.ones(len(own.logps), dtype=torch.bool))
     return found
-
-
-# -------------------------------------------------------------------------------------------- held-out rows of any kind
-
-
-class HeldOut(NamedTuple):
-    """Rows that were not trained on, pairs and single answers, and the base's log-probability and logit of each token."""
-
-    examples: list[Example]
-    logps: list[Tensor]  # a tensor a response
-    logits: list[Tensor]
-
-
-def held_out(base: Transformer, examples: list[Example]) -> HeldOut:
-    return HeldOut(examples, read_responses(base, examples), read_responses(base, examples, read=target_logits))
 
 
 def on_files(model: Transformer, base: HeldOut) -> dict[str, tuple[float, float]]:
     """{name: (mean, standard error)}. Of pairs: preference, the share whose chosen response gained more likelihood than its
     rejected one (a tie, as for the base all are, is half), shift/chosen and shift/rejected in nats a response, and the gini of
     logit shifts; of single answers: solutions, nats a token."""
-    found = held_out(model, base.examples)
-    shifts = torch.stack([(a - b).sum() for a, b in zip(found.logps, base.logps, strict=True)])
+    own = held_out(model, base.examples)
     pair = torch.tensor([len(e.responses) == 2 for e in base.examples for _ in e.responses])
-    chosen, rejected = shifts[pair][0::2], shifts[pair][1::2]
-    moved = torch.cat([a - b for a, b, p in zip(found.logits, base.logits, pair, strict=True) if p])
-    table = {
-        "preference": mean_and_error((chosen > rejected).float() + 0.5 * (chosen == rejected).float()),
-        "shift/chosen": mean_and_error(chosen),
-        "shift/rejected": mean_and_error(rejected),
-        "gini": (gini(moved), float("nan")),
-    }
+    gains = torch.stack([(a - b).sum() for a, b in zip(own.logps, base.logps, strict=True)])[pair]
+    chosen, rejected = gains[0::2], gains[1::2]
+    table = {"preference": mean_and_error((chosen > rejected).float() + 0.5 * (chosen == rejected).float())}
+    table |= shifts(own, base, pair)
     if not pair.all():
-        means = [x.mean() for x, p in zip(found.logps, pair, strict=True) if not p]
+        means = [x.mean() for x, p in zip(own.logps, pair, strict=True) if not p]
         table["solutions"] = mean_and_error(torch.stack(means))
     return table
-
-
-def solutions(file, count: int, tokenizer) -> list[Example]:
-    """The first `count` rows {"question", "answer"} of a .jsonl file, the answer as the model's own turn."""
-    found = []
-    for line, row in itertools.islice(read_rows(file), count):
-        ask, say = ([{"role": role, "content": row[field]}] for role, field in (("user", "question"), ("assistant", "answer")))
-        prompt, response = tokenizer.encode_response(ask, say)
-        found.append(Example(tuple(prompt), (tuple(response),), (True,), line))
-    return found
 
 
 def token_weights(base: Transformer, model: Transformer, examples: list[Example], loss, hyper: dict) -> dict[str, list]:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from minibnf.checkpoint import write_tensors
 from minibnf.data import Batch, Example, pack
+from minibnf.feedback import target_logits
 from minibnf.logprob import one_sweep, token_logps
 from minibnf.losses import Loss
 from minibnf.model import Transformer
@@ -19,6 +20,29 @@ def forward_logps(model: Transformer, batch: Batch, dtype) -> Tensor:
     """(N,): log-probabilities of a batch's response tokens."""
     head = lambda x, unembed: token_logps(x[0, batch.predictors], unembed, batch.targets, softcap=model.config.final_softcap)
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
+
+
+@torch.no_grad()
+def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logps, desc="reading") -> list[Tensor]:
+    """What `read` makes of every response token, a tensor a response, in the order of the examples, on the CPU: its
+    log-probability (token_logps), its logit (target_logits) or both (logps_and_logits). dtype: what to compute in."""
+    device, cap = model.unembed.device, model.config.final_softcap
+    found: dict[tuple[int, int], Tensor] = {}
+    with tqdm(total=len(examples), desc=desc, unit="row", disable=None, leave=False) as bar:
+        for i in range(0, len(examples), 512):
+            for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
+                batch = batch.to(device)
+                head = lambda x, unembed, b=batch: read(x[0, b.predictors], unembed, b.targets, softcap=cap)
+                x = model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head).cpu()
+                found |= zip(batch.order, x.split(torch.bincount(batch.owner).tolist()), strict=True)
+                bar.update(len(batch.lines))
+    return [found[place] for place in sorted(found)]
+
+
+def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:
+    """(N, 2): log-probability and logit of each target."""
+    both = token_logps(hidden, unembed, targets, softcap=softcap), target_logits(hidden, unembed, targets, softcap=softcap)
+    return torch.stack(both, -1)
 
 
 class Reference:
@@ -45,14 +69,8 @@ def reference(model, examples: list[Example], file: Path, key: str, max_tokens: 
                 return Reference(examples, cached.get_tensor("logps"))
     except (OSError, SafetensorError):
         pass  # absent or damaged: made (again) below
-    ref = Reference(examples, torch.empty(sum(len(r) for e in examples for r in e.responses)))
-    with tqdm(total=len(examples), desc="reference", unit="example", disable=None, leave=False) as bar:
-        for i in range(0, len(examples), 512):
-            for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
-                logps = forward_logps(model, batch.to(device), dtype).cpu()
-                for place, part in zip(batch.order, logps.split(torch.bincount(batch.owner).tolist()), strict=True):
-                    ref.logps[slice(*ref.start[place])] = part
-                bar.update(len(batch.lines))
+    logps = read_responses(model, examples, max_tokens, dtype, desc="reference")
+    ref = Reference(examples, torch.cat(logps).float())
     write_tensors(file, {"logps": ref.logps}, {"key": key})
     return ref
 

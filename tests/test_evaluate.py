@@ -14,7 +14,8 @@ from minibnf.checkpoint import fresh, load, save
 from minibnf.data import Example, read_examples
 from minibnf.evaluate import Figure, Measured, Row, figures, interval, last_number, main, measure, paired_interval
 from minibnf.evaluate import per_token, share, table_of, task_of, tokenised
-from minibnf.exam import exam, mean_and_error, read_responses, small_world, win_rates
+from minibnf.exam import exam, mean_and_error, small_world, win_rates
+from minibnf.forward import read_responses
 from minibnf.feedback import gini, target_logits
 from minibnf.smallworld import problems, write_base
 from minibnf.tokenizer import load_tokenizer

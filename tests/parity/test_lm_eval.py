@@ -16,7 +16,7 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from minibnf.checkpoint import load  # noqa: E402
 from minibnf.data import Example  # noqa: E402
 from minibnf.evaluate import main as evaluate  # noqa: E402
-from minibnf.exam import read_responses  # noqa: E402
+from minibnf.forward import read_responses  # noqa: E402
 from minibnf.smallworld import QUESTIONS, grammar  # noqa: E402
 from minibnf.tokenizer import load_tokenizer  # noqa: E402
 from minibnf.train import main as train  # noqa: E402

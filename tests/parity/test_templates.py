@@ -105,6 +105,16 @@ RESPONSES = """
         {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}{{- '<|im_start|>user' }}{% endif %}
         {{- '\\n<tool_response>\\n' }}{{- m.content }}{{- '\\n</tool_response>' }}
         {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}{{- '<|im_end|>\\n' }}{% endif %}"""
+TOOLS = (  # how a turn of Qwen's ends, and those of tools
+    CALLS
+    + """
+        {{- '<|im_end|>\\n' }}
+    {%- elif m.role == "tool" %}"""
+    + RESPONSES
+    + """
+    {%- endif %}
+{%- endfor %}"""
+)
 QWEN_25 = (
     """
 {%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
@@ -115,14 +125,8 @@ QWEN_25 = (
     {%- elif m.role == "assistant" %}
         {%- set content = m.content %}
         {{- '<|im_start|>' + m.role + ('\\n' + content if content else '') }}"""
-    + CALLS
+    + TOOLS
     + """
-        {{- '<|im_end|>\\n' }}
-    {%- elif m.role == "tool" %}"""
-    + RESPONSES
-    + """
-    {%- endif %}
-{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 )
 QWEN_3 = (  # thoughts stay in the turns after the last question only; an empty one is written where there is none
@@ -151,14 +155,8 @@ QWEN_3 = (  # thoughts stay in the turns after the last question only; an empty 
         {%- if loop.index0 > ns.last and (loop.last or (not loop.last and thought)) %}
             {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
         {%- else %}{{- content }}{% endif %}"""
-    + CALLS
+    + TOOLS
     + """
-        {{- '<|im_end|>\\n' }}
-    {%- elif m.role == "tool" %}"""
-    + RESPONSES
-    + """
-    {%- endif %}
-{%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
