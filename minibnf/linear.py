@@ -2,7 +2,7 @@
 
 On a CPU PyTorch multiplies float32 matrices by MKL, which keeps AMD's processors to narrow instructions; oneDNN, which
 PyTorch uses for bfloat16, ships with it too and multiplies float32 as fast as the processor can. On an AMD EPYC with AVX-512
-it took 0.4 to 0.5 of MKL's time from 500 rows on, and 0.7 to 0.8 at 32 rows. Smaller matrices than LARGE would gain too; they are
+it took 0.4 to 0.5 of MKL's time from 500 rows on, and 0.7 to 0.8 at 32. Smaller matrices than LARGE would gain too; they are
 left to MKL so that weights/tiny, which was pretrained so, can be made again bit for bit.
 """
 

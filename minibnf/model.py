@@ -77,7 +77,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Cache:
     """Keys and values of what was read so far: per layer (B, K, capacity, d), filled to `length` (B,) tokens a row.
 
-    `longest` is at least length's maximum, as a plain number, so that knowing it does not wait for the device.
+    `longest` is length's maximum as a plain number, so that a step need not wait for the device to know it.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: Tensor, longest: int):
@@ -118,6 +118,7 @@ class Cache:
                     store[to] = store[of]
                 stores[layer] = store[:n]
         self.length = self.length[torch.tensor(order, dtype=torch.int64, device=device)]
+        self.longest = int(self.length.max())
         return order
 
 
