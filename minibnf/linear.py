@@ -16,16 +16,21 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), with gradients in all three."""
-    cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not (ONEDNN and cpu and weight.numel() >= LARGE and x.numel() > x.shape[-1]):  # one row alone reads W at memory's speed
-        return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+        return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+    return product(x, weight, bias)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same without gradients; x and weight may be transposed views."""
+    if _by_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return ONEDNN and cpu and weight.numel() >= LARGE and x.numel() > x.shape[-1]  # one row alone reads W at memory's speed
 
 
 class _Linear(torch.autograd.Function):
@@ -34,13 +39,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
         rows, g_rows = x.flatten(0, -2), g.flatten(0, -2)
-        dx = _product(g, weight.t()) if for_x else None
-        dweight = _product(g_rows.t().contiguous(), rows.t().contiguous()) if for_weight else None
+        dx = product(g, weight.t()) if for_x else None
+        dweight = product(g_rows.t(), rows.t()) if for_weight else None
         return dx, dweight, g_rows.sum(0) if for_bias else None

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minibnf.linear import product
+
 
 def token_logps(hidden, unembed, targets, *, chunk: int | None = None, softcap: float | None = None) -> Tensor:
     """(N,) float32 (float64 for float64 input): log softmax(hidden @ unembed.T)[targets], in nats.
@@ -61,16 +63,42 @@ def one_sweep(
 # A soft cap z = κ tanh(x/κ) multiplies dlogits by dz/dx = 1 - (z/κ)².
 
 
-def _softmax_parts(hidden, unembed, targets, softcap):
-    """For one chunk: e (C, V), the logits exponentiated in place with the target's entry set to 0; rest (C,), their sum;
+def _sweep(hidden, unembed, targets, chunk, softcap):
+    """Chunk by chunk: its slice of the tokens and its _softmax_parts, in one buffer that the next chunk overwrites.
+
+    Fresh memory costs more than the work on it (the system hands it out page by page), so the buffer is made once, and the
+    products, here and in _accumulate, go by blocks of the vocabulary that stay in the processor's cache.
+    """
+    chunks = _chunks(len(targets), unembed, chunk)
+    buffer = _float_like(hidden, max((i.stop - i.start for i in chunks), default=0), len(unembed))
+    for i in chunks:
+        z = buffer[: i.stop - i.start]
+        for v in _blocks(unembed):
+            z[:, v] = product(hidden[i], unembed[v])
+        yield i, *_softmax_parts(z, targets[i], softcap)
+
+
+def _chunks(N: int, unembed: Tensor, chunk: int | None) -> list[slice]:
+    """At most `chunk` tokens each, and nearly all of one size: a few tokens at the end would cost as much as many."""
+    most = chunk or max(16, 2**24 // len(unembed))  # 2^24 float32 logits are 64 MiB
+    C = -(-N // max(1, -(-N // most)))
+    return [slice(i, min(i + C, N)) for i in range(0, N, max(C, 1))]
+
+
+def _blocks(unembed) -> list[slice]:
+    """The vocabulary in blocks of about 8 MiB, on a CPU; a GPU takes it whole."""
+    V, D = unembed.shape
+    size = max(256, 2**21 // D) if unembed.device.type == "cpu" else V
+    return [slice(v, v + size) for v in range(0, V, size)]
+
+
+def _softmax_parts(z, targets, softcap):
+    """Of a chunk's logits z: e (C, V), exponentiated in place with the target's entry set to 0; rest (C,), their sum;
     Σ (C,), the sum with the target; the target's log-probability (C,); and dz/dx (C, V) of a soft cap, or None.
 
     The target is kept out of the sum because 1 - p = rest/Σ and, where the target is the largest logit,
     log p = -log1p(rest) then keep their relative accuracy as p -> 1, which the odds in BNF's weight live on.
     """
-    z = hidden @ unembed.t()
-    if z.dtype != torch.float64:
-        z = z.float()
     slope = None
     if softcap is not None:
         z = z.div_(softcap).tanh_()
@@ -100,9 +128,9 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, unembed, targets, chunk, softcap):
         ctx.save_for_backward(hidden, unembed, targets)
         ctx.chunk, ctx.softcap = chunk, softcap
-        logps, u = _float_like(hidden, len(targets)), unembed.to(hidden.dtype)
-        for i in _chunks(len(targets), unembed, chunk):
-            logps[i] = _softmax_parts(hidden[i], u, targets[i], softcap)[3]
+        logps = _float_like(hidden, len(targets))
+        for i, _, _, _, logp, _ in _sweep(hidden, unembed.to(hidden.dtype), targets, chunk, softcap):
+            logps[i] = logp
         return logps
 
     @staticmethod
@@ -111,8 +139,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, unembed, targets = ctx.saved_tensors
         dhidden, dunembed = _empty_gradients(hidden, unembed, ctx.needs_input_grad)
         u = unembed.to(hidden.dtype)
-        for i in _chunks(len(targets), unembed, ctx.chunk):
-            e, rest, total, _, slope = _softmax_parts(hidden[i], u, targets[i], ctx.softcap)
+        for i, e, rest, total, _, slope in _sweep(hidden, u, targets, ctx.chunk, ctx.softcap):
             dlogits = _dlogits_in_place(e, rest, total, targets[i], slope, dlogps[i])
             _accumulate(dhidden, dunembed, i, dlogits, hidden[i], u)
         return dhidden, dunembed, None, None, None
@@ -125,8 +152,7 @@ class _OneSweep(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2])
         dhidden, dunembed = _empty_gradients(hidden, unembed, ctx.needs_input_grad)
         loss = logps.new_zeros(())
-        for i in _chunks(len(targets), unembed, chunk):
-            e, rest, total, logps[i], slope = _softmax_parts(hidden[i], u, targets[i], softcap)
+        for i, e, rest, total, logps[i], slope in _sweep(hidden, u, targets, chunk, softcap):
             ref = None if ref_logps is None else ref_logps[i].to(logps.dtype)
             loss += (c[i] * potential(logps[i], ref, preferred[i])).sum()
             if wanted:
@@ -145,11 +171,6 @@ class _OneSweep(torch.autograd.Function):
         return scale(dhidden), scale(dunembed), *[None] * 8
 
 
-def _chunks(N: int, unembed: Tensor, chunk: int | None) -> list[slice]:
-    C = chunk or max(16, 2**24 // len(unembed))  # 2^24 float32 logits are 64 MiB
-    return [slice(i, min(i + C, N)) for i in range(0, N, C)]
-
-
 def _empty_gradients(hidden, unembed, needed):
     """dhidden in hidden's dtype (each row is written once), dunembed in float32 or wider: chunks add up in it, and
     autograd casts it to unembed's dtype at the end."""
@@ -159,14 +180,15 @@ def _empty_gradients(hidden, unembed, needed):
 
 
 def _accumulate(dhidden, dunembed, i, dlogits, hidden, unembed):
-    dlogits = dlogits.to(hidden.dtype)
+    dh = 0.0
+    for v in _blocks(unembed):
+        d = dlogits[:, v].to(hidden.dtype)
+        if dhidden is not None:
+            dh += product(d, unembed[v].t()).to(dlogits.dtype)
+        if dunembed is not None:
+            dunembed[v] += product(d.t(), hidden.t())
     if dhidden is not None:
-        torch.mm(dlogits, unembed, out=dhidden[i])
-    if dunembed is not None:
-        if dunembed.dtype == hidden.dtype:
-            dunembed.addmm_(dlogits.t(), hidden)
-        else:
-            dunembed += dlogits.t() @ hidden
+        dhidden[i] = dh
 
 
 def _float_like(x: Tensor, *shape: int) -> Tensor:

@@ -14,6 +14,7 @@ Three ways of attending, told apart by `layout`:
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,12 +123,30 @@ class Cache:
         return order
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tensor | None]] | None", c: Config) -> Tensor:
+LONG = 256  # tokens of a group from which attention by parts pays: most of what a mask would hide is then not computed
+EMPTY = slice(0, 0)
+
+
+class Part(NamedTuple):
+    """Some rows of the packed tokens that attend together: to `before`, all of it, and to themselves."""
+
+    rows: slice
+    before: slice  # their prompt; empty where it is among the rows
+    mask: Tensor | None  # (rows, before + rows); None where that is plain causality
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | None", c: Config) -> Tensor:
     """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d). mask: as masks() makes it."""
     if isinstance(mask, list):
-        sizes = [size for size, _ in mask]
-        groups = zip(mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
-        return torch.cat([attend(q_, k_, v_, one, c) for (_, one), q_, k_, v_ in groups], 2)
+        dtype, wide = q.dtype, attention_dtype(q)
+        q, k, v = (x.to(wide) for x in (q, k, v))
+        outs = []
+        for rows, before, seen in mask:
+            keys, values = (
+                x[:, :, rows] if before == EMPTY else torch.cat([x[:, :, before], x[:, :, rows]], 2) for x in (k, v)
+            )
+            outs.append(attend(q[:, :, rows], keys, values, seen, c))
+        return torch.cat(outs, 2).to(dtype)
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.shape[2] == 1 and mask is not None:  # a head's queries as its rows: in bfloat16 five times faster on a CPU
         return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).reshape(q.shape)
@@ -141,11 +160,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[tuple[int, Tens
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
 
 
-def masks(layout, S: int, window: int | None, device) -> "Tensor | list[tuple[int, Tensor | None]] | None":
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """float32 in training in bfloat16 on a CPU, where bfloat16's backward takes up to twice as long; else x's own."""
+    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    return torch.float32 if slow else x.dtype
+
+
+def masks(layout, S: int, window: int | None, device) -> "Tensor | list[Part] | None":
     """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
-    plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache, and [(size, mask)] for packed groups."""
+    plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache, and a list of parts for packed groups."""
     if isinstance(layout, list):
-        return [_group_mask(group, window, device) for group in layout]
+        return _parts(layout, window, device)
     if layout is None:
         position = torch.arange(S, device=device)
         if window is None or S <= window:
@@ -157,18 +182,41 @@ def masks(layout, S: int, window: int | None, device) -> "Tensor | list[tuple[in
     return seen[:, None]
 
 
-def _group_mask(group: Group, window: int | None, device) -> tuple[int, Tensor | None]:
-    """S, and (S, S): row i sees column j if j is not after i, in the prompt or in i's own response, and within the window."""
-    prompt, responses = group
+def _parts(layout: list[Group], window: int | None, device) -> list[Part]:
+    """A long group of several responses: its prompt, then each response, which sees the prompt. Another: all its rows."""
+    parts, at = [], 0
+    for prompt, responses in layout:
+        size, end = prompt + sum(responses), at + prompt
+        if len(responses) < 2 or size < LONG or (window is not None and size > window):
+            parts.append(Part(slice(at, at + size), EMPTY, _group_mask(prompt, responses, window, device)))
+        else:
+            parts.append(Part(slice(at, end), EMPTY, None))
+            for n in filter(None, responses):  # a response of one token is predicted and not read
+                mask = torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt)
+                parts.append(Part(slice(end, end + n), slice(at, at + prompt), mask))
+                end += n
+        at += size
+    return parts
+
+
+def _group_mask(prompt: int, responses: list[int], window: int | None, device) -> Tensor | None:
+    """(S, S): row i sees column j if j is not after i, in the prompt or in i's own response, and within the window."""
     size = prompt + sum(responses)
     if len(responses) < 2 and (window is None or size <= window):
-        return size, None
+        return None
     part = torch.repeat_interleave(torch.tensor([prompt, *responses]))  # 0 for the prompt, then 1, 2, ...
     mask = ((part[:, None] == part) | (part == 0)).tril()
     if window is not None:
         position = torch.cat([torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in responses)])
         mask &= position > position[:, None] - window
-    return size, mask.to(device)
+    return mask.to(device)
+
+
+def additive(mask, dtype: torch.dtype):
+    """0 where a mask of masks() is True and -inf elsewhere, as scaled_dot_product_attention would make it in every layer."""
+    if isinstance(mask, list):
+        return [part._replace(mask=additive(part.mask, dtype)) for part in mask]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if isinstance(mask, Tensor) else mask
 
 
 class Attention(nn.Module):
@@ -283,8 +331,8 @@ class Transformer(nn.Module):
         cache = layout if isinstance(layout, Cache) else None
         if cache is not None:
             cache.begin(x.shape[1])
-            if c.attention_softcap is None:  # as scaled_dot_product_attention would make of it in every layer
-                seen = {window: torch.zeros_like(m, dtype=x.dtype).masked_fill_(~m, -torch.inf) for window, m in seen.items()}
+        if c.attention_softcap is None:
+            seen = {window: additive(mask, attention_dtype(x)) for window, mask in seen.items()}
         for layer, block in zip(c.layers, self.model.layers, strict=True):
             x = block(x, turns.get(layer.rope), seen[layer.window], cache, keep)
         x = self.model.norm(x)

@@ -106,8 +106,9 @@ def test_rows_of_very_different_size_do_not_disturb_each_other():
 @pytest.mark.parametrize("V, tokens", [(49152, 341), (2**24, 16), (1000, 16777)])
 def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
     chunks = _chunks(50000, torch.empty(V, 0), None)
-    assert chunks[0] == slice(0, tokens) and chunks[-1].stop == 50000
+    assert len(chunks) == -(-50000 // tokens) and (chunks[0].start, chunks[-1].stop) == (0, 50000)
     assert all(a.stop == b.start for a, b in pairwise(chunks))
+    assert chunks[0].stop <= tokens and min(i.stop - i.start for i in chunks) > 0.9 * chunks[0].stop - len(chunks)
 
 
 def test_one_sweep_without_a_reference():
@@ -175,7 +176,7 @@ def test_no_tensor_of_all_logits_is_ever_made():
         token_logps(hidden, unembed, targets, chunk=64).sum().backward()
         one_sweep(hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight, chunk=64)[0].backward()
     largest = max(e.cpu_memory_usage for e in profile.events())
-    assert 64 * V * 4 <= largest < N * V * 4 / 4, largest
+    assert 60 * V * 4 <= largest < N * V * 4 / 4, largest
 
 
 @pytest.mark.parametrize(
