@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibnf.config import Config, Rope
+from minibnf.fused import gated, rms_norm, rotate
 from minibnf.linear import linear
 
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
@@ -39,18 +40,12 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight, the statistics in float32 or wider; Gemma multiplies by 1 + weight, there too."""
-
     def __init__(self, n: int, c: Config):
         super().__init__()
         self.weight, self.eps, self.gemma = nn.Parameter(torch.ones(n)), c.rms_norm_eps, c.gemma
 
     def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.gemma:
-            return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.gemma)
 
 
 def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -67,12 +62,6 @@ def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[T
     angle = positions[..., None].to(wide) * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) of x (B, heads, S, d) by its position's angle; cos, sin (B, 1, S, d)."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([b, a], -1) * sin
 
 
 class Cache:
@@ -255,8 +244,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x):
-        gate = self.gate_proj(x)
-        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * self.up_proj(x))
+        down, cast = self.down_proj, lambda p: None if p is None else p.to(x.dtype)
+        return gated(self.gate_proj(x), self.up_proj(x), cast(down.weight), cast(down.bias), self.gelu)
 
 
 class Block(nn.Module):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
 from minibnf.config import Rope, parse_config
-from minibnf.model import attend, masks, rotary, rotate
+from minibnf.fused import rotate
+from minibnf.model import attend, masks, rotary
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
