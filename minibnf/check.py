@@ -32,13 +32,13 @@ def memory(c: Config, parameters: int, tokens: int, dtype: str, example: int = E
     b, V, D = {"float32": 4, "bfloat16": 2}[dtype], c.vocab_size, c.hidden_size
     matrices = parameters - V * D * (1 if c.tie_word_embeddings else 2)
     chunk = min(max(16, 2**24 // V), tokens)  # tokens whose logits logprob.py holds at once
-    logits = chunk * V * (4 + (2 * b if b == 2 else 0) + (8 if c.final_softcap else 0))
+    logits = chunk * V * (4 + (8 if c.final_softcap else 0))
     found = {
         "weights, float32": 4 * parameters,
         "gradients, float32": 4 * parameters,
         "AdamW's two moments, float32": 8 * parameters,
         "weights in bfloat16, a working copy": 2 * matrices if b == 2 else 0,
-        "activations": tokens * (c.num_hidden_layers * layer_bytes(c, b, example) + 2 * D * b + norm_bytes(D, c, b, True)),
+        "activations": tokens * (c.num_hidden_layers * layer_bytes(c, b, example) + 2 * D * b + norm_bytes(D, b, True)),
         "logits, and gradients of embeddings": logits + 12 * V * D + (2 * V * D if b == 2 else 0),
     }
     found["what the allocator cannot use again"] = SHARE * sum(list(found.values())[3:])
@@ -48,21 +48,21 @@ def memory(c: Config, parameters: int, tokens: int, dtype: str, example: int = E
 def layer_bytes(c: Config, b: int, example: int) -> float:
     """Bytes that autograd keeps of one token in one layer, products being taken in numbers of b bytes."""
     D, H, K, d = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    kept = 2 * norm_bytes(D, c, b, True) + 4 * c.intermediate_size * b  # gate, its activation, up, and their product
+    kept = 2 * norm_bytes(D, b, True) + 2 * c.intermediate_size * b  # gate and up
     if c.gemma:
-        kept += 2 * norm_bytes(D, c, b, False)
+        kept += 2 * norm_bytes(D, b, False)
     if c.qk_norm:
-        kept += (H + K) * norm_bytes(d, c, b, False)
-    kept += (3 * H + 2 * K) * d * b + 4 * H  # q, k, v, the output and its copy in another order; a sum a head
+        kept += (H + K) * norm_bytes(d, b, False)
+    kept += H * d * b  # the output, in another order
     if c.attention_softcap is None:
-        return kept + example * b  # the mask
-    # scores by hand: tanh and softmax; keys and values repeated, and the output is not kept in the first order
-    return kept + 2 * (H - K) * d * b - H * d * b - 4 * H + H * example * (b + 4 + (2 if b == 2 else 0))
+        return kept + (2 * H + 2 * K) * d * 4 + 4 * H  # q, k, v and the output, which attend in float32; a sum a head
+    # scores by hand: tanh and softmax; keys and values repeated
+    return kept + 3 * H * d * 4 + H * example * (4 + 4)
 
 
-def norm_bytes(n: int, c: Config, b: int, feeds_a_product: bool) -> int:
-    """Of one RMSNorm of n numbers: what goes in and what is normed, both kept in float32 where it is wider; what comes out."""
-    return 4 * n + (4 if c.gemma else b) * n + (b * n if feeds_a_product else 0) + 4
+def norm_bytes(n: int, b: int, feeds_a_product: bool) -> int:
+    """Of one RMSNorm of n numbers: what goes in, a scale, and what comes out where a product keeps it."""
+    return b * n + 4 + (b * n if feeds_a_product else 0)
 
 
 def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False) -> str:

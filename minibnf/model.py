@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minibnf.config import Config, Rope
 from minibnf.fused import gated, rms_norm, rotate
@@ -275,11 +276,13 @@ def layer_kinds(c: Config) -> set:
 
 
 class Transformer(nn.Module):
-    """A decoder of one of config.py's families. `raw` is the config.json it came from, kept for saving."""
+    """A decoder of one of config.py's families. `raw` is the config.json it came from, kept for saving. With `recompute`, a
+    backward pass keeps each layer's input alone and runs the layer again for its gradient: a third more work, far less memory.
+    """
 
     def __init__(self, config: Config, raw: dict):
         super().__init__()
-        self.config, self.raw = config, raw
+        self.config, self.raw, self.recompute = config, raw, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Module()
         self.model.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -323,7 +326,12 @@ class Transformer(nn.Module):
         if c.attention_softcap is None:
             seen = {window: additive(mask, attention_dtype(x)) for window, mask in seen.items()}
         for layer, block in zip(c.layers, self.model.layers, strict=True):
-            x = block(x, turns.get(layer.rope), seen[layer.window], cache, keep)
+            inputs = (x, turns.get(layer.rope), seen[layer.window], cache, keep)
+            x = (
+                checkpoint(block, *inputs, use_reentrant=False)
+                if self.recompute and torch.is_grad_enabled()
+                else block(*inputs)
+            )
         x = self.model.norm(x)
         if cache is not None:
             cache.advance(tokens.shape[1])

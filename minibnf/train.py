@@ -77,6 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       "bfloat16 where the device has matrix units for it and the model over 20 M parameters")  # fmt: skip
     a("--max-tokens", type=int, metavar="N", help="tokens a micro-batch: bounds memory, changes no result; default 2048 "
       "on a CPU, 16384 on CUDA, and at least the longest example")  # fmt: skip
+    a("--gradient-checkpointing", action="store_true", help="keep each layer's input alone for the backward pass and run the "
+      "layer again: less memory, a third more work, the same result")  # fmt: skip
     a("--save-every", type=int, default=200, metavar="N", help="steps between checkpoints; default 200")
     a("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of OUT/model; default float32")
     a = p.add_argument_group("a folder that holds a run").add_argument
@@ -202,6 +204,7 @@ def setup(args: argparse.Namespace) -> Run | None:
         raise ValueError(
             f"{args.model}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model"
         )
+    model.recompute = args.gradient_checkpointing
     parameters = sum(p.numel() for p in model.parameters())
     device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)
     sets, changed, context = {}, "", model.config.max_position_embeddings

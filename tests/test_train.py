@@ -192,6 +192,41 @@ def test_run_again_is_bitwise_the_same_and_a_seed_makes_another(world, tmp_path)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
+def test_gradient_checkpointing_changes_no_bit_and_keeps_a_fraction(world, tmp_path, tiny):
+    for out, flags in (("plain", ()), ("again", ("--gradient-checkpointing",))):
+        assert main(arguments(world, tmp_path / out, "--lr", 1e-3, "--max-steps", 3, *flags)) == 0
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "again"))
+
+    def kept() -> int:
+        sizes = {}
+        pack = lambda t: sizes.update({t.data_ptr(): t.nbytes}) or t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            tiny(torch.ones(1, 200, dtype=torch.int64), head=lambda x, _: x)
+        return sum(sizes.values())
+
+    everything = kept()
+    tiny.recompute = True
+    try:
+        assert kept() < everything / 3
+    finally:
+        tiny.recompute = False
+
+
+GOLDEN = {
+    "bnf": [0.083675, -0.016465, -0.078753, -0.116448, -0.208638, -0.245358, -0.278455, -0.278928, -0.305817, -0.308658],
+    "dpo": [0.693147, 0.647883, 0.612401, 0.601424, 0.558392, 0.511223, 0.510931, 0.488424, 0.49247, 0.476756],
+}
+
+
+@pytest.mark.parametrize("loss", GOLDEN)
+def test_ten_golden_losses(tmp_path, loss):
+    """What weights/tiny's ten steps came to before the kernels were made fast (commit 381e75f): speed has changed no number."""
+    write(tmp_path / "pairs.jsonl", rows(40))
+    flags = ["--model", "weights/tiny", "--data", str(tmp_path / "pairs.jsonl"), "--lr", "1e-3", "--batch-size", "8"]
+    assert main([*flags, "--max-steps", "10", "--loss", loss, "--out", str(tmp_path / "run")]) == 0
+    assert [row["loss"] for row in logged(tmp_path / "run")] == pytest.approx(GOLDEN[loss], rel=1e-4, abs=2e-5)
+
+
 def test_bfloat16_keeps_float32_masters_and_stays_near_float32(world, tmp_path):
     for dtype in ("float32", "bfloat16"):
         assert main(arguments(world, tmp_path / dtype, "--lr", 1e-3, "--epochs", 2, "--dtype", dtype)) == 0

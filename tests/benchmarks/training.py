@@ -1,0 +1,198 @@
+"""Pairs a second and peak memory: minibnf's trainer against TRL's DPOTrainer, and against the machine's own matrix speed.
+
+    python -m tests.benchmarks.training [--data gsm8k_pairs helpful] [--dtypes float32 bfloat16] [--rounds 3] [--json F]
+
+Each measurement is a process of its own: the trainer as a user runs it, three steps of `--pairs` pairs, the first one not
+counted, without the reference pass. TRL gets its reference log-probabilities precomputed, the fused AdamW, and the best of
+several numbers of pairs a forward (by gradient accumulation the same pairs a step); in bfloat16 its weights and optimizer are
+bfloat16, minibnf's weights stay float32. The sides alternate; medians and ratios of the rounds are printed.
+
+Needed operations of a step, a multiplication and an addition counted as two:
+    6 x parameters in the layers' matrices x tokens read       (forward 2, backward 4)
+    6 x V x D x response tokens                                (the vocabulary, one sweep)
+    12 x layers x heads x head width x pairs of tokens one of which sees the other
+The matrix speed is that of 4096³ products, by the faster of PyTorch's two libraries, measured in each of minibnf's processes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from minibnf.checkpoint import DTYPES, load
+from minibnf.data import pack, read_examples, read_rows
+from minibnf.tokenizer import load_tokenizer
+from minibnf.train import main as train
+
+STEPS = 3
+
+
+def needed_operations(model, batches) -> int:
+    c = model.config
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("model.layers."))
+    total = 0
+    for batch in batches:
+        seen = sum(p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in ns) for p, ns in batch.layout)
+        total += 6 * matrices * batch.tokens.numel() + 6 * model.unembed.numel() * len(batch.targets)
+        total += 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
+    return total
+
+
+def matrix_speed(dtype: torch.dtype) -> float:
+    """Operations a second: the best of three 4096³ products by each library that PyTorch has for this type."""
+    x = torch.randn(4096, 4096, dtype=dtype)
+    ways = [lambda: x @ x]
+    if dtype == torch.float32:
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""))
+    best = float("inf")
+    for way in ways * 3:
+        began = time.perf_counter()
+        way()
+        best = min(best, time.perf_counter() - began)
+    return 2 * 4096**3 / best
+
+
+def ours(job: dict, folder: Path) -> dict:
+    flags = {
+        "model": job["model"], "data": job["file"], "loss": job["loss"], "out": folder / "run", "batch-size": job["pairs"],
+        "max-steps": STEPS, "dtype": job["dtype"], "max-tokens": job["max_tokens"], "lr": 1e-6,
+    }  # fmt: skip
+    if train([str(x) for name, value in flags.items() for x in (f"--{name}", value)]) != 0:
+        raise SystemExit("the trainer did not end well")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    rates = [row["examples_per_s"] for row in rows]
+    model = load(job["model"])
+    examples, _ = read_examples(job["file"], load_tokenizer(job["model"]), model.config.max_position_embeddings)
+    operations = needed_operations(model, pack(examples, list(range(len(examples))), 2**20)) / len(examples) * job["pairs"]
+    rate = len(rates) / sum(1 / r for r in rates)
+    machine = matrix_speed(DTYPES[job["dtype"]])
+    return {"pairs_per_s": rate, "peak_gb": peak, "share": operations * rate / job["pairs"] / machine, "machine": machine}
+
+
+def theirs(job: dict, folder: Path) -> dict:
+    import datasets
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    args = DPOConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=job["checkpointing"], report_to="none",
+        save_strategy="no", disable_tqdm=True, max_length=None, precompute_ref_log_probs=True, max_steps=STEPS,
+        learning_rate=1e-6,
+        per_device_train_batch_size=job["batch"], gradient_accumulation_steps=job["pairs"] // job["batch"],
+        optim="adamw_torch_fused", logging_strategy="no",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]])
+    rows = datasets.Dataset.from_list([row for _, row in read_rows(job["file"])])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]).train()
+    rate = job["pairs"] * (len(ends) - 1) / (ends[-1] - ends[0])
+    return {"pairs_per_s": rate, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def measure(job: dict) -> dict:
+    """In a process of its own, so that memory is its own too; {"failed": why} where it does not end."""
+    command = [sys.executable, "-m", "tests.benchmarks.training", "--worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def first_rows(data: str, count: int, folder: Path) -> Path:
+    """The first rows of a preference file, or as many of the small world where it is not there."""
+    file = folder / f"{Path(data).parent.name}.jsonl"
+    if Path(data).is_file():
+        rows = [row for _, row in read_rows(data)][:count]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        from minibnf.smallworld import main as smallworld
+
+        print(f"{data} is not there: pairs of the small world instead")
+        smallworld(["pairs", "--model", "weights/tiny", "--kind", "math", "--count", str(count), "--out", str(file)])
+    return file
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", default="weights/smollm2-135m-instruct")
+    p.add_argument("--data", nargs="*", default=["gsm8k_pairs", "helpful"], help="names in ../shared/data, or files")
+    p.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=list(DTYPES))
+    p.add_argument("--pairs", type=int, default=8, help="a step")
+    p.add_argument("--trl-batch", type=int, nargs="*", default=[1, 2, 4], help="pairs a forward to try for TRL")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--json", help="also write every number here")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.worker:
+        job = json.loads(args.worker)
+        with tempfile.TemporaryDirectory() as folder:
+            print("RESULT " + json.dumps((ours if job["side"] == "minibnf" else theirs)(job, Path(folder))), flush=True)
+        os._exit(0)  # some of the peer's threads outlive its work
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for data in args.data:
+            path = data if Path(data).is_file() else f"../shared/data/{data}/train.jsonl"
+            file = first_rows(path, args.pairs * STEPS, Path(folder))
+            for dtype in args.dtypes:
+                found += one_table(args, data, str(file), dtype)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
+    common = {"model": args.model, "file": file, "pairs": args.pairs, "dtype": dtype}
+    jobs = {
+        f"minibnf {loss}, {tokens} tokens": common | {"side": "minibnf", "loss": loss, "max_tokens": tokens}
+        for loss, tokens in (("bnf", 2048), ("bnf", 1024), ("dpo", 2048))
+    }
+    tried = {}
+    for batch in args.trl_batch:
+        for checkpointing in (False, True):
+            if checkpointing and batch != max(args.trl_batch):
+                continue  # it only ever costs time; where memory is short it is what makes the largest batch fit
+            job = common | {"side": "trl", "batch": batch, "checkpointing": checkpointing}
+            tried[f"TRL dpo, {batch} a forward" + ", checkpointing" * checkpointing] = (job, measure(job))
+    for name, (_, result) in tried.items():
+        print(f"tried    {name:32} " + (f"{result['pairs_per_s']:.3f} pairs/s, {result['peak_gb']:.1f} GB"
+              if "failed" not in result else f"failed: {result['failed']}"))  # fmt: skip
+    best = max((name for name, (_, r) in tried.items() if "failed" not in r), key=lambda n: tried[n][1]["pairs_per_s"])
+    jobs[best] = tried[best][0]
+    results = {name: [] for name in jobs}
+    for _ in range(args.rounds):
+        for name, job in jobs.items():
+            results[name].append(measure(job))
+            if "failed" in results[name][-1]:
+                raise SystemExit(f"{name}: {results[name][-1]['failed']}")
+    median = lambda name, key: statistics.median(r[key] for r in results[name])
+    print(f"\n{data}, {dtype}, {args.pairs} pairs a step, {torch.get_num_threads()} threads, medians of {args.rounds} rounds")
+    print("| side | pairs/s | against TRL, by round | peak GB | share of the matrix speed |\n|---|---|---|---|---|")
+    for name in jobs:
+        ratios = sorted(a["pairs_per_s"] / b["pairs_per_s"] for a, b in zip(results[name], results[best], strict=True))
+        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if name != best else "1"
+        share = f"{median(name, 'share'):.0%} of {median(name, 'machine') / 1e9:.0f} GFLOP/s" if name != best else ""
+        print(f"| {name} | {median(name, 'pairs_per_s'):.3f} | {ratio} | {median(name, 'peak_gb'):.2f} | {share} |", flush=True)
+    print()
+    return [{"data": data, "dtype": dtype, "side": name, "rounds": results[name]} for name in jobs]
+
+
+if __name__ == "__main__":
+    main()
