@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.losses import Responses
-from minibnf.model import Group
+from minibnf.attention import Group
 
 
 class Example(NamedTuple):
@@ -253,7 +253,8 @@ class Batch:
         return Responses(logps, ref_logps, self.owner, self.preferred, self.pairs)
 
     def to(self, device) -> "Batch":
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        pinned = lambda x: x.pin_memory() if torch.device(device).type == "cuda" else x  # else the copy would wait
+        moved = {k: pinned(v).to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 

@@ -5,27 +5,22 @@ Module names are the checkpoint's tensor names (`model.layers.0.self_attn.q_proj
 state-dict load. Parameters are kept in their own dtype (float32 masters in training) and cast where they are used, so
 that computing in bfloat16 leaves float32 gradients behind.
 
-Three ways of attending, told apart by `layout`:
-    None            causal over each of the B sequences
-    list of groups  B = 1: packed groups (prompt length, [response lengths]); a token sees its group's prompt and its own
-                    response up to itself, nothing else
-    Cache           S new tokens a sequence, after what the cache holds of it
+Who sees whom is decided in attention.py from a forward's `layout`: None for sequences, groups of prompt and responses for
+packed tokens, a Cache for new tokens after those it holds.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minibnf.attention import Group, additive, attend, attention_dtype, masks
 from minibnf.config import Config, Rope
 from minibnf.fused import gated, rms_norm, rotate
 from minibnf.linear import linear
-
-Group = tuple[int, list[int]]  # (prompt length, response lengths)
 
 
 class Linear(nn.Module):
@@ -111,102 +106,6 @@ class Cache:
         self.length = self.length[torch.tensor(order, dtype=torch.int64, device=device)]
         self.longest = int(self.length.max())
         return order
-
-
-LONG = 256  # tokens of a group from which attention by parts pays: most of what a mask would hide is then not computed
-EMPTY = slice(0, 0)
-
-
-class Part(NamedTuple):
-    """Some rows of the packed tokens that attend together: to `before`, all of it, and to themselves."""
-
-    rows: slice
-    before: slice  # their prompt; empty where it is among the rows
-    mask: Tensor | None  # (rows, before + rows); None where that is plain causality
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | None", c: Config) -> Tensor:
-    """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d). mask: as masks() makes it."""
-    if isinstance(mask, list):
-        dtype, wide = q.dtype, attention_dtype(q)
-        q, k, v = (x.to(wide) for x in (q, k, v))
-        outs = []
-        for rows, before, seen in mask:
-            keys, values = (
-                x[:, :, rows] if before == EMPTY else torch.cat([x[:, :, before], x[:, :, rows]], 2) for x in (k, v)
-            )
-            outs.append(attend(q[:, :, rows], keys, values, seen, c))
-        return torch.cat(outs, 2).to(dtype)
-    gqa = q.shape[1] != k.shape[1]
-    if gqa and q.shape[2] == 1 and mask is not None:  # a head's queries as its rows: in bfloat16 five times faster on a CPU
-        return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).reshape(q.shape)
-    if c.attention_softcap is None:
-        causal = mask is None
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=c.query_scale, enable_gqa=gqa)
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = c.attention_softcap * torch.tanh(q @ k.transpose(2, 3) * c.query_scale / c.attention_softcap)
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
-
-
-def attention_dtype(x: Tensor) -> torch.dtype:
-    """float32 in training in bfloat16 on a CPU, where bfloat16's backward takes up to twice as long; else x's own."""
-    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    return torch.float32 if slow else x.dtype
-
-
-def masks(layout, S: int, window: int | None, device) -> "Tensor | list[Part] | None":
-    """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
-    plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache, and a list of parts for packed groups."""
-    if isinstance(layout, list):
-        return _parts(layout, window, device)
-    if layout is None:
-        position = torch.arange(S, device=device)
-        if window is None or S <= window:
-            return None
-        return (position <= position[:, None]) & (position > position[:, None] - window)
-    position = torch.arange(layout.longest + S, device=device)
-    row = (layout.length[:, None] + position[:S])[:, :, None]  # (B, S, 1)
-    seen = position <= row if window is None else (position <= row) & (position > row - window)
-    return seen[:, None]
-
-
-def _parts(layout: list[Group], window: int | None, device) -> list[Part]:
-    """A long group of several responses: its prompt, then each response, which sees the prompt. Another: all its rows."""
-    parts, at = [], 0
-    for prompt, responses in layout:
-        size, end = prompt + sum(responses), at + prompt
-        if len(responses) < 2 or size < LONG or (window is not None and size > window):
-            parts.append(Part(slice(at, at + size), EMPTY, _group_mask(prompt, responses, window, device)))
-        else:
-            parts.append(Part(slice(at, end), EMPTY, None))
-            for n in filter(None, responses):  # a response of one token is predicted and not read
-                mask = torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt)
-                parts.append(Part(slice(end, end + n), slice(at, at + prompt), mask))
-                end += n
-        at += size
-    return parts
-
-
-def _group_mask(prompt: int, responses: list[int], window: int | None, device) -> Tensor | None:
-    """(S, S): row i sees column j if j is not after i, in the prompt or in i's own response, and within the window."""
-    size = prompt + sum(responses)
-    if len(responses) < 2 and (window is None or size <= window):
-        return None
-    part = torch.repeat_interleave(torch.tensor([prompt, *responses]))  # 0 for the prompt, then 1, 2, ...
-    mask = ((part[:, None] == part) | (part == 0)).tril()
-    if window is not None:
-        position = torch.cat([torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in responses)])
-        mask &= position > position[:, None] - window
-    return mask.to(device)
-
-
-def additive(mask, dtype: torch.dtype):
-    """0 where a mask of masks() is True and -inf elsewhere, as scaled_dot_product_attention would make it in every layer."""
-    if isinstance(mask, list):
-        return [part._replace(mask=additive(part.mask, dtype)) for part in mask]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if isinstance(mask, Tensor) else mask
 
 
 class Attention(nn.Module):

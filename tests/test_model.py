@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
 from minibnf.config import Rope, parse_config
 from minibnf.fused import rotate
-from minibnf.model import attend, masks, rotary
+from minibnf.attention import _parts, attend, block_mask, masks
+from minibnf.model import rotary
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
@@ -80,6 +82,20 @@ def test_attention_is_its_definition_token_by_token(window, cap, layout):
             scores = scores if cap is None else cap * torch.tanh(scores / cap)
             expected = scores.softmax(0) @ v[0, head // 2, seen]
             torch.testing.assert_close(found[0, head, i], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("window", [None, 3, 200])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_the_gpus_block_mask_sees_what_the_cpus_parts_see(window, cap):
+    """flex_attention as it runs without a GPU, against the parts; one group is long enough for parts of its own."""
+    raw = CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    c = replace(parse_config(raw, "t"), attention_softcap=cap)
+    layout = [(3, [2, 4]), (100, [90, 0, 110]), (2, [1]), (4, [])]
+    S, g = sum(p + sum(ns) for p, ns in layout), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, S, c.head_dim, generator=g) for heads in (4, 2, 2))
+    found = attend(q, k, v, block_mask(layout, window, "cpu"), c)
+    torch.testing.assert_close(found, attend(q, k, v, _parts(layout, window, "cpu"), c), rtol=1e-5, atol=1e-5)
 
 
 def test_llama3_slows_long_waves_and_keeps_short_ones():
