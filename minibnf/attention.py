@@ -24,15 +24,14 @@ from minibnf.config import Config
 
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
 LONG = 256  # tokens of a group from which attention by parts pays: most of what a mask would hide is then not computed
-EMPTY = slice(0, 0)
 
 
 class Part(NamedTuple):
-    """Some rows of the packed tokens that attend together: to `before`, all of it, and to themselves."""
+    """A packed group. Either all its rows attend at once, by a mask of (rows, rows), or None for plain causality; or, where it
+    is long, its prompt does and then each response, to prompt and itself, by a mask of (its rows, prompt + its rows)."""
 
-    rows: slice
-    before: slice  # their prompt; empty where it is among the rows
-    mask: Tensor | None  # (rows, before + rows); None where that is plain causality
+    sizes: list[int]  # rows in all; or of the prompt and of each response
+    masks: list[Tensor | None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMask | None", c: Config) -> Tensor:
@@ -42,12 +41,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMa
     if isinstance(mask, list):
         dtype, wide = q.dtype, attention_dtype(q)
         q, k, v = (x.to(wide) for x in (q, k, v))
-        outs = []
-        for rows, before, seen in mask:
-            keys, values = (
-                x[:, :, rows] if before == EMPTY else torch.cat([x[:, :, before], x[:, :, rows]], 2) for x in (k, v)
-            )
-            outs.append(attend(q[:, :, rows], keys, values, seen, c))
+        outs, sizes = [], [sum(part.sizes) for part in mask]
+        for part, *group in zip(mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
+            queries, keys, values = (x.split(part.sizes, 2) for x in group)
+            for i, (q_, k_, v_, seen) in enumerate(zip(queries, keys, values, part.masks, strict=True)):
+                if i:  # a response, which sees the prompt too
+                    k_, v_ = torch.cat([keys[0], k_], 2), torch.cat([values[0], v_], 2)
+                outs.append(attend(q_, k_, v_, seen, c))
         return torch.cat(outs, 2).to(dtype)
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.shape[2] == 1 and mask is not None:  # a head's queries as its rows: in bfloat16 five times faster on a CPU
@@ -70,9 +70,10 @@ def attention_dtype(x: Tensor) -> torch.dtype:
 
 def masks(layout, S: int, window: int | None, device) -> "Tensor | list[Part] | BlockMask | None":
     """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
-    plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache; for packed groups a list of parts, or a block mask."""
+    plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache; for packed groups parts, or a block mask."""
     if isinstance(layout, list):
-        return block_mask(layout, window, device) if torch.device(device).type == "cuda" else _parts(layout, window, device)
+        on_gpu = torch.device(device).type == "cuda"
+        return block_mask(layout, window, device) if on_gpu else [_part(group, window, device) for group in layout]
     if layout is None:
         position = torch.arange(S, device=device)
         if window is None or S <= window:
@@ -84,21 +85,14 @@ def masks(layout, S: int, window: int | None, device) -> "Tensor | list[Part] | 
     return seen[:, None]
 
 
-def _parts(layout: list[Group], window: int | None, device) -> list[Part]:
-    """A long group of several responses: its prompt, then each response, which sees the prompt. Another: all its rows."""
-    parts, at = [], 0
-    for prompt, responses in layout:
-        size, end = prompt + sum(responses), at + prompt
-        if len(responses) < 2 or size < LONG or (window is not None and size > window):
-            parts.append(Part(slice(at, at + size), EMPTY, _group_mask(prompt, responses, window, device)))
-        else:
-            parts.append(Part(slice(at, end), EMPTY, None))
-            for n in filter(None, responses):  # a response of one token is predicted and not read
-                mask = torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt)
-                parts.append(Part(slice(end, end + n), slice(at, at + prompt), mask))
-                end += n
-        at += size
-    return parts
+def _part(group: Group, window: int | None, device) -> Part:
+    prompt, responses = group
+    size = prompt + sum(responses)
+    if len(responses) < 2 or size < LONG or (window is not None and size > window):
+        return Part([size], [_group_mask(prompt, responses, window, device)])
+    read = [n for n in responses if n]  # a response of one token is predicted and not read
+    causal = [torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt) for n in read]
+    return Part([prompt, *read], [None, *causal])
 
 
 def _group_mask(prompt: int, responses: list[int], window: int | None, device) -> Tensor | None:
@@ -117,7 +111,7 @@ def _group_mask(prompt: int, responses: list[int], window: int | None, device) -
 def additive(mask, dtype: torch.dtype):
     """0 where a mask of masks() is True and -inf elsewhere, as scaled_dot_product_attention would make it in every layer."""
     if isinstance(mask, list):
-        return [part._replace(mask=additive(part.mask, dtype)) for part in mask]
+        return [part._replace(masks=[additive(m, dtype) for m in part.masks]) for part in mask]
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if isinstance(mask, Tensor) else mask
 
 

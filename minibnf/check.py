@@ -38,7 +38,7 @@ def memory(c: Config, parameters: int, tokens: int, dtype: str, example: int = E
         "gradients, float32": 4 * parameters,
         "AdamW's two moments, float32": 8 * parameters,
         "weights in bfloat16, a working copy": 2 * matrices if b == 2 else 0,
-        "activations": tokens * (c.num_hidden_layers * layer_bytes(c, b, example) + 2 * D * b + norm_bytes(D, b, True)),
+        "activations": tokens * (c.num_hidden_layers * layer_bytes(c, b, example) + 2 * D * b + norm_bytes(D, c, b, True)),
         "logits, and gradients of embeddings": logits + 12 * V * D + (2 * V * D if b == 2 else 0),
     }
     found["what the allocator cannot use again"] = SHARE * sum(list(found.values())[3:])
@@ -48,11 +48,11 @@ def memory(c: Config, parameters: int, tokens: int, dtype: str, example: int = E
 def layer_bytes(c: Config, b: int, example: int) -> float:
     """Bytes that autograd keeps of one token in one layer, products being taken in numbers of b bytes."""
     D, H, K, d = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    kept = 2 * norm_bytes(D, b, True) + 2 * c.intermediate_size * b  # gate and up
+    kept = 2 * norm_bytes(D, c, b, True) + 2 * c.intermediate_size * b  # gate and up
     if c.gemma:
-        kept += 2 * norm_bytes(D, b, False)
+        kept += 2 * norm_bytes(D, c, b, False)
     if c.qk_norm:
-        kept += (H + K) * norm_bytes(d, b, False)
+        kept += (H + K) * norm_bytes(d, c, b, False)
     kept += H * d * b  # the output, in another order
     if c.attention_softcap is None:
         return kept + (2 * H + 2 * K) * d * 4 + 4 * H  # q, k, v and the output, which attend in float32; a sum a head
@@ -60,9 +60,9 @@ def layer_bytes(c: Config, b: int, example: int) -> float:
     return kept + 3 * H * d * 4 + H * example * (4 + 4)
 
 
-def norm_bytes(n: int, b: int, feeds_a_product: bool) -> int:
-    """Of one RMSNorm of n numbers: what goes in, a scale, and what comes out where a product keeps it."""
-    return b * n + 4 + (b * n if feeds_a_product else 0)
+def norm_bytes(n: int, c: Config, b: int, feeds_a_product: bool) -> int:
+    """Of one RMSNorm of n numbers: what goes in and what is normed, both kept in float32 where it is wider; what comes out."""
+    return 4 * n + (4 if c.gemma else b) * n + (b * n if feeds_a_product else 0) + 4
 
 
 def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False) -> str:

@@ -17,20 +17,27 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), with gradients in all three."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+        return _Linear.apply(x, weight, bias) if _by_onednn(x, weight.numel()) else F.linear(x, weight, bias)
     return product(x, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same without gradients; x and weight may be transposed views."""
-    if _by_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias) if _by_onednn(x, weight.numel()) else F.linear(x, weight, bias)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return ONEDNN and cpu and weight.numel() >= LARGE and x.numel() > x.shape[-1]  # one row alone reads W at memory's speed
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x (out, in), of g (rows, out) and x (rows, in)."""
+    return _onednn(g.t(), x.t(), None) if _by_onednn(x, g.shape[1] * x.shape[1]) else g.t() @ x
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _by_onednn(x: Tensor, weights: int) -> bool:
+    """One row alone reads the weights at memory's speed, whichever library does."""
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and weights >= LARGE and x.numel() > x.shape[-1]
 
 
 class _Linear(torch.autograd.Function):
@@ -47,5 +54,5 @@ class _Linear(torch.autograd.Function):
         (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
         rows, g_rows = x.flatten(0, -2), g.flatten(0, -2)
         dx = product(g, weight.t()) if for_x else None
-        dweight = product(g_rows.t(), rows.t()) if for_weight else None
+        dweight = weight_gradient(g_rows, rows) if for_weight else None
         return dx, dweight, g_rows.sum(0) if for_bias else None

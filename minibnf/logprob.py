@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minibnf.linear import product
+from minibnf.linear import product, weight_gradient
 
 
 def token_logps(hidden, unembed, targets, *, chunk: int | None = None, softcap: float | None = None) -> Tensor:
@@ -186,7 +186,7 @@ def _accumulate(dhidden, dunembed, i, dlogits, hidden, unembed):
         if dhidden is not None:
             dh += product(d, unembed[v].t()).to(dlogits.dtype)
         if dunembed is not None:
-            dunembed[v] += product(d.t(), hidden.t())
+            dunembed[v] += weight_gradient(d, hidden)
     if dhidden is not None:
         dhidden[i] = dh
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minibnf.attention import Group, additive, attend, attention_dtype, masks
 from minibnf.config import Config, Rope
-from minibnf.fused import gated, rms_norm, rotate
+from minibnf.fused import gated, rotate
 from minibnf.linear import linear
 
 
@@ -36,12 +36,18 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, the statistics in float32 or wider; Gemma multiplies by 1 + weight, there too."""
+
     def __init__(self, n: int, c: Config):
         super().__init__()
         self.weight, self.eps, self.gemma = nn.Parameter(torch.ones(n)), c.rms_norm_eps, c.gemma
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps, self.gemma)
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.gemma:
+            return (normed * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
 
 
 def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ def test_memory_by_hand(tied):
     n = 4 * 64 + 3 * 128 + 3 * 8 + 8000 * (1 if tied else 2)
     assert n == sum(p.numel() for p in Transformer(c, raw).parameters())
     found = memory(c, n, 10, "float32", example=5)
-    norm = 2 * 4 * 8 + 4  # what goes in, what comes out, a scale
+    norm = 2 * 4 * 8 + 4 * 8 + 4  # what goes in, what is normed, what comes out, a scale
     layer = 2 * norm + 2 * 4 * 16 + (3 + 2) * 8 * 4 + 4  # gate and up; q, k, v, the output twice; a sum
     kept = 10 * (layer + 2 * 8 * 4 + norm)
     logits = 10 * 1000 * 4 + 3 * 4 * 8000  # a chunk's logits; gradients of hidden and of the embedding, twice while they add up

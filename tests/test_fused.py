@@ -1,4 +1,4 @@
-"""Norm, rotation and gated MLP: gradients by hand against autograd through the plain expressions, and finite differences."""
+"""Rotation and gated MLP: gradients by hand against autograd through the plain expressions, and finite differences."""
 
 import pytest
 import torch
@@ -7,12 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf import linear
-from minibnf.fused import gated, rms_norm, rotate
-
-
-def plain_norm(x, weight, eps, gemma):
-    factor = 1 + weight if gemma else weight
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * factor
+from minibnf.fused import gated, rotate
 
 
 def plain_rotation(x, cos, sin):
@@ -30,13 +25,11 @@ def tensors(seed, dtype, *shapes):
 
 
 def cases(seed, dtype, rows, n, flag):
-    """(function by hand, plain one, the leaves, what else they take) of each of the three."""
-    x, w = tensors(seed, dtype, (2, rows, n), (n,))
+    """(function by hand, plain one, the leaves, what else they take) of each of the two."""
     q, angle = tensors(seed, dtype, (2, 3, rows, 2 * n), (2, 1, rows, n))
     cos, sin = torch.cat([angle.cos()] * 2, -1).detach(), torch.cat([-angle.sin(), angle.sin()], -1).detach()
     gate, up, weight, bias = tensors(seed, dtype, (2, rows, n), (2, rows, n), (5, n), (5,))
     return [
-        (rms_norm, plain_norm, (x, w), (1e-5, flag)),
         (rotate, plain_rotation, (q,), (cos, sin)),
         (gated, plain_gated, (gate, up, weight, bias) if flag else (gate, up, weight), (flag,) if flag else (None, flag)),
     ]
@@ -60,13 +53,12 @@ def test_gradients_are_finite_differences():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_stays_near_float64_and_masters_get_their_own_dtype(dtype, monkeypatch):
-    """As a layer calls them: float32 norm weights beside bfloat16 activations; the products by oneDNN too."""
+def test_lower_precision_stays_near_float64(dtype, monkeypatch):
+    """The products by oneDNN too."""
     monkeypatch.setattr(linear, "LARGE", 0)
     for flag in (False, True):
         for ours, plain, leaves, rest in cases(2, torch.float64, 7, 8, flag):
-            own = lambda x, ours=ours: torch.float32 if x.dim() == 1 and ours is rms_norm else dtype
-            low = [x.detach().to(own(x)).requires_grad_() for x in leaves]
+            low = [x.detach().to(dtype).requires_grad_() for x in leaves]
             rest_low = [x.to(dtype) if isinstance(x, torch.Tensor) else x for x in rest]
             y = ours(*low, *rest_low)
             assert y.dtype == dtype
@@ -91,12 +83,12 @@ def test_a_frozen_weight_costs_no_gradient():
 
 
 def test_only_what_backward_cannot_remake_is_kept():
-    """Bytes saved for backward by a norm and a gated MLP in float32: their inputs, and one number a row."""
+    """What a gated MLP and a rotation save for backward: their inputs, and of x nothing."""
     kept = []
     x, gate, up = (torch.randn(16, 8, requires_grad=True) for _ in range(3))
     w = torch.randn(4, 8, requires_grad=True)
-    scale = torch.ones(8, requires_grad=True)
+    cos, sin = torch.ones(16, 8), torch.zeros(16, 8)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        rms_norm(x, scale, 1e-5, False)
+        rotate(x, cos, sin)
         gated(gate, up, w, None, False)
-    assert {x.data_ptr(), scale.data_ptr(), gate.data_ptr(), up.data_ptr(), w.data_ptr()} <= set(kept) and len(kept) == 6
+    assert sorted(kept) == sorted(t.data_ptr() for t in (cos, sin, gate, up, w))

@@ -15,7 +15,7 @@ from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
 from minibnf.config import Rope, parse_config
 from minibnf.fused import rotate
-from minibnf.attention import _parts, attend, block_mask, masks
+from minibnf.attention import attend, block_mask, masks
 from minibnf.model import rotary
 
 CONFIG = {
@@ -95,7 +95,7 @@ def test_the_gpus_block_mask_sees_what_the_cpus_parts_see(window, cap):
     S, g = sum(p + sum(ns) for p, ns in layout), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, S, c.head_dim, generator=g) for heads in (4, 2, 2))
     found = attend(q, k, v, block_mask(layout, window, "cpu"), c)
-    torch.testing.assert_close(found, attend(q, k, v, _parts(layout, window, "cpu"), c), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, attend(q, k, v, masks(layout, S, window, "cpu"), c), rtol=1e-5, atol=1e-5)
 
 
 def test_llama3_slows_long_waves_and_keeps_short_ones():
