@@ -4,6 +4,7 @@
 namespace, as in a Python prompt into which they are copied.
 """
 
+import ast
 import codeop
 import re
 import subprocess
@@ -80,17 +81,36 @@ def same_figures(updating: bool):
             file.write_bytes(data)
 
 
+def outputs(source: str) -> int:
+    """How many prints a block shows: its lines that begin with #>, and the strings, other than docstrings, that stand for long ones."""
+    bare = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    bodies = [node.body for node in ast.walk(ast.parse(source)) if isinstance(getattr(node, "body", None), list)]
+    docstrings = sum(isinstance(n, ast.FunctionDef | ast.ClassDef) and bare(n.body[0]) for n in ast.walk(ast.parse(source)))
+    return len(re.findall(r"^ *#> ?", source, re.M)) + sum(bare(node) for body in bodies for node in body) - docstrings
+
+
 @each_page
 def test_the_blocks_print_what_the_page_says(page, eval_example, prompt):
-    """And leave the working tree as it was."""
+    """And nothing else, and leave the working tree as it was."""
     examples, blocks, updating = list(find_examples(page)), eval_example.tmp_path, eval_example.update_examples
     assert examples, "no python block"
-    eval_example.include_print = lambda file, frame, args: Path(frame.filename).parent == blocks  # of earlier blocks too
+    printed: list = []
+
+    def include(file, frame, args):
+        """What any of the page's blocks prints, functions of earlier blocks too; the library's own prints are not shown."""
+        if ours := Path(frame.filename).parent == blocks:
+            printed.append(args)
+        return ours
+
+    eval_example.include_print = include
     run = eval_example.run_print_update if updating else eval_example.run_print_check
     before = git_status()
     with same_figures(updating):
         for example in examples:
+            printed.clear()
             run(example, rewrite_assertions=False)
+            shown = outputs(example.source)
+            assert shown == len(printed), f"{example}: {len(printed)} prints, {shown} outputs: take out what is left over"
     assert updating or git_status() == before, "running the page changed the working tree"
 
 
