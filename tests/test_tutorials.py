@@ -82,7 +82,7 @@ def same_figures(updating: bool):
 
 
 def outputs(source: str) -> int:
-    """How many prints a block shows: its lines that begin with #>, and the strings, other than docstrings, that stand for long ones."""
+    """How many prints a block shows: lines that begin with #>, and bare strings (no docstrings), which stand for long ones."""
     bare = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     bodies = [node.body for node in ast.walk(ast.parse(source)) if isinstance(getattr(node, "body", None), list)]
     docstrings = sum(isinstance(n, ast.FunctionDef | ast.ClassDef) and bare(n.body[0]) for n in ast.walk(ast.parse(source)))
