@@ -47,7 +47,7 @@ def test_response_logps_token_by_token(exercise):
             torch.testing.assert_close(logps[b, t - 1], expected.to(torch.float64))
 
 
-def test_padding_that_is_not_finite_does_no_harm(exercise):
+def test_nothing_is_fed_back_outside_the_mask(exercise):
     torch.manual_seed(0)
     logits, tokens = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True), torch.randint(6, (1, 4))
     mask = torch.tensor([[False, True, True, False]])
