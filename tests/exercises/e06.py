@@ -1,0 +1,17 @@
+"""Exercises of page 06, BNF: the solutions."""
+
+import torch
+from torch import Tensor
+
+
+def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    # o(p)/o(r) = (p/r) (1 - r)/(1 - p); where p < r, 1 - p is above 0
+    below = logps < ref_logps
+    safe = torch.where(below, logps, -1.0)
+    ratio = (logps - ref_logps).exp() * torch.expm1(ref_logps) / torch.expm1(safe)
+    return torch.where(below, ratio, 1.0)
+
+
+def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    w = weight(logps, ref_logps)
+    return torch.where(preferred, torch.maximum(w, ref_logps.exp()), w)

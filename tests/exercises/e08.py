@@ -1,0 +1,16 @@
+"""Exercises of page 08, the trainer: the solutions."""
+
+from torch import Tensor
+
+
+def adamw_step(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas: tuple, epsilon: float, weight_decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g.square()
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    return p * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + epsilon), m, v
+
+
+def micro_batch_weights(examples: list[int]) -> list[float]:
+    return [n / sum(examples) for n in examples]

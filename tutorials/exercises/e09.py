@@ -1,0 +1,11 @@
+"""Exercises of page 09, is it true?: fill in the bodies, then `make exercise N=09`."""
+
+
+def win_rate(scores: list[float], base_scores: list[float]) -> float:
+    """The probability that one of the scores, drawn at random, beats a drawn one of the base's; a tie counts half."""
+    raise NotImplementedError
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (kept, gained) points that no other point beats, by falling kept; equal points all stay."""
+    raise NotImplementedError
