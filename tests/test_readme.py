@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from minibnf.config import READS
+from minibnf.losses import bnf_loss
 from minibnf.verdicts import concentration, figure, rivals, table, verdict_table
 from tests.loss_table import table as loss_table
 
@@ -30,15 +32,30 @@ def test_every_file_of_the_package_is_named_and_every_link_leads_somewhere():
         assert (ROOT / link).exists(), link
 
 
+def test_the_line_counts_are_the_files():
+    rows = re.findall(r"^\| (\[.*?) \| ([\d, ]+) \|", README, re.M)
+    found = {}
+    for names, counts in rows:
+        found |= zip(re.findall(r"\(minibnf/(\w+\.py)\)", names), map(int, counts.split(", ")), strict=True)
+    files = {file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in (ROOT / "minibnf").glob("[a-z]*.py")}
+    assert found == files
+
+
 def test_every_make_target_that_the_readme_names_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M)) <= targets
 
 
 def test_the_examples_in_python_run(capsys):
-    """The blocks under 'In your own training loop' and 'Talk with it, sample from it', as they stand."""
-    loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
+    """The blocks at the top and under 'In your own training loop' and 'Talk with it, sample from it', as they stand."""
+    short, loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
+    exec(short, names)
+    logps, ref_logps = torch.empty(2, 3, 5).uniform_(-9, -1e-3, generator=torch.Generator().manual_seed(0))
+    mask, preferred = torch.arange(5) < torch.tensor([[5], [2], [4]]), torch.tensor([True, False, False])
+    logps.requires_grad_()
+    found, expected = (torch.autograd.grad(f(logps, ref_logps, mask, preferred), logps)[0] for f in (names["bnf"], bnf_loss))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     exec(loss, names)
     assert names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]  # the chosen one goes up, the rejected one down
     exec(sampling, names)
