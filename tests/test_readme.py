@@ -107,6 +107,9 @@ def test_the_figures_quoted_under_read_honestly_are_the_files():
     rho = sorted(concentration(results, name)[0] for name in results["spec"]["on"])
     lost = [float(measured("math", "bnf", lr=lr)) for lr in (1.8e-4, 3e-4, 1e-3)]
     assert lost[0] > 0.9 and lost[1] < 0.975 / 2 and lost[2] < 0.02
+    for rival in ("dpo", "kto"):
+        slow = [float(measured("math", rival, lr=lr, beta=0.1)) for lr in (3e-4, 1e-3)]
+        assert slow[0] > 0.975 / 2 > slow[1]
     stay = [measured("math", m, lr=1e-3, **h) for m, h in (("nll", {}), ("orpo", {"lam": 0.1}), ("rbnf", {}))]
     assert min(stay) == ".93"
     for sentence in (
