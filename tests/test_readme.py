@@ -79,6 +79,19 @@ def test_the_verdicts_are_drawn_from_the_committed_results():
     assert table(results, "qa") in README
 
 
+REAL = ROOT / "evidence" / "real-results.json"
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="evidence/real-results.json is not there: make compare-real makes it")
+def test_the_real_models_tables_are_drawn_from_the_committed_results():
+    results = json.loads(REAL.read_text(encoding="utf-8"))
+    assert results["spec"] == json.loads((ROOT / "evidence" / "real.json").read_text(encoding="utf-8"))
+    assert all(len(revision) == 40 for revision in results["facts"]["revision"])
+    assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
+    for name in results["spec"]["on"]:
+        assert table(results, name) in README, table(results, name)
+
+
 @pytest.mark.skipif(not RESULTS.is_file(), reason="evidence/small-results.json is not there: make compare-full makes it")
 def test_the_figures_quoted_under_read_honestly_are_the_files():
     """Every number in that list, recomputed and formatted as the prose has it."""
