@@ -31,8 +31,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
+    def cast(self, dtype):
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
     def forward(self, x):
-        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, *self.cast(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -150,8 +153,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x):
-        down, cast = self.down_proj, lambda p: None if p is None else p.to(x.dtype)
-        return gated(self.gate_proj(x), self.up_proj(x), cast(down.weight), cast(down.bias), self.gelu)
+        return gated(self.gate_proj(x), self.up_proj(x), *self.down_proj.cast(x.dtype), self.gelu)
 
 
 class Block(nn.Module):
@@ -231,12 +233,9 @@ class Transformer(nn.Module):
         if c.attention_softcap is None:
             seen = {window: additive(mask, attention_dtype(x)) for window, mask in seen.items()}
         for layer, block in zip(c.layers, self.model.layers, strict=True):
-            inputs = (x, turns.get(layer.rope), seen[layer.window], cache, keep)
-            x = (
-                checkpoint(block, *inputs, use_reentrant=False)
-                if self.recompute and torch.is_grad_enabled()
-                else block(*inputs)
-            )
+            inputs = x, turns.get(layer.rope), seen[layer.window], cache, keep
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         x = self.model.norm(x)
         if cache is not None:
             cache.advance(tokens.shape[1])
