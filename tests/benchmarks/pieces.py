@@ -11,7 +11,6 @@ data         reading, tokenising and packing 100,000 pairs
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.smallworld import main as smallworld
 from minibnf.tokenizer import load_tokenizer
+from tests.benchmarks import peak_bytes
 
 
 def alternate(sides: dict, rounds: int) -> dict[str, float]:
@@ -110,13 +110,12 @@ def vocabulary(rounds: int) -> dict:
 
 def memory_of_token_logps():
     """Peak resident size that one call, forward and backward, adds to the process; and the bound."""
-    resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     both_ways(token_logps, problem(64, 512))  # libraries are loaded by now
-    before = resident()
+    before = peak_bytes()
     given = problem(8192, 131072)
     token_logps(*given).sum().backward()
     size = sum(t.nbytes for x in given[:2] for t in (x, x.grad)) + given[2].nbytes + 8192 * 4
-    print(resident() - before, 1.2 * size + 256e6)
+    print(peak_bytes() - before, 1.2 * size + 256e6)
 
 
 def start(model_dir: str) -> dict:

@@ -17,7 +17,6 @@ The matrix speed is that of 4096³ products, by the faster of PyTorch's two libr
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from minibnf.checkpoint import DTYPES, load
 from minibnf.data import pack, read_examples, read_rows
 from minibnf.tokenizer import load_tokenizer
 from minibnf.train import main as train
+from tests.benchmarks import peak_bytes
 
 STEPS = 3
 
@@ -67,7 +67,7 @@ def ours(job: dict, folder: Path) -> dict:
     }  # fmt: skip
     if train([str(x) for name, value in flags.items() for x in (f"--{name}", value)]) != 0:
         raise SystemExit("the trainer did not end well")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = peak_bytes() / 1e9
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     rates = [row["examples_per_s"] for row in rows]
     model = load(job["model"])
@@ -104,7 +104,7 @@ def theirs(job: dict, folder: Path) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]).train()
     rate = job["pairs"] * (len(ends) - 1) / (ends[-1] - ends[0])
-    return {"pairs_per_s": rate, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return {"pairs_per_s": rate, "peak_gb": peak_bytes() / 1e9}
 
 
 def measure(job: dict) -> dict:
