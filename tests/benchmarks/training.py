@@ -162,7 +162,7 @@ def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
     common = {"model": args.model, "file": file, "pairs": args.pairs, "dtype": dtype}
     jobs = {
         f"minibnf {loss}, {tokens} tokens": common | {"side": "minibnf", "loss": loss, "max_tokens": tokens}
-        for loss, tokens in (("bnf", 2048), ("bnf", 1024), ("dpo", 2048))
+        for loss, tokens in (("bnf", 2048), ("bnf", 768), ("dpo", 2048))
     }
     tried = {}
     for batch in args.trl_batch:
