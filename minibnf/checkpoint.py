@@ -162,7 +162,10 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
-    save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+    except SafetensorError as error:  # no OSError, though a full disk is what it mostly means
+        raise OSError(f"{path} cannot be written: {error}") from None
     temporary.chmod(mode)
     temporary.replace(path)
 
@@ -182,7 +185,7 @@ def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[
 
 
 def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
-    """OUT/checkpoints/step-N: weights, optimizer states and counts, complete or absent; older ones go once it is there."""
+    """OUT/checkpoints/step-N: weights, optimiser states and counts, complete or absent; older ones go once it is there."""
     directory = out / "checkpoints" / f"step-{step:07d}"
     if directory.exists():  # nothing has changed since it was made
         return
@@ -199,7 +202,7 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
 
 @torch.no_grad()
 def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
-    """Put the newest checkpoint into model and optimizers -> (steps done, tokens read); (0, 0) if there is none.
+    """Put the newest checkpoint into model and optimisers -> (steps done, tokens read); (0, 0) if there is none.
 
     Raises OSError that names a checkpoint that cannot be read.
     """

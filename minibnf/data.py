@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.losses import Responses
-from minibnf.attention import Group
+from minibnf.attention import Group, to_device
 
 
 class Example(NamedTuple):
@@ -253,9 +253,7 @@ class Batch:
         return Responses(logps, ref_logps, self.owner, self.preferred, self.pairs)
 
     def to(self, device) -> "Batch":
-        pinned = lambda x: x.pin_memory() if torch.device(device).type == "cuda" else x  # else the copy would wait
-        moved = {k: pinned(v).to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{k: to_device(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[Batch]:

@@ -1,6 +1,7 @@
 """From packed batches to log-probabilities, losses, gradients and metrics; the frozen reference, computed once and cached."""
 
 import hashlib
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from minibnf.attention import to_device
 from minibnf.checkpoint import write_tensors
 from minibnf.data import Batch, Example, pack
 from minibnf.feedback import target_logits
@@ -57,7 +59,7 @@ class Reference:
 
     def of(self, batch: Batch) -> Tensor:
         """(N,): the reference log-probabilities of a batch's response tokens."""
-        return torch.cat([self.logps[slice(*self.start[place])] for place in batch.order]).to(batch.targets.device)
+        return to_device(torch.cat([self.logps[slice(*self.start[place])] for place in batch.order]), batch.targets.device)
 
 
 @torch.no_grad()
@@ -118,8 +120,9 @@ def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | N
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 
 
-def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, device, *, backward: bool) -> tuple[Tensor, dict]:
-    """The loss over all micro-batches (a scalar tensor, gradients accumulated if backward) and the metrics by response.
+def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, device, *, backward: bool) -> tuple[Tensor, Tensor]:
+    """The loss over all micro-batches (a scalar, gradients accumulated if backward) and their R responses' log-likelihoods
+    (1, R), with a reference also how far these have shifted from it (2, R), in nats. Nothing here waits for the device.
 
     A micro-batch's loss is a mean over its own examples, so it counts by its share of all of them.
     """
@@ -137,23 +140,24 @@ def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, devic
             value.backward()
         values.append(value.detach())
         r = batch.responses(logps, ref_logps)
-        shift = None if ref is None else r.sums(logps - ref_logps)
-        sums.append((r.sums(logps), shift, r.preferred, r.pairs))
-    return torch.stack(values).sum(), metrics(sums, hyper.get("beta", 1.0))
+        sums.append(torch.stack([r.sums(logps)] + ([] if ref is None else [r.sums(logps - ref_logps)])))
+    return torch.stack(values).sum(), torch.cat(sums, 1)
 
 
-def metrics(sums: list, beta: float) -> dict:
-    """TRL's names. logps: log-likelihoods of whole responses in nats. rewards: beta (1 where a loss has none) times the
-    log-likelihood's shift against the reference; margins and accuracies are over pairs. Absent where undefined.
+def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict:
+    """TRL's names, from run_batches' sums on the CPU. logps: log-likelihoods of whole responses in nats. rewards: beta (1 where
+    a loss has none) times the shift against the reference; margins and accuracies are over pairs. Absent where undefined.
     """
-    preferred = torch.cat([p for *_, p, _ in sums]).cpu()
-    logps = torch.cat([s for s, *_ in sums]).cpu()
+    logps, *shift = sums
+    preferred = torch.cat([b.preferred for b in batches])
     names = {"chosen": preferred, "rejected": ~preferred}
     found = {f"logps/{name}": logps[which].mean().item() for name, which in names.items() if which.any()}
-    if sums[0][1] is not None:
-        rewards = beta * torch.cat([s for _, s, *_ in sums]).cpu()
+    if shift:
+        rewards = beta * shift[0]
         found |= {f"rewards/{name}": rewards[which].mean().item() for name, which in names.items() if which.any()}
-        margins = torch.cat([beta * (s[pairs[:, 0]] - s[pairs[:, 1]]) for _, s, _, pairs in sums]).cpu()
+        starts = accumulate((len(b.preferred) for b in batches), initial=0)
+        pairs = torch.cat([b.pairs + at for at, b in zip(starts, batches, strict=False)])
+        margins = beta * (shift[0][pairs[:, 0]] - shift[0][pairs[:, 1]])
         if len(margins):
             found |= {"rewards/margins": margins.mean().item(), "rewards/accuracies": (margins > 0).float().mean().item()}
     return found

@@ -34,7 +34,7 @@ from minibnf.checkpoint import resolve_device_and_dtype, save, save_training, wr
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
-from minibnf.forward import fingerprint, kl_estimate, reference, run_batches
+from minibnf.forward import fingerprint, kl_estimate, metrics, reference, run_batches
 from minibnf.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -257,13 +257,13 @@ def announce(run: Run) -> None:
         print(f"         {f['changed']}")
     print(f"loss     {run.loss.name}{hyper}, lr {f['lr']:.3g}, {args.optimizer}")
     print(f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most")
-    epochs = f"{run.steps / run.steps_per_epoch:.3g} epochs"
-    print(f"steps    {run.steps} of {f['batch']} examples: {epochs}", flush=True)
+    print(f"steps    {run.steps} of {f['batch']} examples: {run.steps / run.steps_per_epoch:.3g} epochs", flush=True)
 
 
-def train(run: Run) -> int:
-    """Run to the end (0) or to a non-finite number, which does not step (1); KeyboardInterrupt when interrupted, and saved."""
+def train(run: Run) -> None:
+    """Run to the end. FloatingPointError at a number that is not finite; KeyboardInterrupt when interrupted, and saved."""
     args, out, model, loss, hyper, sets = run.args, run.out, run.model, run.loss, run.hyper, run.sets
+    on_gpu, beta = run.device.type == "cuda", hyper.get("beta", 1.0)
     if args.overwrite:
         for name in ("model", "checkpoints", "figures"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -289,8 +289,8 @@ def train(run: Run) -> int:
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def forward(split: str, indices: list[int], backward: bool) -> tuple[list[Batch], Tensor, dict]:
-        """The batches of these examples, their loss and metrics."""
+    def forward(split: str, indices: list[int], backward: bool) -> tuple[list[Batch], Tensor, Tensor]:
+        """The batches of these examples, their loss and their responses' log-likelihoods and shifts (run_batches)."""
         batches, now = pack(sets[split], indices, run.max_tokens), hyper
         if "kl" in hyper:
             others = pack(sets[f"{split}-kl"], indices, run.max_tokens)
@@ -298,8 +298,29 @@ def train(run: Run) -> int:
         return batches, *run_batches(model, batches, loss, now, refs[split], run.dtype, run.device, backward=backward)
 
     def evaluate():
-        _, value, found = forward("eval", list(range(len(sets["eval"]))), backward=False)
-        log({"step": step} | {f"eval_{k}": v for k, v in {"loss": value.item(), **found}.items()})
+        batches, value, sums = forward("eval", list(range(len(sets["eval"]))), backward=False)
+        found = {"loss": value.item()} | metrics(batches, sums.cpu(), beta)
+        log({"step": step} | {f"eval_{k}": v for k, v in found.items()})
+
+    launched: list[tuple] = []  # steps whose numbers have not been read
+    settled = 0.0  # when one's were last
+
+    def settle(ahead: int = 0) -> None:
+        """Read and log the numbers of the steps launched, but for the newest `ahead`."""
+        nonlocal settled
+        while len(launched) > ahead:
+            began, row, batches, numbers, wait = launched.pop(0)
+            wait()
+            value, norm = numbers[:2].tolist()
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise FloatingPointError(not_finite(run, row["step"], batches, f"loss {value}, gradient norm {norm}"))
+            began, settled = max(began, settled), time.perf_counter()
+            counts = {"examples": sum(len(b.lines) for b in batches), "tokens": sum(b.tokens.numel() for b in batches)}
+            rates = {f"{what}_per_s": n / (settled - began) for what, n in counts.items()}
+            sums = numbers[2:].view(-1, sum(len(b.order) for b in batches))
+            log(row | {"loss": value, "grad_norm": norm} | metrics(batches, sums, beta) | rates)
+            bar.set_postfix({"loss": f"{value:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}, refresh=False)
+            bar.update()
 
     interrupted: list[int] = []
 
@@ -320,29 +341,27 @@ def train(run: Run) -> int:
                 epoch = step // run.steps_per_epoch
                 order = order_of_epoch(len(sets["train"]), args.seed, epoch)
             at = step % run.steps_per_epoch * args.batch_size
-            batches, value, found = forward("train", order[at : at + args.batch_size], backward=True)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
-            value, rate = value.item(), learning_rate(step, run.steps, run.facts["lr"], args)
-            if not math.isfinite(value) or not math.isfinite(norm):
-                return complain_non_finite(run, step + 1, value, norm, batches, "nothing was changed by it")
+            batches, value, sums = forward("train", order[at : at + args.batch_size], backward=True)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            rate = learning_rate(step, run.steps, run.facts["lr"], args)
             for optim in optims:
                 for group in optim.param_groups:
                     group["lr"] = rate
                 optim.step()
                 optim.zero_grad(set_to_none=True)
-            step, read, n = step + 1, sum(b.tokens.numel() for b in batches), sum(len(b.lines) for b in batches)
-            tokens, seconds = tokens + read, time.perf_counter() - began
-            log({
-                "step": step, "epoch": step / run.steps_per_epoch, "loss": value, "grad_norm": norm, "learning_rate": rate,
-                "num_tokens": tokens, **found, "examples_per_s": n / seconds, "tokens_per_s": read / seconds,
-            })  # fmt: skip
-            bar.set_postfix({"loss": f"{value:.4f}", "tokens/s": f"{read / seconds:.0f}"}, refresh=False)
-            bar.update()
+            step, tokens = step + 1, tokens + sum(b.tokens.numel() for b in batches)
+            row = {"step": step, "epoch": step / run.steps_per_epoch, "learning_rate": rate, "num_tokens": tokens}
+            numbers = torch.cat([torch.stack([value, norm]), sums.flatten()]).to("cpu", non_blocking=True)
+            wait = torch.cuda.current_stream().record_event().synchronize if on_gpu else lambda: None
+            launched.append((began, row, batches, numbers, wait))
+            settle(ahead=on_gpu)  # on CUDA the next step is launched before this one's numbers are read
             if args.eval_data and (step == run.steps or (args.eval_every and step % args.eval_every == 0)):
+                settle()
                 evaluate()
             if step % args.save_every == 0 or step == run.steps or interrupted:
+                settle()
                 if not all(p.isfinite().all() for p in model.parameters()):
-                    return complain_non_finite(run, step, value, norm, batches, "the weights after it are not finite")
+                    raise FloatingPointError(not_finite(run, step, batches, "the weights after it are not finite"))
                 save_training(out, step, tokens, model, optims)
         if step < run.steps:
             bar.close()
@@ -353,18 +372,13 @@ def train(run: Run) -> int:
         for s, handler in before.items():
             signal.signal(s, handler)
     finish(run)
-    return 0
 
 
-def complain_non_finite(run: Run, step: int, value: float, norm: float, batches: list[Batch], what: str) -> int:
-    lines = sorted(line for b in batches for line in b.lines)
-    print(
-        f"\nstopped at step {step}: loss {value}, gradient norm {norm}; {what}.\n"
-        f"Its batch: lines {', '.join(map(str, lines))} of {run.args.data}.\n"
-        f"Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: {run.out / 'metrics.jsonl'}",
-        file=sys.stderr,
-    )
-    return 1
+def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
+    lines = ", ".join(map(str, sorted(line for b in batches for line in b.lines)))
+    return f"""stopped at step {step}: {what}; nothing of it was saved.
+Its batch: lines {lines} of {run.args.data}.
+Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: {run.out / "metrics.jsonl"}"""
 
 
 def finish(run: Run) -> None:
@@ -422,8 +436,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.out} holds this run, finished: its model lies in {Path(args.out) / 'model'}")
         return 0
     try:
-        return train(run)
-    except OSError as error:
+        train(run)
+        return 0
+    except (OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -168,6 +168,11 @@ def test_memory_by_hand(tied):
     logits = 10 * 1000 * 4 + 3 * 4 * 8000  # a chunk's logits; gradients of hidden and of the embedding, twice while they add up
     expected = [4 * n, 4 * n, 8 * n, 0, kept, logits, 0.3 * (kept + logits), 0.3e9]
     assert list(found.values()) == pytest.approx(expected)
+    deep = parse_config(raw | {"num_hidden_layers": 3}, "t")
+    again = memory(deep, n, 10, "float32", example=5, recompute=True)  # three layers' inputs, one layer's insides
+    assert again["activations"] == pytest.approx(kept + 10 * 3 * 8 * 4)
+    copy = lambda **how: memory(deep, n, 10, "bfloat16", example=5, **how)["weights in bfloat16, a working copy"]
+    assert copy() == pytest.approx(3 * copy(recompute=True), abs=3)
     half = memory(c, n, 10, "bfloat16", example=5)
     assert half["weights in bfloat16, a working copy"] == 2 * (n - 8000 * (1 if tied else 2))
     assert half["activations"] < found["activations"] and half["AdamW's two moments, float32"] == 8 * n

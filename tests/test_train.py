@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from minibnf.checkpoint import fresh, load, save
@@ -106,8 +108,8 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_
     def step(max_tokens):
         tiny.zero_grad()
         batches = pack(found, list(range(len(found))), max_tokens)
-        value, numbers = run_batches(tiny, batches, loss, hyper, ref, torch.float64, "cpu", backward=True)
-        return value, [p.grad.clone() for p in tiny.parameters()], numbers
+        value, sums = run_batches(tiny, batches, loss, hyper, ref, torch.float64, "cpu", backward=True)
+        return value, [p.grad.clone() for p in tiny.parameters()], metrics(batches, sums, hyper.get("beta", 1.0))
 
     (value, gradient, numbers), (value_split, gradient_split, numbers_split) = step(10**6), step(smallest)
     torch.testing.assert_close(value, value_split, rtol=1e-9, atol=1e-12)
@@ -120,17 +122,13 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_
 
 def test_metrics_by_hand():
     """Two pairs in two micro-batches; β = 1/2. Shifts: chosen +1, -2; rejected -3, -2; margins (4, 0)/2."""
-    pair = torch.tensor([[0, 1]])
-    which = torch.tensor([True, False])
-    sums = [
-        (torch.tensor([-5.0, -7.0]), torch.tensor([1.0, -3.0]), which, pair),
-        (torch.tensor([-6.0, -9.0]), torch.tensor([-2.0, -2.0]), which, pair),
-    ]
+    batch = SimpleNamespace(preferred=torch.tensor([True, False]), pairs=torch.tensor([[0, 1]]))
+    sums = torch.tensor([[-5.0, -7.0, -6.0, -9.0], [1.0, -3.0, -2.0, -2.0]])
     expected = {
         "logps/chosen": -5.5, "logps/rejected": -8.0, "rewards/chosen": -0.25, "rewards/rejected": -1.25,
         "rewards/margins": 1.0, "rewards/accuracies": 0.5,
     }  # fmt: skip
-    assert metrics(sums, 0.5) == pytest.approx(expected)
+    assert metrics([batch, batch], sums, 0.5) == pytest.approx(expected)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -451,6 +449,17 @@ def test_impossible_arguments_are_refused(world, tmp_path, more):
     assert exit.value.code == 2 and not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("minibnf.checkpoint.save_file", full)
+    assert main(arguments(world, tmp_path / "run", "--max-steps", 1, "--loss", "nll")) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and "model.safetensors cannot be written" in errors and "No space left" in errors
+    assert errors.count("\n") == 1
+
+
 def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkeypatch, capsys):
     """A step so large that float32 overflows, on the last step, where no further loss would show it."""
 
@@ -557,7 +566,7 @@ def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, change
     assert not (tmp_path / "out").exists()
 
 
-def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(world, tmp_path, capsys):
+def test_a_non_finite_loss_stops_the_run_unsaved_and_names_the_batch(world, tmp_path, capsys):
     broken = load(world / "model")
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
@@ -567,8 +576,9 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_batch(world, tmp_
     errors = capsys.readouterr().err
     assert (
         "stopped at step 1: loss nan" in errors
-        and "nothing was changed" in errors
+        and "nothing of it was saved" in errors
         and "pairs.jsonl" in errors
         and "lines " in errors
     )
     assert not (tmp_path / "run" / "model").exists() and logged(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "checkpoints").exists()

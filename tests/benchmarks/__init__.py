@@ -1,12 +1,30 @@
-"""Benchmarks: `make bench`. Ratios, both sides in one run."""
+"""Benchmarks: `make bench`. Ratios, both sides in one run, on CUDA where there is a device."""
 
 import resource
 from pathlib import Path
 
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> str:
+    if DEVICE == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"no CUDA device here; {torch.get_num_threads()} threads of the processor, torch {torch.__version__}"
+
+
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far. On Linux ru_maxrss would begin with that of the process that started
-    it, so it is read from the kernel's own count."""
+    """The most memory that this process had so far: the device's, or the resident size. On Linux ru_maxrss would begin with
+    that of the process that started it, so it is read from the kernel's own count."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.is_file():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])

@@ -22,6 +22,7 @@ from minibnf.checkpoint import DTYPES, load
 from minibnf.generate import generate
 from minibnf.smallworld import QA, REASONING, problems
 from minibnf.tokenizer import load_tokenizer
+from tests.benchmarks import DEVICE, machine, wait
 
 
 def prompts_of(file: str, tokenizer, count: int) -> list[list[int]]:
@@ -39,8 +40,8 @@ def prompts_of(file: str, tokenizer, count: int) -> list[list[int]]:
 def theirs(model, prompts: list[list[int]], new_tokens: int, pad: int, ends: set[int]) -> list[list[int]]:
     """transformers' generate -> each row's new ids, up to and including the end of its turn."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
     new = model.generate(
         ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=pad
     )
@@ -64,10 +65,10 @@ def main():
     prompts, ends = prompts_of(args.data, tokenizer, args.prompts), set(tokenizer.end_ids)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     print(f"{len(prompts)} prompts of {shortest} to {longest} tokens, {args.new_tokens} new tokens at most")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine())
     for name in args.dtypes:
-        ours = load(args.model, dtype=DTYPES[name])
-        peer = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[name]).eval()
+        ours = load(args.model, dtype=DTYPES[name]).to(DEVICE)
+        peer = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[name]).eval().to(DEVICE)
         sides = {
             "minibnf": lambda ours=ours: generate(ours, prompts, max_new_tokens=args.new_tokens, temperature=0, stop_ids=ends),
             "transformers": lambda peer=peer: theirs(peer, prompts, args.new_tokens, tokenizer.eos_id, ends),
@@ -77,6 +78,7 @@ def main():
             for side, run in sides.items():
                 began = time.perf_counter()
                 outputs[side] = run()
+                wait()
                 seconds[side].append(time.perf_counter() - began)
         medians = {side: statistics.median(s) for side, s in seconds.items()}
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]

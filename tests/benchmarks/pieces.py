@@ -28,7 +28,7 @@ from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.smallworld import main as smallworld
 from minibnf.tokenizer import load_tokenizer
-from tests.benchmarks import peak_bytes
+from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 
 
 def alternate(sides: dict, rounds: int) -> dict[str, float]:
@@ -36,8 +36,10 @@ def alternate(sides: dict, rounds: int) -> dict[str, float]:
     seconds = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, run in sides.items():
+            wait()
             began = time.perf_counter()
             run()
+            wait()
             if i:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(s) for name, s in seconds.items()}
@@ -53,30 +55,41 @@ class Given:
     """A reference that is there already: the same number for every token."""
 
     def of(self, batch):
-        return torch.full((len(batch.targets),), -2.0)
+        return torch.full((len(batch.targets),), -2.0, device=DEVICE)
 
 
 def losses(model_dir: str, rounds: int) -> dict:
-    model, generator = load(model_dir, dtype=torch.float32), torch.Generator().manual_seed(0)
+    model, generator = load(model_dir, dtype=torch.float32).to(DEVICE), torch.Generator().manual_seed(0)
     ids = lambda n: tuple(torch.randint(model.config.vocab_size, (n,), generator=generator).tolist())
     examples = [Example(ids(90), (ids(130),), (True,), i) for i in range(8)]
     batches = pack(examples, list(range(8)), 2048)
 
     def step(name):
         run_batches(model, batches, LOSSES[name], LOSSES[name].hyper({}), Given() if LOSSES[name].needs_ref else None,
-                    torch.float32, "cpu", backward=True)  # fmt: skip
+                    torch.float32, DEVICE, backward=True)  # fmt: skip
         model.zero_grad(set_to_none=True)
 
     return show("losses", alternate({name: lambda n=name: step(n) for name in ("nll", "bnf")}, rounds), "nll")
 
 
 def problem(N: int, V: int, D: int = 576):
-    hidden, unembed = torch.randn(N, D).mul_(0.1).requires_grad_(), torch.randn(V, D).mul_(0.1).requires_grad_()
-    return hidden, unembed, torch.randint(V, (N,))
+    hidden, unembed = (torch.randn(n, D, device=DEVICE).mul_(0.1).requires_grad_() for n in (N, V))
+    return hidden, unembed, torch.randint(V, (N,), device=DEVICE)
 
 
 def plain(hidden, unembed, targets):
     return (hidden @ unembed.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def ligers():
+    """Liger's fused linear and cross-entropy as a function like token_logps, or why it does not run here."""
+    if DEVICE == "cpu":
+        return "its kernels are for a GPU"
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+    except ImportError as error:
+        return str(error)
+    return lambda hidden, unembed, targets: -Fused.apply(hidden, unembed, targets, None, None, -100, 0.0, 0.0, "sum")[0]
 
 
 def torchs(hidden, unembed, targets):
@@ -92,6 +105,10 @@ def vocabulary(rounds: int) -> dict:
     functions = {"token_logps": token_logps, "plain": plain}
     if hasattr(F, "linear_cross_entropy"):
         functions["linear_cross_entropy"] = torchs
+    if callable(liger := ligers()):
+        functions["Liger's, sum alone"] = liger
+    else:
+        print(f"vocabulary  Liger's is not run: {liger}")
     given = problem(2048, 49152)
     found = show(
         "vocabulary", alternate({n: lambda f=f: both_ways(f, given) for n, f in functions.items()}, rounds), "token_logps"
@@ -104,7 +121,7 @@ def vocabulary(rounds: int) -> dict:
     command = [sys.executable, "-m", "tests.benchmarks.pieces", "--memory"]
     used, allowed = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     bound = f"1.2 of inputs and outputs, and 256 MB: {allowed / 1e6:.0f}"
-    print(f"memory      N 8,192, V 131,072: {used / 1e6:.0f} MB at the peak; {bound}")
+    print(f"memory      N 8,192, V 131,072: {used / 1e6:.0f} MB at the peak; {bound}", flush=True)
     return found | {"memory": used, "memory allowed": allowed}
 
 
@@ -166,7 +183,7 @@ def main():
     args = p.parse_args()
     if args.memory:
         return memory_of_token_logps()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine())
     found = losses(args.model, args.rounds) | vocabulary(args.rounds) | start(args.model) | data()
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -2,16 +2,18 @@
 
     python -m tests.benchmarks.training [--data gsm8k_pairs helpful] [--dtypes float32 bfloat16] [--rounds 3] [--json F]
 
-Each measurement is a process of its own: the trainer as a user runs it, three steps of `--pairs` pairs, the first one not
-counted, without the reference pass. TRL gets its reference log-probabilities precomputed, the fused AdamW, and the best of
-several numbers of pairs a forward (by gradient accumulation the same pairs a step); in bfloat16 its weights and optimizer are
-bfloat16, minibnf's weights stay float32. The sides alternate; medians and ratios of the rounds are printed.
+Each measurement is a process of its own, on CUDA where there is a device: the trainer as a user runs it, a few steps of
+`--pairs` pairs, the first one not counted, without the reference pass. TRL gets its reference log-probabilities precomputed,
+the fused AdamW, and the best of several numbers of pairs a forward (by gradient accumulation the same pairs a step); in
+bfloat16 its weights and optimiser are bfloat16, minibnf's weights stay float32. The sides alternate; medians and ratios of the
+rounds are printed.
 
 Needed operations of a step, a multiplication and an addition counted as two:
     6 x parameters in the layers' matrices x tokens read       (forward 2, backward 4)
     6 x V x D x response tokens                                (the vocabulary, one sweep)
     12 x layers x heads x head width x pairs of tokens one of which sees the other
-The matrix speed is that of 4096³ products, by the faster of PyTorch's two libraries, measured in each of minibnf's processes.
+The matrix speed is that of 4096³ products, on a CPU by the faster of PyTorch's two libraries, measured in each of minibnf's
+processes.
 """
 
 import argparse
@@ -30,9 +32,10 @@ from minibnf.checkpoint import DTYPES, load
 from minibnf.data import pack, read_examples, read_rows
 from minibnf.tokenizer import load_tokenizer
 from minibnf.train import main as train
-from tests.benchmarks import peak_bytes
+from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 
-STEPS = 3
+STEPS = {"cpu": 3, "cuda": 20}[DEVICE]
+TOKENS = {"cpu": (2048, 768), "cuda": (16384, 4096)}[DEVICE]  # a micro-batch: the trainer's default, and less
 
 
 def needed_operations(model, batches) -> int:
@@ -48,14 +51,16 @@ def needed_operations(model, batches) -> int:
 
 def matrix_speed(dtype: torch.dtype) -> float:
     """Operations a second: the best of three 4096³ products by each library that PyTorch has for this type."""
-    x = torch.randn(4096, 4096, dtype=dtype)
+    x = torch.randn(4096, 4096, dtype=dtype, device=DEVICE)
     ways = [lambda: x @ x]
-    if dtype == torch.float32:
+    if dtype == torch.float32 and DEVICE == "cpu":
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""))
     best = float("inf")
     for way in ways * 3:
+        wait()
         began = time.perf_counter()
         way()
+        wait()
         best = min(best, time.perf_counter() - began)
     return 2 * 4096**3 / best
 
@@ -74,8 +79,8 @@ def ours(job: dict, folder: Path) -> dict:
     examples, _ = read_examples(job["file"], load_tokenizer(job["model"]), model.config.max_position_embeddings)
     operations = needed_operations(model, pack(examples, list(range(len(examples))), 2**20)) / len(examples) * job["pairs"]
     rate = len(rates) / sum(1 / r for r in rates)
-    machine = matrix_speed(DTYPES[job["dtype"]])
-    return {"pairs_per_s": rate, "peak_gb": peak, "share": operations * rate / job["pairs"] / machine, "machine": machine}
+    speed = matrix_speed(DTYPES[job["dtype"]])
+    return {"pairs_per_s": rate, "peak_gb": peak, "share": operations * rate / job["pairs"] / speed, "machine": speed}
 
 
 def theirs(job: dict, folder: Path) -> dict:
@@ -90,12 +95,13 @@ def theirs(job: dict, folder: Path) -> dict:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
+            wait()
             ends.append(time.perf_counter())
 
     args = DPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=job["checkpointing"], report_to="none",
-        save_strategy="no", disable_tqdm=True, max_length=None, precompute_ref_log_probs=True, max_steps=STEPS,
-        learning_rate=1e-6,
+        output_dir=str(folder / "trl"), use_cpu=DEVICE == "cpu", bf16=False, report_to="none", save_strategy="no",
+        gradient_checkpointing=job["checkpointing"], disable_tqdm=True, max_length=None, precompute_ref_log_probs=True,
+        max_steps=STEPS, learning_rate=1e-6,
         per_device_train_batch_size=job["batch"], gradient_accumulation_steps=job["pairs"] // job["batch"],
         optim="adamw_torch_fused", logging_strategy="no",
     )  # fmt: skip
@@ -147,6 +153,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             print("RESULT " + json.dumps((ours if job["side"] == "minibnf" else theirs)(job, Path(folder))), flush=True)
         os._exit(0)  # some of the peer's threads outlive its work
+    print(machine())
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for data in args.data:
@@ -162,7 +169,7 @@ def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
     common = {"model": args.model, "file": file, "pairs": args.pairs, "dtype": dtype}
     jobs = {
         f"minibnf {loss}, {tokens} tokens": common | {"side": "minibnf", "loss": loss, "max_tokens": tokens}
-        for loss, tokens in (("bnf", 2048), ("bnf", 768), ("dpo", 2048))
+        for loss, tokens in (("bnf", TOKENS[0]), ("bnf", TOKENS[1]), ("dpo", TOKENS[0]))
     }
     tried = {}
     for batch in args.trl_batch:
@@ -183,7 +190,7 @@ def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
             if "failed" in results[name][-1]:
                 raise SystemExit(f"{name}: {results[name][-1]['failed']}")
     median = lambda name, key: statistics.median(r[key] for r in results[name])
-    print(f"\n{data}, {dtype}, {args.pairs} pairs a step, {torch.get_num_threads()} threads, medians of {args.rounds} rounds")
+    print(f"\n{data}, {dtype}, {args.pairs} pairs a step, medians of {args.rounds} rounds")
     print("| side | pairs/s | against TRL, by round | peak GB | share of the matrix speed |\n|---|---|---|---|---|")
     for name in jobs:
         ratios = sorted(a["pairs_per_s"] / b["pairs_per_s"] for a, b in zip(results[name], results[best], strict=True))

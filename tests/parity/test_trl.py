@@ -23,7 +23,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
 from minibnf.checkpoint import load  # noqa: E402
 from minibnf.data import Example, pack  # noqa: E402
-from minibnf.forward import Reference, forward_logps, kl_estimate, run_batches  # noqa: E402
+from minibnf.forward import Reference, forward_logps, kl_estimate, metrics, run_batches  # noqa: E402
 from minibnf.logprob import token_logps  # noqa: E402
 from minibnf.losses import LOSSES, Responses  # noqa: E402
 from tests.parity.bnf_in_trl import BNFTrainer  # noqa: E402
@@ -151,11 +151,12 @@ class Ours:
             ref = self.reference(examples) if LOSSES[name].needs_ref else None
             self.model.zero_grad()
             batches, loss = self.batches(examples), LOSSES[name]
-            value, found = run_batches(self.model, batches, loss, loss.hyper(hyper), ref, torch.float32, "cpu", backward=True)
+            hyper = loss.hyper(hyper)
+            value, sums = run_batches(self.model, batches, loss, hyper, ref, torch.float32, "cpu", backward=True)
             total += weight * value.item()
             for parameter, p in self.model.named_parameters():
                 grads[parameter] += weight * p.grad
-        return total, grads, found
+        return total, grads, metrics(batches, sums, hyper.get("beta", 1.0))
 
 
 def assert_same(one: tuple, other: tuple, loss: float = 2e-6, gradient: float = 1e-5):

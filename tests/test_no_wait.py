@@ -1,0 +1,87 @@
+"""A step never waits for the device: reading a number on the host would leave a GPU idle until the next launch.
+
+Without a GPU the step runs on PyTorch's meta device, whose tensors have a shape and no numbers: to read one is an error there.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minibnf import attention
+from minibnf.checkpoint import load
+from minibnf.data import Example, mismatched, pack
+from minibnf.forward import Reference, kl_estimate, run_batches
+from minibnf.losses import LOSSES
+
+EXAMPLES = [
+    Example((5, 6, 7), ((8, 9), (10,)), (True, False), 1),
+    Example((5, 6, 7), ((11, 12, 13), (14, 15)), (True, False), 2),
+    Example((16, 17), ((18, 19), (20, 21, 22)), (True, False), 3),
+]
+
+
+class NoBlockingCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            source = args[func._schema.name == "aten::copy_"]
+            blocks = not ((kwargs or {}).get("non_blocking") or args[2:3] == (True,))
+            if blocks and source.dim() and {source.device.type, out.device.type} == {"cpu", "meta"}:
+                raise RuntimeError(f"waits for a copy of {tuple(source.shape)}")
+        return out
+
+
+def one_step(model, name: str, device: str) -> torch.Tensor:
+    loss, batches = LOSSES[name], pack(EXAMPLES, [0, 1, 2], 8)
+    assert len(batches) == 2
+    hyper = loss.hyper({"kl": 0.0} if "kl" in loss.defaults else {})
+    count = lambda examples: sum(len(response) for e in examples for response in e.responses)
+    reference = lambda examples: Reference(examples, torch.full((count(examples),), -2.0))
+    if "kl" in hyper:
+        others = mismatched(EXAMPLES, 100, "data")
+        hyper["kl"] = kl_estimate(model, reference(others), pack(others, [0, 1, 2], 8), torch.bfloat16, device)
+    ref = reference(EXAMPLES) if loss.needs_ref else None
+    value, sums = run_batches(model, batches, loss, hyper, ref, torch.bfloat16, device, backward=True)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return torch.cat([torch.stack([value, norm]), sums.flatten()])
+
+
+@pytest.fixture
+def without_a_driver(monkeypatch):
+    """What needs a driver or a compiler: pinned memory; flex_attention, whose place takes anything of q, k and v."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(attention, "_flex", lambda compiled: lambda q, k, v, *_: q + k.sum() + v.sum())
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_step_never_waits_for_the_device(without_a_driver, name):
+    model = load("weights/tiny").to("meta")
+    with NoBlockingCopies():
+        assert one_step(model, name, "meta").shape == (2 + 6 * (1 + LOSSES[name].needs_ref),)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_waits_is_noticed():
+    x = torch.ones(3, device="meta")
+    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: torch.ones(3).to("meta")):
+        with NoBlockingCopies(), pytest.raises((RuntimeError, NotImplementedError)):
+            wait()
+    with NoBlockingCopies():
+        torch.ones(3).to("meta", non_blocking=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_step_never_waits_for_a_real_device(name):
+    model = load("weights/tiny").to("cuda")
+    optim = torch.optim.AdamW(model.parameters(), fused=True)
+    one_step(model, name, "cuda")  # compiles
+    optim.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        numbers = one_step(model, name, "cuda").to("cpu", non_blocking=True)
+        optim.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert numbers.isfinite().all()
