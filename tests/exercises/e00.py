@@ -3,10 +3,10 @@
 import torch
 
 
-def dlogits(z, y, dlogp):
-    """(V,): the gradient in the logits z (V,) of a loss whose derivative in log softmax(z)[y] is the number dlogp."""
-    gradient = -dlogp * z.softmax(-1)
-    gradient[y] += dlogp
+def dlogits(z, y, dlogps):
+    """(V,): the gradient in the logits z (V,) of a loss whose derivative in log softmax(z)[y] is the number dlogps."""
+    gradient = -dlogps * z.softmax(-1)
+    gradient[y] += dlogps
     return gradient
 
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from minibnf.feedback import feedback
 from minibnf.losses import LOSSES
+from minibnf.responses import Responses
 from tests.strategies import responses
 
 FEW = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -33,6 +34,14 @@ def test_without_smoothing_it_is_dpo(exercise):
         torch.testing.assert_close(ours, LOSSES["dpo"].gradient(batch, beta=0.1), rtol=1e-9, atol=1e-12)
 
     check()
+
+
+def test_both_pushes_on_a_response_in_two_pairs_count(exercise):
+    preferred, pairs = torch.tensor([True, False, False]), torch.tensor([[0, 1], [0, 2]])
+    logps = torch.tensor([-1.0, -2.0, -0.5, -1.5], dtype=torch.float64)
+    batch = Responses(logps, logps - 0.1, torch.tensor([0, 0, 1, 2]), preferred, pairs)
+    ours = exercise.smoothed_dpo_dlogps(batch, 0.1, 0.0)
+    torch.testing.assert_close(ours, LOSSES["dpo"].gradient(batch, beta=0.1), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])

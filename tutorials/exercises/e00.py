@@ -1,8 +1,8 @@
 """Exercises of page 00, one token: fill in the bodies, then `make exercise N=00`."""
 
 
-def dlogits(z, y, dlogp):
-    """(V,): the gradient in the logits z (V,) of a loss whose derivative in log softmax(z)[y] is the number dlogp."""
+def dlogits(z, y, dlogps):
+    """(V,): the gradient in the logits z (V,) of a loss whose derivative in log softmax(z)[y] is the number dlogps."""
     raise NotImplementedError
 
 
