@@ -19,7 +19,7 @@ train-small: .venv/small ## align weights/tiny with BNF on the small world and p
 	@echo
 	$(ONE) $(BIN)/python -m minibnf.evaluate --base weights/tiny --model $(RUN)/bnf/model --pairs $(RUN)/held-out.jsonl
 
-test: .venv/test ## lint and run the test suite (four minutes)
+test: .venv/test ## lint and run the test suite (five minutes)
 	$(BIN)/ruff check .
 	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity
 

@@ -117,7 +117,7 @@ def additive(mask, dtype: torch.dtype):
 
 def to_device(x: Tensor, device) -> Tensor:
     """From pinned memory, so that nothing waits for the copy."""
-    return x if x.device == torch.device(device) else x.pin_memory().to(device, non_blocking=True)
+    return x if x.device.type == torch.device(device).type else x.pin_memory().to(device, non_blocking=True)
 
 
 def block_mask(layout: list[Group], window: int | None, device) -> BlockMask:

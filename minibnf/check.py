@@ -21,8 +21,8 @@ from minibnf.tokenizer import load_tokenizer
 MAX_TOKENS = 2048  # train's default on a CPU
 EXAMPLE = 512  # tokens of an example, prompt and responses; counts where attention keeps something of its square
 # Measured on SmolLM2-135M-Instruct (PyTorch 2.13, Linux, glibc): peak resident size as the kernel counts it (ru_maxrss) of
-# train runs of 8 pairs of 350 tokens a step, float32 at --max-tokens 640, 1024 and 2048, bfloat16 at 1024 and 2048, both with
-# --gradient-checkpointing. With these two numbers the estimate lies between 7 % under and 21 % over each of them.
+# train runs of 8 pairs of 350 tokens a step, float32 at --max-tokens 640, 1024 and 2048, bfloat16 at 1024 and 2048, each
+# also with --gradient-checkpointing. With these two numbers the estimate lies between 7 % under and 21 % over each of them.
 BASE = 0.3e9  # bytes: Python, PyTorch and a tokenizer
 SHARE = 0.3  # of what comes and goes within a step: what the allocator cannot use again at once
 

@@ -181,6 +181,27 @@ def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[
     return torch.device(device), DTYPES[dtype]
 
 
+def model_card(args, f: dict, hyper: dict, table: dict) -> str:
+    """README.md of a trained model: train.py's arguments and facts, and its evaluations {name: (before, after)}."""
+    base = Path(args.model).name
+    hyper = ", ".join(f"{k} = {v}" for k, v in hyper.items() if k != "kl") or "no hyper-parameters"
+    card = f"""---
+base_model: {base}
+tags: [minibnf, {args.loss}, preference-alignment]
+---
+# {base}, trained with {args.loss}
+
+Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {f["pairs"]} pairs and {f["unpaired"]} unpaired responses.
+{f["steps"]} steps of {f["batch"]} examples, peak learning rate {f["lr"]:.3g}, {args.optimizer}, seed {args.seed},
+computed in {f["dtype"]}.
+Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
+"""
+    if table:
+        rows = "".join(f"| {k} | {first:.4f} | {last:.4f} |\n" for k, (first, last) in table.items())
+        card += f"\n| held-out | before | after |\n|---|---|---|\n{rows}"
+    return card
+
+
 # ------------------------------------------------------------------------------------------ checkpoints of a training run
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.checkpoint import DTYPES, fresh, keep_metrics, load, load_training, read_json, replacing
-from minibnf.checkpoint import resolve_device_and_dtype, save, save_training, write_json
+from minibnf.checkpoint import model_card, resolve_device_and_dtype, save, save_training, write_json
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
@@ -40,6 +40,7 @@ from minibnf.tokenizer import load_tokenizer
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
+AHEAD = {"cpu": 0, "cuda": 1}  # steps launched before an earlier one's numbers are read, so that a GPU never waits for that
 WIDTH = 576  # the default learning rates are for this hidden size; Adam's steps must shrink as layers widen
 
 
@@ -302,21 +303,24 @@ def train(run: Run) -> None:
         found = {"loss": value.item()} | metrics(batches, sums.cpu(), beta)
         log({"step": step} | {f"eval_{k}": v for k, v in found.items()})
 
+    def mark():
+        """Now; on CUDA, when the device will have come so far."""
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if on_gpu else time.perf_counter()
+
     launched: list[tuple] = []  # steps whose numbers have not been read
-    settled = 0.0  # when one's were last
 
     def settle(ahead: int = 0) -> None:
         """Read and log the numbers of the steps launched, but for the newest `ahead`."""
-        nonlocal settled
         while len(launched) > ahead:
-            began, row, batches, numbers, wait = launched.pop(0)
-            wait()
+            row, batches, numbers, began, ended = launched.pop(0)
+            if on_gpu:
+                ended.synchronize()
+            seconds = began.elapsed_time(ended) / 1e3 if on_gpu else ended - began
             value, norm = numbers[:2].tolist()
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise FloatingPointError(not_finite(run, row["step"], batches, f"loss {value}, gradient norm {norm}"))
-            began, settled = max(began, settled), time.perf_counter()
             counts = {"examples": sum(len(b.lines) for b in batches), "tokens": sum(b.tokens.numel() for b in batches)}
-            rates = {f"{what}_per_s": n / (settled - began) for what, n in counts.items()}
+            rates = {f"{what}_per_s": n / seconds for what, n in counts.items()}
             sums = numbers[2:].view(-1, sum(len(b.order) for b in batches))
             log(row | {"loss": value, "grad_norm": norm} | metrics(batches, sums, beta) | rates)
             bar.set_postfix({"loss": f"{value:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}, refresh=False)
@@ -335,8 +339,9 @@ def train(run: Run) -> None:
     try:
         if args.eval_data and step == 0:
             evaluate()
-        while step < run.steps and not interrupted:
-            began = time.perf_counter()
+        stop = bool(interrupted)
+        while step < run.steps and not stop:
+            began = mark()
             if epoch != step // run.steps_per_epoch:
                 epoch = step // run.steps_per_epoch
                 order = order_of_epoch(len(sets["train"]), args.seed, epoch)
@@ -352,13 +357,13 @@ def train(run: Run) -> None:
             step, tokens = step + 1, tokens + sum(b.tokens.numel() for b in batches)
             row = {"step": step, "epoch": step / run.steps_per_epoch, "learning_rate": rate, "num_tokens": tokens}
             numbers = torch.cat([torch.stack([value, norm]), sums.flatten()]).to("cpu", non_blocking=True)
-            wait = torch.cuda.current_stream().record_event().synchronize if on_gpu else lambda: None
-            launched.append((began, row, batches, numbers, wait))
-            settle(ahead=on_gpu)  # on CUDA the next step is launched before this one's numbers are read
+            launched.append((row, batches, numbers, began, mark()))
+            settle(AHEAD[run.device.type])
+            stop = bool(interrupted)
             if args.eval_data and (step == run.steps or (args.eval_every and step % args.eval_every == 0)):
                 settle()
                 evaluate()
-            if step % args.save_every == 0 or step == run.steps or interrupted:
+            if step % args.save_every == 0 or step == run.steps or stop:
                 settle()
                 if not all(p.isfinite().all() for p in model.parameters()):
                     raise FloatingPointError(not_finite(run, step, batches, "the weights after it are not finite"))
@@ -391,7 +396,7 @@ def finish(run: Run) -> None:
     with replacing(out / "model") as temporary:
         save(run.model, temporary, DTYPES[args.save_dtype])
         run.tokenizer.save(temporary)
-        (temporary / "README.md").write_text(model_card(run, table), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(args, run.facts, run.hyper, table), encoding="utf-8")
     try:
         from minibnf.plots import training_curves
     except ImportError:
@@ -401,26 +406,6 @@ def finish(run: Run) -> None:
     for name, (first, last) in shown.items():
         print(f"{name:26} {first:10.4f} -> {last:.4f}")
     print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
-
-
-def model_card(run: Run, table: dict) -> str:
-    args, f, base = run.args, run.facts, Path(run.args.model).name
-    hyper = ", ".join(f"{k} = {v}" for k, v in run.hyper.items() if k != "kl") or "no hyper-parameters"
-    card = f"""---
-base_model: {base}
-tags: [minibnf, {args.loss}, preference-alignment]
----
-# {base}, trained with {args.loss}
-
-Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {f["pairs"]} pairs and {f["unpaired"]} unpaired responses.
-{f["steps"]} steps of {f["batch"]} examples, peak learning rate {f["lr"]:.3g}, {args.optimizer}, seed {args.seed},
-computed in {f["dtype"]}.
-Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
-"""
-    if table:
-        rows = "".join(f"| {k} | {first:.4f} | {last:.4f} |\n" for k, (first, last) in table.items())
-        card += f"\n| held-out | before | after |\n|---|---|---|\n{rows}"
-    return card
 
 
 def main(argv: list[str] | None = None) -> int:

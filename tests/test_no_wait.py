@@ -1,6 +1,7 @@
 """A step never waits for the device: reading a number on the host would leave a GPU idle until the next launch.
 
-Without a GPU the step runs on PyTorch's meta device, whose tensors have a shape and no numbers: to read one is an error there.
+Without a GPU the step runs on PyTorch's meta device, whose tensors have a shape and no numbers: most of what would read one is
+an error there. Copies and new tensors that would wait are made errors here. The rest only the last test can see, on CUDA.
 """
 
 import pytest
@@ -26,6 +27,7 @@ class NoBlockingCopies(TorchDispatchMode):
         if func._schema.name in ("aten::_to_copy", "aten::copy_"):
             source = args[func._schema.name == "aten::copy_"]
             blocks = not ((kwargs or {}).get("non_blocking") or args[2:3] == (True,))
+            blocks = blocks or not getattr(source, "pinned", False)
             if blocks and source.dim() and {source.device.type, out.device.type} == {"cpu", "meta"}:
                 raise RuntimeError(f"waits for a copy of {tuple(source.shape)}")
         return out
@@ -49,7 +51,20 @@ def one_step(model, name: str, device: str) -> torch.Tensor:
 @pytest.fixture
 def without_a_driver(monkeypatch):
     """What needs a driver or a compiler: pinned memory; flex_attention, whose place takes anything of q, k and v."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    real = torch.tensor
+
+    def pin_memory(x):
+        x = x.view_as(x)
+        x.pinned = True
+        return x
+
+    def tensor(data, *, device=None, **options):
+        if torch.device(device or "cpu").type == "meta":
+            raise RuntimeError("waits for a copy of what the host holds")
+        return real(data, device=device, **options)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(attention, "_flex", lambda compiled: lambda q, k, v, *_: q + k.sum() + v.sum())
 
 
@@ -61,13 +76,16 @@ def test_a_step_never_waits_for_the_device(without_a_driver, name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_what_waits_is_noticed():
-    x = torch.ones(3, device="meta")
-    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: torch.ones(3).to("meta")):
+def test_what_waits_is_noticed(without_a_driver):
+    x, late = torch.ones(3, device="meta"), {"device": "meta", "non_blocking": True}
+    for wait in (
+        lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: torch.tensor([1, 2], device="meta"),
+        lambda: torch.ones(3).to("meta"), lambda: torch.ones(3).to(**late), lambda: torch.ones(3).pin_memory().to("meta"),
+    ):  # fmt: skip
         with NoBlockingCopies(), pytest.raises((RuntimeError, NotImplementedError)):
             wait()
     with NoBlockingCopies():
-        torch.ones(3).to("meta", non_blocking=True)
+        torch.ones(3).pin_memory().to(**late)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

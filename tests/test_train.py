@@ -22,7 +22,7 @@ from minibnf.losses import LOSSES
 from minibnf.forward import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
 from minibnf.smallworld import QUESTIONS, grammar, write_base
 from minibnf.tokenizer import load_tokenizer
-from minibnf.train import learning_rate, loss_hyper, main
+from minibnf.train import AHEAD, learning_rate, loss_hyper, main
 from tests.strategies import FEW, examples, hypers
 
 
@@ -447,6 +447,25 @@ def test_impossible_arguments_are_refused(world, tmp_path, more):
     with pytest.raises(SystemExit) as exit:
         main(arguments(world, tmp_path / "run", *more))
     assert exit.value.code == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_numbers_read_a_step_late_are_the_same_numbers(world, tmp_path, monkeypatch, capsys, broken):
+    """As on CUDA; evaluations and checkpoints stand between steps. Broken: a number that is not finite is noticed late too."""
+    if broken:
+        real = learning_rate
+        monkeypatch.setattr("minibnf.train.learning_rate", lambda step, *rest: float("nan") if step == 2 else real(step, *rest))
+    found = []
+    for ahead in (0, 1):
+        monkeypatch.setitem(AHEAD, "cpu", ahead)
+        out = tmp_path / str(ahead)
+        flags = ["--max-steps", 6, "--eval-data", world / "pairs.jsonl", "--eval-every", 4, "--save-every", 5]
+        assert main(arguments(world, out, *flags)) == broken
+        assert not (broken and ((out / "checkpoints").exists() or (out / "model").exists()))
+        found.append([{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in logged(out)])
+    assert found[0] == found[1]
+    assert [row["step"] for row in found[0]] == ([0, 1, 2, 3] if broken else [0, 1, 2, 3, 4, 4, 5, 6, 6])
+    assert capsys.readouterr().err.count("stopped at step 4") == 2 * broken
 
 
 def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys):

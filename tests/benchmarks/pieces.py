@@ -126,7 +126,7 @@ def vocabulary(rounds: int) -> dict:
 
 
 def memory_of_token_logps():
-    """Peak resident size that one call, forward and backward, adds to the process; and the bound."""
+    """The peak of memory (peak_bytes) that one call, forward and backward, adds; and the bound."""
     both_ways(token_logps, problem(64, 512))  # libraries are loaded by now
     before = peak_bytes()
     given = problem(8192, 131072)
