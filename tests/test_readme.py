@@ -148,7 +148,7 @@ def test_the_figures_quoted_under_read_honestly_are_the_files():
 
 def test_the_table_of_speed_is_the_committed_benchmarks():
     """Medians of the rounds, and the ratio's median and range."""
-    found = json.loads((ROOT / "evidence" / "bench.json").read_text(encoding="utf-8"))["training"]
+    found = json.loads((ROOT / "evidence" / "bench-results.json").read_text(encoding="utf-8"))["training"]
     for data, dtype in sorted({(x["data"], x["dtype"]) for x in found}):
         rounds = {x["side"]: x["rounds"] for x in found if (x["data"], x["dtype"]) == (data, dtype)}
         (theirs,) = (side for side in rounds if side.startswith("TRL"))
