@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from minibnf.config import READS
 from minibnf.losses import bnf_loss
@@ -15,6 +17,7 @@ from tests.loss_table import table as loss_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ANY_LOGP = st.one_of(st.sampled_from([0.0, -0.0, -1e4]), st.floats(-1e4, 0.0, width=32))
 
 
 def test_the_table_of_losses_is_the_one_that_make_losses_prints():
@@ -47,16 +50,30 @@ def test_every_make_target_that_the_readme_names_exists():
     assert set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M)) <= targets
 
 
-def test_the_examples_in_python_run(capsys):
-    """The blocks at the top and under 'In your own training loop' and 'Talk with it, sample from it', as they stand."""
-    short, loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
+@given(
+    tokens=st.lists(st.tuples(ANY_LOGP, ANY_LOGP, st.booleans()), min_size=6, max_size=6),
+    preferred=st.tuples(st.booleans(), st.booleans()),
+)
+@example(tokens=[(0.0, -0.0, True)] * 3 + [(-0.0, 0.0, True)] * 3, preferred=(True, False))
+@example(tokens=[(-1e4, 0.0, True), (0.0, -1e4, False), (-3e-8, 0.0, True)] * 2, preferred=(False, True))
+def test_the_few_lines_at_the_top_have_bnfs_gradient(tokens, preferred):
+    """Two responses of three tokens in float32, some of them padding, from impossible to certain."""
     names: dict = {}
-    exec(short, names)
-    logps, ref_logps = torch.empty(2, 3, 5).uniform_(-9, -1e-3, generator=torch.Generator().manual_seed(0))
-    mask, preferred = torch.arange(5) < torch.tensor([[5], [2], [4]]), torch.tensor([True, False, False])
+    exec(re.findall(r"```python\n(.*?)```", README, re.S)[0], names)
+    logps, ref_logps, mask = (torch.tensor(column).view(2, 3) for column in zip(*tokens, strict=True))
+    mask[:, 0] = True  # a response has a token
     logps.requires_grad_()
-    found, expected = (torch.autograd.grad(f(logps, ref_logps, mask, preferred), logps)[0] for f in (names["bnf"], bnf_loss))
+    found, expected = (
+        torch.autograd.grad(loss(logps, ref_logps, mask, torch.tensor(preferred)), logps)[0]
+        for loss in (names["bnf"], bnf_loss)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_examples_in_python_run(capsys):
+    """The blocks under 'In your own training loop' and 'Talk with it, sample from it', as they stand."""
+    _, loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
     exec(loss, names)
     assert names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]  # the chosen one goes up, the rejected one down
     exec(sampling, names)
