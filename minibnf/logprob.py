@@ -55,6 +55,8 @@ def one_sweep(
     the product with the vocabulary is not computed again in backward.
     """
     _check(hidden, unembed, targets, chunk, softcap)
+    if not torch.is_grad_enabled():  # inside a Function a parameter would still ask for its gradient
+        hidden, unembed = hidden.detach(), unembed.detach()
     return _OneSweep.apply(hidden, unembed, targets, ref_logps, preferred, c, potential, slope, chunk, softcap)
 
 

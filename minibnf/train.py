@@ -69,7 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a("--warmup", type=float, default=0.1, metavar="X", help="share of the steps over which it rises; default 0.1")
     a("--decay", type=float, default=0.9, metavar="X", help="share of the steps over which it falls to 0; default 0.9")
     a("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for matrices, with adamw for the rest")
-    a("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled; default 0")
+    a("--weight-decay", type=float, default=0.0, metavar="X",
+      help="decoupled, of the layers' matrices (not of norms, biases and embeddings); default 0")  # fmt: skip
     a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
     a("--seed", type=int, default=0, help="of the order of the data (and of fresh weights); default 0")
     a = p.add_argument_group("the machine").add_argument
@@ -142,16 +143,22 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
 
 
 def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW; with muon, Muon for the matrices of the layers (its step scaled to AdamW's size) and AdamW for the rest."""
-    groups: dict[bool, list] = {False: [], True: []}
+    """AdamW; with muon, Muon for the matrices of the layers (its step scaled to AdamW's size) and
+    AdamW for the rest. Only the matrices of the layers decay: norms, biases and embeddings have a
+    size that means something.
+    """
+    matrices, rest = [], []
     for name, p in model.named_parameters():
-        groups[args.optimizer == "muon" and p.dim() == 2 and name.startswith("model.layers.")].append(p)
-    rest, matrices = groups[False], groups[True]
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    if not matrices:
+        is_matrix = p.dim() == 2 and name.startswith("model.layers.")
+        (matrices if is_matrix else rest).append(p)
+    decay = {"params": matrices, "lr": lr, "weight_decay": args.weight_decay}
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    if args.optimizer == "adamw":
+        groups.append(decay)
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    if args.optimizer == "adamw":
         return [adamw]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
+    return [adamw, torch.optim.Muon([decay], adjust_lr_fn="match_rms_adamw")]
 
 
 def learning_rate(step: int, total: int, lr: float, args) -> float:

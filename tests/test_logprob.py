@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from minibnf.logprob import _chunks, _empty_gradients, one_sweep, token_logps
 from minibnf.losses import LOSSES, bnf_potential, bnf_weight
@@ -126,6 +127,18 @@ def test_one_sweep_without_a_reference():
     assert not torch.autograd.grad(
         one_sweep(hidden, unembed, targets, None, preferred, c, loss.potential, loss.slope)[0], hidden
     )[0][1].any()
+
+
+@pytest.mark.parametrize("with_gradients, products", [(False, 1), (True, 3)])
+def test_one_sweep_makes_gradients_only_where_they_are_asked_for(with_gradients, products):
+    """One product of N x V x D for the logits, two more for dhidden and dunembed. Evaluation asks for none, although the
+    unembedding is a parameter."""
+    N, D, V = 6, 4, 11
+    hidden, unembed, targets, _ = problem(N, D, V)
+    c = torch.full((N,), -1 / N, dtype=torch.float64)
+    with torch.set_grad_enabled(with_gradients), FlopCounterMode(display=False) as counter:
+        one_sweep(hidden, unembed, targets, c, GOOD[:N], c, bnf_potential, bnf_weight)
+    assert counter.get_total_flops() == products * 2 * N * V * D
 
 
 def test_a_bfloat16_unembedding_gets_a_bfloat16_gradient_and_any_references_dtype_will_do():

@@ -1,5 +1,6 @@
 """The trainer: equal however a batch is split, bitwise the same when run again or resumed, clear when something is wrong."""
 
+import copy
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from minibnf.losses import LOSSES
 from minibnf.forward import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
 from minibnf.smallworld import QUESTIONS, grammar, write_base
 from minibnf.tokenizer import load_tokenizer
-from minibnf.train import AHEAD, learning_rate, loss_hyper, main
+from minibnf.train import AHEAD, learning_rate, loss_hyper, main, optimizers
 from tests.strategies import FEW, examples, hypers
 
 
@@ -129,6 +130,20 @@ def test_metrics_by_hand():
         "rewards/margins": 1.0, "rewards/accuracies": 0.5,
     }  # fmt: skip
     assert metrics([batch, batch], sums, 0.5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_shrinks_the_layers_matrices_and_nothing_else(tiny, optimizer):
+    """Without a gradient a step of rate .1 and decay .5 is a factor of 1 - .1 * .5; Muon takes the same rate."""
+    model = copy.deepcopy(tiny).float()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optim in optimizers(model, Namespace(optimizer=optimizer, weight_decay=0.5), 0.1):
+        optim.step()
+    for name, p in model.named_parameters():
+        decays = name.startswith("model.layers.") and name.endswith("proj.weight")
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1.0))
 
 
 def test_the_learning_rate_rises_stays_and_falls():
