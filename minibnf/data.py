@@ -26,17 +26,37 @@ from minibnf.attention import Group, to_device
 
 
 class Example(NamedTuple):
-    """A pair (two responses, the chosen one first) or an unpaired response, as token ids."""
+    """A prompt and its responses, as token ids: a pair, or responses that stand for themselves."""
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
-    preferred: tuple[bool, ...]
+    preferred: tuple[bool, ...]  # of each response
     line: int  # in its file, from 1
+    pairs: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), which of the responses
 
     @property
     def tokens(self) -> int:
         """How many tokens the model reads: nothing follows the last one of a response, so it is predicted but not read."""
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+    @property
+    def count(self) -> int:
+        """How many examples a loss sees here: pairs, and responses in no pair."""
+        return len(self.pairs) + len(self.responses) - len({k for pair in self.pairs for k in pair})
+
+
+def pair(prompt, chosen, rejected, line: int) -> Example:
+    """The example of a paired row: token ids of the prompt and of its two responses."""
+    return Example(prompt, (chosen, rejected), (True, False), line, ((0, 1),))
+
+
+def pairs_of(examples: list[Example]) -> Tensor:
+    """(P, 2) int64: the pairs, as indices of all examples' responses one after another."""
+    found, at = [], 0
+    for example in examples:
+        found += [(at + chosen, at + rejected) for chosen, rejected in example.pairs]
+        at += len(example.responses)
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -74,7 +94,8 @@ def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> 
                 continue
             responses = [r[: max_length - len(prompt_ids)] for r in responses]
         counts["whose chosen and rejected are the same"] += len(responses) == 2 and responses[0] == responses[1]
-        examples.append(Example(tuple(prompt_ids), tuple(responses), preferred, number))
+        pairs = ((0, 1),) if len(responses) == 2 else ()  # parse_row puts the chosen one first
+        examples.append(Example(tuple(prompt_ids), tuple(responses), preferred, number, pairs))
     if not examples:
         raise ValueError(f"{path}: no rows" + (f" left: all {counts['skipped']} are too long" if counts else ""))
     return examples, +counts  # what did not occur is left out
@@ -197,7 +218,8 @@ def _named(where: str, field: str):
 
 def digest(examples: list[Example]) -> str:
     """A fingerprint of the tokens and labels, for telling whether something cached still belongs to them."""
-    return hashlib.sha256(repr([e[:3] for e in examples]).encode()).hexdigest()
+    what = [(e.prompt, e.responses, e.preferred, e.pairs) for e in examples]
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
@@ -206,22 +228,50 @@ def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(number))).tolist()
 
 
-def mismatched(examples: list[Example], max_length: int, path) -> list[Example]:
-    """For each example, its prompt with the next example's responses (cyclically): the next with another prompt, other
-    responses (a rephrased question may share them), and room for both in max_length, the model's context.
-    KTO estimates its reference point from these. Raises ValueError where there is none.
+def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Example], int]:
+    """For each example, its prompt with responses to another prompt; and how many found only equals.
+
+    They come from the next example (cyclically) that has another prompt and a response that is not
+    also one's own (a rephrased question may share some) and fits into max_length, the model's
+    context; its other responses are left out. Where all that other prompts have is equal to one's
+    own, as where every rejected answer is "No.", the next that fits is taken all the same, and
+    counted. KTO estimates its reference point from these. Raises ValueError where nothing fits.
     """
-    n, found = len(examples), []
+    n, found, equals = len(examples), [], 0
+    next_prompt = _next_different([e.prompt for e in examples])
+    next_answers = _next_different([frozenset(e.responses) for e in examples])
     for i, example in enumerate(examples):
-        for j in range(i + 1, i + n):
-            other = examples[j % n]
-            fits = len(example.prompt) + max(map(len, other.responses)) <= max_length
-            if fits and other.prompt != example.prompt and not set(other.responses) & set(example.responses):
-                found.append(example._replace(responses=other.responses, preferred=other.preferred))
-                break
-        else:
-            raise ValueError(f"{path}, line {example.line}: kto compares with another prompt's response, and none fits here")
-    return found
+        room, own, match, new = max_length - len(example.prompt), set(example.responses), None, []
+        j = next_prompt[i]
+        while j < i + n and not new:
+            other, jump = examples[j % n], next_prompt
+            if other.prompt != example.prompt:
+                jump = next_answers  # rows with the same responses would do no better
+                fits = [k for k, response in enumerate(other.responses) if len(response) <= room]
+                new = [k for k in fits if other.responses[k] not in own]
+                if new or (fits and match is None):
+                    match = other, new or fits
+            j += jump[j % n] - j % n
+        if match is None:
+            raise ValueError(
+                f"{path}, line {example.line}: kto compares with another prompt's response, "
+                "and none fits here"
+            )
+        other, kept = match
+        responses, preferred = (tuple(x[k] for k in kept) for x in (other.responses, other.preferred))
+        found.append(example._replace(responses=responses, preferred=preferred, pairs=()))
+        equals += not new
+    return found, equals
+
+
+def _next_different(values: list) -> list[int]:
+    """For each i the least j > i, cyclically (so below 2n), whose value is another; 3n for none."""
+    n = len(values)
+    following = [3 * n] * (2 * n)
+    for j in reversed(range(2 * n - 1)):  # twice round: the end goes on as the beginning does
+        differs = values[(j + 1) % n] != values[j % n]
+        following[j] = j + 1 if differs else following[j + 1]
+    return following[:n]
 
 
 # ------------------------------------------------------------------------------------------------------------ packing
@@ -236,6 +286,7 @@ class Batch:
     predictors (N,): where in T the hidden state stands that predicts each response token; targets (N,): that token.
     owner (N,), preferred (R,), pairs (P, 2): as in losses.Responses.  order (R,): which responses of the data these are,
     as (index of the example, index in it).  lines: the lines of the file they come from.
+    examples: how many a loss sees, pairs and responses in no pair.
     """
 
     tokens: Tensor
@@ -248,6 +299,7 @@ class Batch:
     pairs: Tensor
     order: list[tuple[int, int]]
     lines: list[int]
+    examples: int
 
     def responses(self, logps: Tensor, ref_logps: Tensor | None) -> Responses:
         return Responses(logps, ref_logps, self.owner, self.preferred, self.pairs)
@@ -262,15 +314,33 @@ def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[B
     Examples with the same prompt become one group (at most max_tokens long), so that the prompt is read once. Groups go,
     longest first, to the first micro-batch with room. Raises ValueError for an example longer than max_tokens.
     """
-    bins: list[tuple[int, list[list[int]]]] = []  # (tokens, groups of example indices)
-    for size, members in sorted(_groups(examples, indices, max_tokens), key=lambda g: -g[0]):
-        for b, (used, groups) in enumerate(bins):
-            if used + size <= max_tokens:
-                bins[b] = (used + size, [*groups, members])
-                break
-        else:
-            bins.append((size, [members]))
-    return [_flatten(examples, groups) for _, groups in bins]
+    groups = sorted(_groups(examples, indices, max_tokens), key=lambda g: -g[0])
+    bins: list[list[list[int]]] = []
+    for b, (_, members) in zip(_first_fit([size for size, _ in groups], max_tokens), groups, strict=True):
+        if b == len(bins):
+            bins.append([])
+        bins[b].append(members)
+    return [_flatten(examples, members) for members in bins]
+
+
+def _first_fit(sizes: list[int], capacity: int) -> list[int]:
+    """The bin that each size goes to, the first with room, all bins being empty at the start.
+
+    The bins are the leaves of a binary tree whose nodes hold the most room of any bin below: the
+    first bin with room is found from the root down, in log n steps where a scan takes n.
+    """
+    leaves = 1 << max(0, len(sizes) - 1).bit_length()
+    room, bins = [capacity] * (2 * leaves), []  # node k has the children 2k and 2k + 1
+    for size in sizes:
+        k = 1
+        while k < leaves:
+            k = 2 * k if room[2 * k] >= size else 2 * k + 1
+        bins.append(k - leaves)
+        room[k] -= size
+        while k > 1:
+            k //= 2
+            room[k] = max(room[2 * k], room[2 * k + 1])
+    return bins
 
 
 def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
@@ -286,7 +356,8 @@ def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
             )
         g = newest.get(prompt)
         if g is not None and groups[g][0] + size - len(prompt) <= max_tokens:
-            groups[g] = (groups[g][0] + size - len(prompt), [*groups[g][1], i])
+            groups[g] = (groups[g][0] + size - len(prompt), groups[g][1])
+            groups[g][1].append(i)
         else:
             newest[prompt] = len(groups)
             groups.append((size, [i]))
@@ -301,8 +372,8 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         tokens += prompt
         positions += range(len(prompt))
         for i in members:
-            if len(examples[i].responses) == 2:
-                pairs.append((len(preferred), len(preferred) + 1))
+            first = len(preferred)
+            pairs += [(first + chosen, first + rejected) for chosen, rejected in examples[i].pairs]
             for k, response in enumerate(examples[i].responses):
                 read = response[:-1]
                 predictors += [last, *range(len(tokens), len(tokens) + len(read))]
@@ -325,4 +396,5 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         order=order,
         lines=[examples[i].line for members in groups for i in members],
+        examples=sum(examples[i].count for members in groups for i in members),
     )

@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.checkpoint import load, resolve_device_and_dtype, write_json
-from minibnf.data import Example, check_text, digest, parse_row, read_examples, read_rows, tokenise
+from minibnf.data import Example, check_text, digest, pairs_of, parse_row, read_examples, read_rows, tokenise
 from minibnf.exam import LABELS, exam, small_world
 from minibnf.forward import read_responses
 from minibnf.generate import generate
@@ -153,7 +153,8 @@ def tokenised(path, tokenizer: Tokenizer, task: str = "auto", limit: int | None 
         if not ids[0][0] or not all(responses):
             field = completions[responses.index(())][0] if ids[0][0] else "prompt"
             raise ValueError(f"{where}: field '{field}' is empty; prompt and response need at least one token each")
-        rows.append(Row(Example(tuple(ids[0][0]), tuple(responses), preferred, number), extra))
+        pairs = ((0, 1),) if task == "preference" and len(responses) == 2 else ()
+        rows.append(Row(Example(tuple(ids[0][0]), tuple(responses), preferred, number, pairs), extra))
     if not rows:
         raise ValueError(f"{path}: no rows")
     return task, rows
@@ -225,13 +226,14 @@ def figures(task: str, rows: list[Row], found: Measured, base: Measured | None =
     sizes = torch.tensor([len(row.example.responses) for row in rows])
     table, names = {}, {"given answer": preferred}
     if task == "preference":
-        chosen, names = (sizes.cumsum(0) - 2)[sizes == 2], {"chosen": preferred, "rejected": ~preferred}
-        if len(chosen):
-            table["accuracy by log-likelihood"] = wins(sums[chosen], sums[chosen + 1])
-            table["accuracy by log-likelihood / token"] = wins(*((sums / lengths)[chosen + k] for k in (0, 1)))
-            table["chosen less rejected (nats)"] = Figure(sums[chosen] - sums[chosen + 1])
-        if len(chosen) and base:
-            table["accuracy by shift against the base"] = wins(*((sums - base.sums)[chosen + k] for k in (0, 1)))
+        pairs, names = pairs_of([row.example for row in rows]), {"chosen": preferred, "rejected": ~preferred}
+        if len(pairs):
+            chosen, rejected = sums[pairs].unbind(1)
+            table["accuracy by log-likelihood"] = wins(chosen, rejected)
+            table["accuracy by log-likelihood / token"] = wins(*(sums / lengths)[pairs].unbind(1))
+            table["chosen less rejected (nats)"] = Figure(chosen - rejected)
+        if len(pairs) and base:
+            table["accuracy by shift against the base"] = wins(*(sums - base.sums)[pairs].unbind(1))
     if task == "choice":
         names = {"right choice": preferred}
         texts = [text.lstrip() for row in rows for text in row.extra]

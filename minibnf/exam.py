@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minibnf.data import Example, pack
+from minibnf.data import Example, pack, pairs_of
 from minibnf.feedback import gini
 from minibnf.forward import logps_and_logits, read_responses
 from minibnf.model import Transformer
@@ -125,14 +125,14 @@ def on_files(model: Transformer, base: HeldOut) -> dict[str, tuple[float, float]
     """{name: (mean, standard error)}. Of pairs: preference, the share whose chosen response gained more likelihood than its
     rejected one (a tie, as for the base all are, is half), shift/chosen and shift/rejected in nats a response, and the gini of
     logit shifts; of single answers: solutions, nats a token."""
-    own = held_out(model, base.examples)
-    pair = torch.tensor([len(e.responses) == 2 for e in base.examples for _ in e.responses])
-    gains = torch.stack([(a - b).sum() for a, b in zip(own.logps, base.logps, strict=True)])[pair]
-    chosen, rejected = gains[0::2], gains[1::2]
+    own, pairs = held_out(model, base.examples), pairs_of(base.examples)
+    gains = torch.stack([(a - b).sum() for a, b in zip(own.logps, base.logps, strict=True)])
+    chosen, rejected = gains[pairs].unbind(1)
     table = {"preference": mean_and_error((chosen > rejected).float() + 0.5 * (chosen == rejected).float())}
-    table |= shifts(own, base, pair)
-    if not pair.all():
-        means = [x.mean() for x, p in zip(own.logps, pair, strict=True) if not p]
+    paired = torch.zeros(len(gains), dtype=torch.bool).index_fill(0, pairs.flatten(), True)
+    table |= shifts(own, base, paired)
+    if not paired.all():
+        means = [x.mean() for x, p in zip(own.logps, paired, strict=True) if not p]
         table["solutions"] = mean_and_error(torch.stack(means))
     return table
 

@@ -127,7 +127,7 @@ def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, devic
     A micro-batch's loss is a mean over its own examples, so it counts by its share of all of them.
     """
     values, sums = [], []
-    count = lambda batch: len(batch.preferred if loss.per_response else batch.lines)
+    count = lambda batch: len(batch.preferred) if loss.per_response else batch.examples
     examples = sum(map(count, batches))
     hyper = batch_hyper(loss, hyper, batches)
     for batch in batches:

@@ -221,23 +221,26 @@ def setup(args: argparse.Namespace) -> Run | None:
             continue
         sets[split], counts = read_examples(file, tokenizer, context, args.overlong)
         changed += "".join(f", {n} {split} rows {what}" for what, n in counts.items())
-        lone = [e.line for e in sets[split] if len(e.responses) == 1]
+        lone = [e.line for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
             raise ValueError(
                 f"{file}, line {lone[0]}: loss '{loss.name}' needs pairs and this row is none; --loss bnf needs none"
             )
         if "kl" in hyper:
-            sets[f"{split}-kl"] = mismatched(sets[split], context, file)
+            sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
+            if equals:
+                changed += f", {equals} {split} rows for which other prompts have only equal responses"
     examples, lr = sets["train"], args.lr or loss.learning_rate * WIDTH / model.config.hidden_size
     longest = max(e.tokens for part in sets.values() for e in part)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
         raise ValueError(f"--max-tokens {max_tokens} is less than the {longest} tokens of the longest example")
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
-    pairs = sum(len(e.responses) == 2 for e in examples)
+    pairs = sum(len(e.pairs) for e in examples)
     facts = {
         "device": str(device), "dtype": str(dtype).removeprefix("torch."), "parameters": parameters, "lr": lr,
-        "loss_args": hyper, "pairs": pairs, "unpaired": len(examples) - pairs, "model_sha256": fingerprint(model),
+        "loss_args": hyper, "pairs": pairs, "unpaired": sum(e.count for e in examples) - pairs,
+        "model_sha256": fingerprint(model),
         "data_sha256": {name: digest(e) for name, e in sets.items()},
         "tokens_per_epoch": sum(e.tokens for e in examples), "changed": changed.removeprefix(", "),
         "batch": min(args.batch_size, len(examples)),
@@ -326,7 +329,7 @@ def train(run: Run) -> None:
             value, norm = numbers[:2].tolist()
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise FloatingPointError(not_finite(run, row["step"], batches, f"loss {value}, gradient norm {norm}"))
-            counts = {"examples": sum(len(b.lines) for b in batches), "tokens": sum(b.tokens.numel() for b in batches)}
+            counts = {"examples": sum(b.examples for b in batches), "tokens": sum(b.tokens.numel() for b in batches)}
             rates = {f"{what}_per_s": n / seconds for what, n in counts.items()}
             sums = numbers[2:].view(-1, sum(len(b.order) for b in batches))
             log(row | {"loss": value, "grad_norm": norm} | metrics(batches, sums, beta) | rates)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from minibnf.data import Example
+from minibnf.data import Example, pair
 from minibnf.losses import Responses
 
 FEW = settings(max_examples=max(5, settings.default.max_examples // 8))  # of what runs a whole model
@@ -71,7 +71,7 @@ def examples(draw, vocabulary=97, max_examples=6):
     for line in range(1, draw(st.integers(1, max_examples)) + 1):
         prompt = draw(st.sampled_from(prompts))
         if draw(st.booleans()):
-            found.append(Example(prompt, (draw(response), draw(response)), (True, False), line))
+            found.append(pair(prompt, draw(response), draw(response), line))
         else:
             found.append(Example(prompt, (draw(response),), (draw(st.booleans()),), line))
     return found

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.data import Example, mismatched, order_of_epoch, pack, read_examples
+from minibnf.data import Example, _first_fit, digest, mismatched, order_of_epoch, pack, pair, pairs_of, read_examples
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.forward import loss_and_logps
@@ -58,10 +58,10 @@ def test_the_three_formats_in_one_file(tmp_path):
     found, counts = read(tmp_path, paired, implicit, unpaired, text)
     prompt = tuple(map(ord, "<user>a;<assistant>"))
     b, c = tuple(map(ord, "b;")), tuple(map(ord, "c;"))
-    assert found[0] == Example(prompt, ((*b, 0), (*c, 0)), (True, False), 1)
-    assert found[1] == Example(prompt, ((*b, 0), (*c, 0)), (True, False), 2)
+    assert found[0] == pair(prompt, (*b, 0), (*c, 0), 1)
+    assert found[1] == pair(prompt, (*b, 0), (*c, 0), 2)
     assert found[2] == Example(prompt, ((*b, 0),), (False,), 3)
-    assert found[3] == Example((97,), ((98, 0), (99, 0)), (True, False), 4)  # text as it is, then end of sequence
+    assert found[3] == pair((97,), (98, 0), (99, 0), 4)  # text as it is, then end of sequence
     assert not counts
 
 
@@ -173,18 +173,54 @@ def test_text_that_no_tokenizer_can_read_is_named(tmp_path):
 
 
 def test_mismatched_examples_by_hand():
-    """Each prompt with the next other prompt's responses, cyclically; one that would not fit the context is passed over."""
+    """Each prompt with responses to the next other prompt, cyclically; one that would not fit the context is passed over."""
     a, b, c = (1,), (2,), (3, 3, 3)
     found = [
-        Example(a, ((4,), (5, 5)), (True, False), 1), Example(a, ((6,),), (True,), 2), Example(b, ((7, 7, 7),), (False,), 3),
+        pair(a, (4,), (5, 5), 1), Example(a, ((6,),), (True,), 2), Example(b, ((7, 7, 7),), (False,), 3),
         Example(c, ((8,),), (True,), 4),
     ]  # fmt: skip
-    moved = mismatched(found, 5, "file")
-    assert [e.prompt for e in moved] == [a, a, b, c]
+    moved, equals = mismatched(found, 5, "file")
+    assert [e.prompt for e in moved] == [a, a, b, c] and not equals
     assert [e.responses for e in moved] == [((7, 7, 7),), ((7, 7, 7),), ((8,),), ((4,), (5, 5))]
-    assert mismatched(found, 4, "file")[3].responses == ((6,),)  # (4,), (5, 5) no longer fits after three tokens
+    assert [e.preferred for e in moved] == [(False,), (False,), (True,), (True, False)]
+    assert mismatched(found, 4, "file")[0][3].responses == ((4,),)  # (5, 5) no longer fits after three tokens
     with pytest.raises(ValueError, match="file, line 1: kto"):
         mismatched(found[:2], 100, "file")
+
+
+def test_a_response_that_is_also_ones_own_is_no_mismatch_unless_there_is_no_other():
+    """All rejected answers are "No.": of a pair the chosen one is left; alone they are taken, and counted."""
+    no, yes = (9,), [(1, 1), (2, 2), (3, 3)]
+    pairs = [pair((k,), answer, no, k) for k, answer in enumerate(yes)]
+    moved, equals = mismatched(pairs, 10, "file")
+    assert [e.responses for e in moved] == [((2, 2),), ((3, 3),), ((1, 1),)] and not equals
+    rejected = [Example((k,), (no,), (False,), k) for k in range(3)]
+    moved, equals = mismatched(rejected, 10, "file")
+    assert [e.responses for e in moved] == [(no,)] * 3 and equals == 3
+
+
+def plain_mismatched(examples, max_length):
+    """The definition, tried row by row."""
+    for i, example in enumerate(examples):
+        others = [examples[j % len(examples)] for j in range(i + 1, i + len(examples))]
+        fitting = [
+            (o, [r for r in o.responses if len(example.prompt) + len(r) <= max_length])
+            for o in others
+            if o.prompt != example.prompt
+        ]
+        new = [[r for r in fits if r not in example.responses] for _, fits in fitting]
+        first = next((r for r in new if r), None) or next((fits for _, fits in fitting if fits), None)
+        yield None if first is None else tuple(first)
+
+
+@given(found=examples(vocabulary=2, max_examples=12), max_length=st.integers(4, 12))
+def test_jumping_over_what_cannot_match_finds_what_trying_each_row_finds(found, max_length):
+    expected = list(plain_mismatched(found, max_length))
+    if None in expected:
+        with pytest.raises(ValueError, match="none fits"):
+            mismatched(found, max_length, "file")
+    else:
+        assert [e.responses for e in mismatched(found, max_length, "file")[0]] == expected
 
 
 def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch():
@@ -201,7 +237,7 @@ def test_packing_keeps_every_response_once_and_bounds_every_micro_batch(found, d
     batches = pack(found, list(range(len(found))), max_tokens)
     keys = sorted(key for b in batches for key in b.order)
     assert keys == sorted((i, k) for i, e in enumerate(found) for k in range(len(e.responses)))
-    assert sum(len(b.pairs) for b in batches) == sum(len(e.responses) == 2 for e in found)
+    assert sum(len(b.pairs) for b in batches) == sum(len(e.pairs) for e in found)
     for b in batches:
         assert b.tokens.numel() <= max_tokens
         assert b.tokens.numel() == sum(prompt + sum(responses) for prompt, responses in b.layout)
@@ -212,7 +248,7 @@ def test_packing_keeps_every_response_once_and_bounds_every_micro_batch(found, d
 
 def test_one_prompt_is_stored_once():
     found = [
-        Example((1, 2), ((3,), (4, 5)), (True, False), 1),
+        pair((1, 2), (3,), (4, 5), 1),
         Example((1, 2), ((6, 7),), (True,), 2),
         Example((9,), ((3,),), (True,), 3),
     ]
@@ -220,6 +256,28 @@ def test_one_prompt_is_stored_once():
     assert b.layout == [(2, [0, 1, 1]), (1, [0])]  # a response's last token predicts nothing and is not read
     assert b.tokens.tolist() == [[1, 2, 4, 6, 9]] and b.positions.tolist() == [[0, 1, 2, 2, 0]]
     assert b.predictors.tolist() == [1, 1, 2, 1, 3, 4] and b.targets.tolist() == [3, 4, 5, 6, 7, 3]
+
+
+def test_three_responses_and_two_pairs_are_what_they_say():
+    """A chosen response that two others were rejected for, beside three that stand for themselves; by hand."""
+    two_pairs = Example((1,), ((2,), (3,), (4,)), (False, True, False), 1, ((1, 0), (1, 2)))
+    alone = Example((1,), ((2,), (3,), (4,)), (True, False, False), 2)
+    (b,) = pack([alone, two_pairs], [0, 1], 100)
+    assert b.pairs.tolist() == [[4, 3], [4, 5]] and b.examples == alone.count + two_pairs.count == 5
+    assert int(b.responses(torch.zeros(6), None).examples()) == b.examples
+    assert pairs_of([alone, two_pairs]).tolist() == [[4, 3], [4, 5]]
+    assert digest([alone]) != digest([alone._replace(pairs=((0, 1),))])
+
+
+@given(sizes=st.lists(st.integers(1, 10), max_size=30), capacity=st.integers(10, 25))
+def test_the_tree_puts_every_size_where_a_scan_would(sizes, capacity):
+    """The first bin with room, tried one by one."""
+    rooms = []
+    for size, found in zip(sizes, _first_fit(sizes, capacity), strict=True):
+        expected = next((b for b, room in enumerate(rooms) if room >= size), len(rooms))
+        rooms += [capacity] * (expected == len(rooms))
+        rooms[expected] -= size
+        assert found == expected
 
 
 def test_an_example_longer_than_a_micro_batch_says_what_to_pass():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf.checkpoint import fresh, load, save
-from minibnf.data import Example, read_examples
+from minibnf.data import Example, pair, read_examples
 from minibnf.evaluate import Figure, Measured, Row, figures, interval, last_number, main, measure, paired_interval
 from minibnf.evaluate import per_token, share, table_of, task_of, tokenised
 from minibnf.exam import exam, mean_and_error, small_world, win_rates
@@ -209,7 +209,8 @@ def means(found):
 
 def test_preference_by_hand():
     """Pairs (-2, -3) of 1 and 3 tokens, (-4, -4) of 2 and 1, and an unpaired bad response between them."""
-    rows = [*pretend([2]), *pretend([1], [1]), *pretend([2])]
+    two = Row(pair((1,), (2,), (2,), 1), None)
+    rows = [two, *pretend([1], [1]), two]
     now = Measured(doubles(-2, -3, -7, -4, -4), doubles(1, 3, 1, 2, 1), [])
     base = Measured(doubles(-1, -3, -7, -5, -4), now.lengths, [])
     found = means(figures("preference", rows, now, base))
@@ -263,14 +264,14 @@ def test_neither_the_order_of_rows_nor_how_many_are_read_at_once_matters(tiny, f
         mine, theirs = interval(one[name]), interval(other[name])
         assert mine == (pytest.approx(theirs[0], nan_ok=True), pytest.approx(theirs[1], nan_ok=True))
     assert all(x["difference"] == 0 for x in table_of(one, one).values())  # a model against itself
-    if any(len(example.responses) == 2 for example in found):
+    if any(example.pairs for example in found):
         assert (one["accuracy by shift against the base"].rows == 0.5).all()
 
 
 def test_equal_responses_tie_however_rounding_differs_between_their_places(tiny):
     for n in range(2, 12):
-        alike = Example((0,), ((0,) * n,) * 2, (True, False), 1)
-        rows = [Row(alike, None), Row(Example((0,), ((0,), (0,) * 4), (True, False), 2), None)]
+        alike = pair((0,), *[(0,) * n] * 2, 1)
+        rows = [Row(alike, None), Row(pair((0,), (0,), (0,) * 4, 2), None)]
         sums = measure(tiny, NoTokenizer, "preference", rows).sums
         assert sums[0] == sums[1], n
 

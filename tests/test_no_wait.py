@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibnf import attention
 from minibnf.checkpoint import load
-from minibnf.data import Example, mismatched, pack
+from minibnf.data import mismatched, pack, pair
 from minibnf.forward import Reference, kl_estimate, run_batches
 from minibnf.losses import LOSSES
 
 EXAMPLES = [
-    Example((5, 6, 7), ((8, 9), (10,)), (True, False), 1),
-    Example((5, 6, 7), ((11, 12, 13), (14, 15)), (True, False), 2),
-    Example((16, 17), ((18, 19), (20, 21, 22)), (True, False), 3),
+    pair((5, 6, 7), (8, 9), (10,), 1),
+    pair((5, 6, 7), (11, 12, 13), (14, 15), 2),
+    pair((16, 17), (18, 19), (20, 21, 22), 3),
 ]
 
 
@@ -40,7 +40,7 @@ def one_step(model, name: str, device: str) -> torch.Tensor:
     count = lambda examples: sum(len(response) for e in examples for response in e.responses)
     reference = lambda examples: Reference(examples, torch.full((count(examples),), -2.0))
     if "kl" in hyper:
-        others = mismatched(EXAMPLES, 100, "data")
+        others, _ = mismatched(EXAMPLES, 100, "data")
         hyper["kl"] = kl_estimate(model, reference(others), pack(others, [0, 1, 2], 8), torch.bfloat16, device)
     ref = reference(EXAMPLES) if loss.needs_ref else None
     value, sums = run_batches(model, batches, loss, hyper, ref, torch.bfloat16, device, backward=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from minibnf.checkpoint import fresh, load, save
-from minibnf.data import mismatched, pack
+from minibnf.data import mismatched, pack, pair
 from minibnf.losses import LOSSES
 from minibnf.forward import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
 from minibnf.smallworld import QUESTIONS, grammar, write_base
@@ -97,9 +97,7 @@ def same(a, b):
 def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_factory, name, found, data):
     loss = LOSSES[name]
     if loss.needs_pairs:
-        found = [e for e in found if len(e.responses) == 2] or [
-            found[0]._replace(responses=((1, 2), (3,)), preferred=(True, False))
-        ]
+        found = [e for e in found if e.pairs] or [pair(found[0].prompt, (1, 2), (3,), 1)]
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
     ref = reference(tiny, found, file, "key", 100, torch.float64, "cpu")
@@ -274,7 +272,7 @@ def test_the_fingerprint_sees_a_permutation(world):
 
 def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tmp_path):
     examples, model = pack_examples(world)[:4], load(world / "model")
-    moved = mismatched(examples, 256, "file")
+    moved, _ = mismatched(examples, 256, "file")
     ref = reference(model, moved, tmp_path / "reference.safetensors", "key", 200, torch.float32, "cpu")
     batches = pack(moved, [0, 2, 3], 60)
     assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(0, abs=1e-5)

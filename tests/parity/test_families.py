@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="the parity extra is n
 
 from minibnf.checkpoint import load, save  # noqa: E402
 from minibnf.config import READS, parse_config  # noqa: E402
-from minibnf.data import Example, pack  # noqa: E402
+from minibnf.data import Example, pack, pair  # noqa: E402
 from minibnf.forward import loss_and_logps  # noqa: E402
 from minibnf.generate import generate  # noqa: E402
 from minibnf.losses import LOSSES  # noqa: E402
@@ -99,7 +99,7 @@ def difference_of_gradients(theirs, ours, prompt: tuple, responses: tuple) -> fl
 
     BNF of a pair and an unpaired response that shares its prompt, packed, against single rows through transformers' logits.
     """
-    examples = [Example(prompt, responses[:2], (True, False), 1), Example(prompt, responses[2:], (True,), 2)]
+    examples = [pair(prompt, *responses[:2], 1), Example(prompt, responses[2:], (True,), 2)]
     (batch,) = pack(examples, [0, 1], 1000)
     rows = [torch.tensor([[*prompt, *examples[i].responses[k]]]) for i, k in batch.order]
     logps = torch.cat([

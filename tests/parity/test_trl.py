@@ -22,7 +22,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
 from minibnf.checkpoint import load  # noqa: E402
-from minibnf.data import Example, pack  # noqa: E402
+from minibnf.data import Example, pack, pair  # noqa: E402
 from minibnf.forward import Reference, forward_logps, kl_estimate, metrics, run_batches  # noqa: E402
 from minibnf.logprob import token_logps  # noqa: E402
 from minibnf.losses import LOSSES, Responses  # noqa: E402
@@ -122,7 +122,7 @@ def rows_of(batch: dict, *prefixes: str) -> list[tuple]:
 def pairs_of(rows: list[tuple]) -> list[Example]:
     """The first half of the rows are the chosen responses, the second half the rejected ones."""
     halves = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)
-    return [Example(x, (y_w, y_l), (True, False), line) for line, ((x, y_w), (_, y_l)) in enumerate(halves, 1)]
+    return [pair(x, y_w, y_l, line) for line, ((x, y_w), (_, y_l)) in enumerate(halves, 1)]
 
 
 def alone(rows: list[tuple], preferred) -> list[Example]:
