@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMa
     if isinstance(mask, BlockMask):
         return attend_flex(q, k, v, mask, c)
     if isinstance(mask, list):
-        dtype, wide = q.dtype, attention_dtype(q)
+        dtype, wide = q.dtype, attention_dtype(q, packed=True)
         q, k, v = (x.to(wide) for x in (q, k, v))
         outs, sizes = [], [sum(part.sizes) for part in mask]
         for part, *group in zip(mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
@@ -62,9 +62,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMa
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
 
 
-def attention_dtype(x: Tensor) -> torch.dtype:
-    """float32 in training in bfloat16 on a CPU, where bfloat16's backward takes up to twice as long; else x's own."""
-    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+def attention_dtype(x: Tensor, packed: bool) -> torch.dtype:
+    """float32 for packed groups in bfloat16 on a CPU, where the backward pass of bfloat16 takes up to
+    twice as long; else x's own. Without gradients too: the reference must round as the policy does.
+    """
+    slow = packed and x.device.type == "cpu" and x.dtype == torch.bfloat16
     return torch.float32 if slow else x.dtype
 
 

@@ -1,7 +1,7 @@
 """From packed batches to log-probabilities, losses, gradients and metrics; the frozen reference, computed once and cached."""
 
 import hashlib
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -24,21 +24,27 @@ def forward_logps(model: Transformer, batch: Batch, dtype) -> Tensor:
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 
 
-@torch.no_grad()
-def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logps, desc="reading") -> list[Tensor]:
-    """What `read` makes of every response token, a tensor a response, in the order of the examples, on the CPU: its
+def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logps) -> list[Tensor]:
+    """What `read` makes of every response token, a tensor per response, in the order of the examples, on the CPU: its
     log-probability (token_logps), its logit (target_logits) or both (logps_and_logits). dtype: what to compute in."""
-    device, cap = model.unembed.device, model.config.final_softcap
-    found: dict[tuple[int, int], Tensor] = {}
-    with tqdm(total=len(examples), desc=desc, unit="row", disable=None, leave=False) as bar:
-        for i in range(0, len(examples), 512):
-            for batch in pack(examples, list(range(i, min(i + 512, len(examples)))), max_tokens):
-                batch = batch.to(device)
-                head = lambda x, unembed, b=batch: read(x[0, b.predictors], unembed, b.targets, softcap=cap)
-                x = model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head).cpu()
-                found |= zip(batch.order, x.split(torch.bincount(batch.owner).tolist()), strict=True)
-                bar.update(len(batch.lines))
+    places = range(len(examples))
+    steps = (pack(examples, list(places[i : i + 512]), max_tokens) for i in places[::512])
+    found = dict(read_batches(model, steps, len(examples), dtype, read, "reading"))
     return [found[place] for place in sorted(found)]
+
+
+@torch.no_grad()
+def read_batches(model, steps, total: int, dtype, read, desc: str):
+    """Yields (place, x) for every response in steps, lists of packed batches with `total` rows in all: x is what `read`
+    makes of its tokens, on the CPU, and place is (index of its example, index in it)."""
+    device, cap = model.unembed.device, model.config.final_softcap
+    with tqdm(total=total, desc=desc, unit="row", disable=None, leave=False) as bar:
+        for batch in chain.from_iterable(steps):
+            batch = batch.to(device)
+            head = lambda x, unembed, b=batch: read(x[0, b.predictors], unembed, b.targets, softcap=cap)
+            x = model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head).cpu()
+            yield from zip(batch.order, x.split(torch.bincount(batch.owner).tolist()), strict=True)
+            bar.update(len(batch.lines))
 
 
 def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:
@@ -62,17 +68,21 @@ class Reference:
         return to_device(torch.cat([self.logps[slice(*self.start[place])] for place in batch.order]), batch.targets.device)
 
 
-@torch.no_grad()
-def reference(model, examples: list[Example], file: Path, key: str, max_tokens: int, dtype, device) -> Reference:
-    """Computed once and cached in file under a key that names the model, the tokens and the dtype."""
+def reference(model, examples: list[Example], steps, file: Path, key: str, dtype) -> Reference:
+    """The log-probabilities of all examples, computed once and cached in file under a key that names the model, the tokens,
+    the dtype and the packing.
+
+    steps: the examples as training will meet them, lists of packed batches. A product of other sizes may round otherwise,
+    so only where the reference is read in the same packs do policy and reference agree before the first step.
+    """
     try:
         with safe_open(file, framework="pt") as cached:
             if (cached.metadata() or {}).get("key") == key:
                 return Reference(examples, cached.get_tensor("logps"))
     except (OSError, SafetensorError):
         pass  # absent or damaged: made (again) below
-    logps = read_responses(model, examples, max_tokens, dtype, desc="reference")
-    ref = Reference(examples, torch.cat(logps).float())
+    found = dict(read_batches(model, steps, len(examples), dtype, token_logps, "reference"))
+    ref = Reference(examples, torch.cat([found[place] for place in sorted(found)]).float())
     write_tensors(file, {"logps": ref.logps}, {"key": key})
     return ref
 

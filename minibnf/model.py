@@ -231,7 +231,8 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.begin(x.shape[1])
         if c.attention_softcap is None:
-            seen = {window: additive(mask, attention_dtype(x)) for window, mask in seen.items()}
+            number = attention_dtype(x, packed=isinstance(layout, list))
+            seen = {window: additive(mask, number) for window, mask in seen.items()}
         for layer, block in zip(c.layers, self.model.layers, strict=True):
             inputs = x, turns.get(layer.rope), seen[layer.window], cache, keep
             again = self.recompute and torch.is_grad_enabled()

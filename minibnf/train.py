@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -259,6 +260,17 @@ def setup(args: argparse.Namespace) -> Run | None:
                steps_per_epoch, facts["steps"], facts)  # fmt: skip
 
 
+def first_packs(run: Run, name: str) -> Iterator[list[Batch]]:
+    """A set as training first meets it: step by step of the first epoch, or all held-out rows at once."""
+    rows, size = len(run.sets[name]), run.args.batch_size
+    if name.startswith("eval"):
+        yield pack(run.sets[name], list(range(rows)), run.max_tokens)
+        return
+    order = order_of_epoch(rows, run.args.seed, 0)
+    for at in range(0, rows, size):
+        yield pack(run.sets[name], order[at : at + size], run.max_tokens)
+
+
 def announce(run: Run) -> None:
     f, args = run.facts, run.args
     hyper = "".join(f" {k}={v}" for k, v in run.hyper.items() if k != "kl")
@@ -288,8 +300,10 @@ def train(run: Run) -> None:
     if loss.needs_ref:
         for name, examples in sets.items():
             file = out / f"reference-{name}.safetensors"
-            key = f"{run.facts['model_sha256']} {run.facts['data_sha256'][name]} {run.dtype}"
-            refs[name] = reference(model, examples, file, key, run.max_tokens, run.dtype, run.device)
+            f = run.facts
+            packing = f"{args.seed} {args.batch_size} {run.max_tokens}"
+            key = f"{f['model_sha256']} {f['data_sha256'][name]} {run.dtype} {packing}"
+            refs[name] = reference(model, examples, first_packs(run, name), file, key, run.dtype)
     optims = optimizers(model, args, run.facts["lr"])
     step, tokens = load_training(out, model, optims) if args.resume else (0, 0)
     keep_metrics(out / "metrics.jsonl", step)
@@ -300,16 +314,18 @@ def train(run: Run) -> None:
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def forward(split: str, indices: list[int], backward: bool) -> tuple[list[Batch], Tensor, Tensor]:
-        """The batches of these examples, their loss and their responses' log-likelihoods and shifts (run_batches)."""
-        batches, now = pack(sets[split], indices, run.max_tokens), hyper
-        if "kl" in hyper:
-            others = pack(sets[f"{split}-kl"], indices, run.max_tokens)
+    held_out = {name: next(first_packs(run, name)) for name in sets if name.startswith("eval")}
+
+    def forward(batches: list[Batch], others: list[Batch], split: str, backward: bool) -> tuple[Tensor, Tensor]:
+        """run_batches, for kto with the reference point that its mismatched batches give."""
+        now = hyper
+        if others:
             now = hyper | {"kl": kl_estimate(model, refs[f"{split}-kl"], others, run.dtype, run.device)}
-        return batches, *run_batches(model, batches, loss, now, refs[split], run.dtype, run.device, backward=backward)
+        return run_batches(model, batches, loss, now, refs[split], run.dtype, run.device, backward=backward)
 
     def evaluate():
-        batches, value, sums = forward("eval", list(range(len(sets["eval"]))), backward=False)
+        batches = held_out["eval"]
+        value, sums = forward(batches, held_out.get("eval-kl", []), "eval", backward=False)
         found = {"loss": value.item()} | metrics(batches, sums.cpu(), beta)
         log({"step": step} | {f"eval_{k}": v for k, v in found.items()})
 
@@ -356,7 +372,10 @@ def train(run: Run) -> None:
                 epoch = step // run.steps_per_epoch
                 order = order_of_epoch(len(sets["train"]), args.seed, epoch)
             at = step % run.steps_per_epoch * args.batch_size
-            batches, value, sums = forward("train", order[at : at + args.batch_size], backward=True)
+            rows = order[at : at + args.batch_size]
+            batches = pack(sets["train"], rows, run.max_tokens)
+            others = pack(sets["train-kl"], rows, run.max_tokens) if "train-kl" in sets else []
+            value, sums = forward(batches, others, "train", backward=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             rate = learning_rate(step, run.steps, run.facts["lr"], args)
             for optim in optims:

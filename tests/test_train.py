@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,10 +20,11 @@ from safetensors.torch import load_file
 
 from minibnf.checkpoint import fresh, load, save
 from minibnf.data import mismatched, pack, pair
-from minibnf.losses import LOSSES
+from minibnf.losses import LOSSES, bnf_weight
 from minibnf.forward import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
 from minibnf.smallworld import QUESTIONS, grammar, write_base
 from minibnf.tokenizer import load_tokenizer
+from minibnf import train
 from minibnf.train import AHEAD, learning_rate, loss_hyper, main, optimizers
 from tests.strategies import FEW, examples, hypers
 
@@ -76,6 +78,10 @@ def arguments(world, out, *more, data="pairs.jsonl"):
     ]
 
 
+def all_packed(examples, max_tokens=200):
+    return pack(examples, list(range(len(examples))), max_tokens)
+
+
 def logged(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -100,7 +106,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_
         found = [e for e in found if e.pairs] or [pair(found[0].prompt, (1, 2), (3,), 1)]
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    ref = reference(tiny, found, file, "key", 100, torch.float64, "cpu")
+    ref = reference(tiny, found, [all_packed(found)], file, "key", torch.float64)
     ref.logps = ref.logps.double().sub_(0.1).mul_(0.9)  # so that it is not the policy itself
     smallest = max(e.tokens for e in found)
 
@@ -248,15 +254,73 @@ def test_bfloat16_keeps_float32_masters_and_stays_near_float32(world, tmp_path):
 
 
 def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(world, tmp_path, tiny, monkeypatch):
-    examples = [e for e in pack_examples(world)]
-    model, file = load(world / "model"), tmp_path / "reference.safetensors"
-    ref = reference(model, examples, file, "key", 200, torch.float32, "cpu")
-    batch = pack(examples, [3, 0], 500)[0]
+    model, examples, file = load(world / "model"), pack_examples(world)[:6], tmp_path / "reference.safetensors"
+    steps = [all_packed(examples)]
+    ref = reference(model, examples, steps, file, "key", torch.float32)
+    (batch,) = pack(examples, [4, 1, 3], 1000)
     torch.testing.assert_close(ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("minibnf.forward.read_responses", lambda *a, **k: pytest.fail("computed again"))
-    assert torch.equal(reference(model, examples, file, "key", 200, torch.float32, "cpu").logps, ref.logps)
+    monkeypatch.setattr("minibnf.forward.read_batches", lambda *a, **k: pytest.fail("computed again"))
+    assert torch.equal(reference(model, examples, steps, file, "key", torch.float32).logps, ref.logps)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        reference(model, examples, file, "another model's key", 200, torch.float32, "cpu")
+        reference(model, examples, steps, file, "another model's key", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def wide(world, tmp_path_factory):
+    """A random model wide enough that a product rounds otherwise when it has more rows, with a sharp distribution."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_base(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = fresh(folder, seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3 if p.dim() == 2 else 1)
+    save(model, folder)
+    return folder
+
+
+def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
+    """The rows of metrics of one epoch at a rate that changes nothing, held-out rows at both ends; and of every token of
+    training its log-probability under the policy and that under the reference."""
+    logps, ref_logps, real = [], [], train.run_batches
+
+    def spy(model, batches, loss, hyper, ref, dtype, device, *, backward):
+        value, sums = real(model, batches, loss, hyper, ref, dtype, device, backward=backward)
+        if backward:
+            with torch.no_grad():
+                logps.extend(forward_logps(model, b.to(device), dtype) for b in batches)
+            ref_logps.extend(ref.of(b.to(device)) for b in batches)
+        return value, sums
+
+    monkeypatch.setattr(train, "run_batches", spy)
+    more = ["--loss", loss, "--dtype", dtype, "--device", device, "--eval-data", world / "held-out.jsonl"]
+    more += ["--lr", "1e-30", "--max-tokens", "90", "--seed", "3"]
+    assert main([*arguments(world, out, *more)[2:], "--model", str(wide)]) == 0
+    return logged(out), torch.cat(logps), torch.cat(ref_logps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loss", ["bnf", "dpo", "kto"])
+def test_before_anything_is_learnt_the_policy_is_the_reference(wide, world, tmp_path, monkeypatch, loss, dtype):
+    """Every weight of BNF is then 1, DPO's loss log 2 and every shift 0, in all batches of the first epoch and for held-out
+    rows: exactly, for the reference is read in the same packs by the same arithmetic."""
+    rows, logps, ref_logps = first_epoch(wide, world, tmp_path / "run", monkeypatch, loss, dtype, "cpu")
+    assert len(rows) == 6 and torch.equal(logps, ref_logps)  # four steps, two evaluations
+    for row in rows:
+        prefix = "eval_" if "eval_loss" in row else ""
+        assert row[f"{prefix}rewards/chosen"] == row[f"{prefix}rewards/rejected"] == 0
+        assert row[f"{prefix}rewards/accuracies"] == 0  # all tie
+        if loss == "dpo":
+            assert row[f"{prefix}loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("dtype, least", [("float32", 0.9999), ("bfloat16", 0.99)])
+def test_on_a_gpu_bnfs_weights_begin_near_one(wide, world, tmp_path, monkeypatch, dtype, least):
+    _, logps, ref_logps = first_epoch(wide, world, tmp_path / "run", monkeypatch, "bnf", dtype, "cuda")
+    assert bnf_weight(logps, ref_logps).mean() > least
 
 
 def test_the_fingerprint_sees_a_permutation(world):
@@ -273,7 +337,7 @@ def test_the_fingerprint_sees_a_permutation(world):
 def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tmp_path):
     examples, model = pack_examples(world)[:4], load(world / "model")
     moved, _ = mismatched(examples, 256, "file")
-    ref = reference(model, moved, tmp_path / "reference.safetensors", "key", 200, torch.float32, "cpu")
+    ref = reference(model, moved, [all_packed(moved)], tmp_path / "reference.safetensors", "key", torch.float32)
     batches = pack(moved, [0, 2, 3], 60)
     assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(0, abs=1e-5)
     ref.logps -= 0.25  # as if the policy had become surer of each token by 0.25 nats
