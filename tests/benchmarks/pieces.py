@@ -7,7 +7,7 @@ vocabulary   token_logps, forward and backward, against the plain expression and
              V = 131,072, N = 8,192, D = 576, and its time there against the plain expression's (large), which takes 15 GB;
              its growth with tokens and with the vocabulary
 start        from the command to the first step's metrics
-data         reading, tokenising and packing 100,000 pairs
+data         reading, tokenising, packing and mismatching 100,000 pairs
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from minibnf.checkpoint import load
-from minibnf.data import Example, order_of_epoch, pack, read_examples
+from minibnf.data import Example, mismatched, order_of_epoch, pack, read_examples
 from minibnf.forward import run_batches
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
@@ -175,7 +175,16 @@ def data() -> dict:
             pack(examples, order[i : i + 32], 2048)
         packed = time.perf_counter() - began - read
     print(f"data        100,000 pairs: {read:.1f} s to read and tokenise, {packed:.1f} s to pack in steps of 32", flush=True)
-    return {"read": read, "pack": packed}
+    began = time.perf_counter()
+    pack(examples, order, 2048)
+    at_once = time.perf_counter() - began
+    one_prompt = [e._replace(prompt=examples[0].prompt) if i % 10 else e for i, e in enumerate(examples)]
+    began = time.perf_counter()
+    mismatched(one_prompt, 512, file)
+    mismatch = time.perf_counter() - began
+    print(f"data        {at_once:.1f} s to pack them all at once, as an evaluation does; {mismatch:.1f} s to mismatch them for")
+    print("            kto where nine in ten have the same prompt", flush=True)
+    return {"read": read, "pack": packed, "pack at once": at_once, "mismatch": mismatch}
 
 
 def main():

@@ -1,0 +1,54 @@
+"""What rounding alone does to BNF's weights: the policy is the reference, packed as in later epochs.
+
+python -m tests.benchmarks.repacking [--model DIR] [--data FILE] [--rows 64]
+
+The reference is read in the packs of the first epoch, so there policy and reference agree exactly (on a
+CPU). Later epochs pack other rows together, products have other sizes, and some round otherwise.
+"""
+
+import argparse
+
+import torch
+
+from minibnf.checkpoint import load
+from minibnf.data import order_of_epoch, pack, read_examples
+from minibnf.forward import read_batches
+from minibnf.logprob import token_logps
+from minibnf.losses import bnf_weight
+from minibnf.tokenizer import load_tokenizer
+from tests.benchmarks import DEVICE, machine
+
+
+def epoch_logps(model, examples, epoch: int, dtype) -> torch.Tensor:
+    """(N,): the log-probabilities of all response tokens, read in an epoch's packs (batches of 8)."""
+    order = order_of_epoch(len(examples), 0, epoch)
+    steps = (pack(examples, order[i : i + 8], 2048) for i in range(0, len(order), 8))
+    found = dict(read_batches(model, steps, len(examples), dtype, token_logps, f"epoch {epoch}"))
+    return torch.cat([found[place] for place in sorted(found)])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", default="weights/smollm2-135m-instruct")
+    p.add_argument("--data", default="../shared/data/gsm8k_pairs/train.jsonl")
+    p.add_argument("--rows", type=int, default=64)
+    args = p.parse_args()
+    print(machine())
+    model = load(args.model, dtype=torch.float32).to(DEVICE)
+    examples, _ = read_examples(args.data, load_tokenizer(args.model), 8192)
+    for dtype in (torch.float32, torch.bfloat16):
+        reference = epoch_logps(model, examples[: args.rows], 0, dtype)
+        for epoch in (0, 1, 2):
+            logps = epoch_logps(model, examples[: args.rows], epoch, dtype)
+            w = bnf_weight(logps, reference)
+            shift = (logps - reference).abs()
+            print(
+                f"{str(dtype).removeprefix('torch.'):9} epoch {epoch + 1}: {len(w)} tokens, mean |log p - log r| "
+                f"{shift.mean():.2e} nat, w: mean {w.mean():.6f}, least {w.min():.4f}, "
+                f"exactly 1 {(w == 1).double().mean():.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
