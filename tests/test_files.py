@@ -39,10 +39,10 @@ def place(folder, names):
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """The folder of a run of four steps."""
+    """The folder of a run of three steps."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    flags = ["--eval-data", world / "held-out.jsonl", "--lr", 1e-3, "--loss", "kto", *CPU]
-    assert main(arguments(world, out, *flags)) == 0
+    flags = ["--eval-data", world / "held-out.jsonl", "--loss", "kto", "--max-steps", 3, *CPU]
+    assert main(arguments(world, out, "--lr", 1e-3, *flags)) == 0
     return out
 
 
@@ -232,7 +232,8 @@ def test_an_input_is_never_written_over(
         out.symlink_to(given) if how == "soft" else out.hardlink_to(given)
     before = contents(tmp_path)
     assert command(tmp_path / "copy", answers, out, "--overwrite") == 1
-    assert capsys.readouterr().err == f"error: --out {out} is the input {given}; name another file\n"
+    said = f"error: --out {out} is the input {given}; name another file\n"
+    assert capsys.readouterr().err == said
     assert contents(tmp_path) == before and out.is_symlink() == (how == "soft")
 
 
@@ -398,7 +399,8 @@ def saved(world, tmp_path_factory):
 @FEW
 @given(data=st.data())
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer-0.safetensors", "optimizer-1.safetensors", "state.json"]
+    "name",
+    ["model.safetensors", "optimizer-0.safetensors", "optimizer-1.safetensors", "state.json"],
 )
 def test_a_file_that_is_cut_or_missing_is_called_damaged(saved, name, data):
     read, folder = saved
@@ -420,9 +422,12 @@ def test_a_tensor_of_another_shape_is_called_damaged(saved):
     read, folder = saved
     file = folder / "model.safetensors"
     whole = file.read_bytes()
-    save_file(load_file(file) | {"model.norm.weight": torch.ones(1)}, file)
+    tensors = load_file(file) | {"model.norm.weight": torch.ones(1)}
+    file.unlink()  # not written in place: what was read may be mapped to it
+    save_file(tensors, file)
     with pytest.raises(OSError, match=r"'model.norm.weight' is \(1,\), the model's \(32,\)"):
         read()
+    file.unlink()
     file.write_bytes(whole)
 
 
