@@ -6,7 +6,7 @@ Every tensor is accounted for by name and shape; a tied unembedding is stored on
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -170,6 +170,51 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
     temporary.replace(path)
 
 
+def inside(path: Path, folder: Path) -> bool:
+    """Does a path, or what it links to, lie in a folder, or is it the folder itself?"""
+    places = path.resolve(), path.parent.resolve() / path.name
+    return any(place.is_relative_to(folder.resolve()) for place in places)
+
+
+def check_output(out: Path, inputs: Iterable[Path]) -> None:
+    """ValueError if out, a file to write, is a folder, an input, or a file of an input's folder.
+
+    Under whatever name: a symbolic or a hard link to an input is that input.
+    """
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file")
+    for place in inputs:
+        for file in place.iterdir() if place.is_dir() else [place]:
+            if out.exists() and file.exists() and out.samefile(file):
+                raise ValueError(f"--out {out} is the input {file}; name another file")
+
+
+OUT_OF_MEMORY = (  # what the text of a RuntimeError says where PyTorch has no class for it
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+    "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Does this exception mean that a device, or the machine, ran out of memory?"""
+    if isinstance(error, RuntimeError):
+        text = str(error).lower()
+        return any(words.lower() in text for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+@contextmanager
+def memory_advice(advice: str):
+    """Where memory runs out within, a MemoryError of one line that says what to do about it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = str(error).splitlines() or [type(error).__name__]
+        raise MemoryError(f"out of memory; {advice} ({said[0]})") from None
+
+
 def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
@@ -202,7 +247,65 @@ Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2
     return card
 
 
-# ------------------------------------------------------------------------------------------ checkpoints of a training run
+# --------------------------------------------------------------- the folder of a training run
+
+RUN_NAMES = (  # what a run writes
+    "config.json", "model", "checkpoints", "metrics.jsonl", "reference-*.safetensors",
+    "figures/training.png",
+)  # fmt: skip
+
+
+def holds_run(out: Path) -> bool:
+    """Does a folder hold a run, finished or not: a config.json that the trainer wrote?"""
+    file = out / "config.json"
+    try:
+        found = read_json(file) if file.is_file() else None
+    except ValueError:
+        return False
+    names = ("arguments", "facts")
+    return isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in names)
+
+
+def refuse_foreign(out: Path) -> None:
+    """ValueError if a folder that holds no run has a file or folder of a name that a run writes."""
+    for name in RUN_NAMES:
+        for path in out.glob(name):
+            raise ValueError(
+                f"--out {out} holds {path.relative_to(out)}, which no run of minibnf wrote; "
+                "name another folder"
+            )
+
+
+def delete_run(out: Path) -> None:
+    """Delete what a run wrote in its folder, and the folders that this empties; all else stays.
+
+    config.json stays until the next run's takes its place, and a folder is renamed before its
+    files go: after an interruption the folder still holds a run, and nothing half deleted in it
+    is taken for whole.
+    """
+    left = [*out.glob(".model.*.tmp"), *out.glob("checkpoints/.step-*.tmp")]
+    for folder in left:  # by a run that was killed, or by an interrupted deletion
+        shutil.rmtree(folder)
+    whole = [out / "model", *checkpoints(out)]
+    for folder in whole:
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.deleted.tmp")))
+        else:
+            folder.unlink(missing_ok=True)
+    files = [out / "metrics.jsonl", *out.glob("reference-*.safetensors")]
+    files.append(out / "figures" / "training.png")
+    for file in files:
+        file.unlink(missing_ok=True)
+    emptied = [out / "checkpoints", out / "figures"]
+    for folder in emptied:
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """OUT/checkpoints/step-N, the oldest first."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
@@ -216,7 +319,8 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
             state = {f"{k}.{name}": x for k, s in optim.state_dict()["state"].items() for name, x in s.items()}
             write_tensors(temporary / f"optimizer-{i}.safetensors", state)
         write_json(temporary / "state.json", {"step": step, "num_tokens": tokens})
-    for old in directory.parent.iterdir():
+    others = [*checkpoints(out), *directory.parent.glob(".step-*.tmp")]
+    for old in others:
         if old != directory:
             shutil.rmtree(old)
 
@@ -225,21 +329,30 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
 def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
     """Put the newest checkpoint into model and optimisers -> (steps done, tokens read); (0, 0) if there is none.
 
-    Raises OSError that names a checkpoint that cannot be read.
+    Raises OSError that names a checkpoint that is damaged, or cannot be read.
     """
-    found = sorted((out / "checkpoints").glob("step-*"))
+    found = checkpoints(out)
     if not found:
         return 0, 0
     try:
         return _load_training(found[-1], model, optims)
-    except Exception as error:  # whatever a damaged file makes the libraries raise
-        raise OSError(f"{found[-1]}: a damaged checkpoint ({error}); --overwrite starts anew") from None
+    except (SafetensorError, ValueError, KeyError, FileNotFoundError) as error:
+        raise OSError(
+            f"{found[-1]}: a damaged checkpoint ({error}); --overwrite starts anew"
+        ) from None
+    except OSError as error:  # no damage: a file that may not be read, say
+        raise OSError(f"{found[-1]}: the checkpoint cannot be read: {error}") from None
 
 
 def _load_training(directory: Path, model: Transformer, optims: list) -> tuple[int, int]:
     with safe_open(directory / "model.safetensors", framework="pt") as tensors:
         for name, p in model.named_parameters():
-            p.copy_(tensors.get_tensor(name))
+            stored = tensors.get_tensor(name)
+            if stored.shape != p.shape:
+                raise ValueError(
+                    f"tensor '{name}' is {tuple(stored.shape)}, the model's {tuple(p.shape)}"
+                )
+            p.copy_(stored)
     for i, optim in enumerate(optims):
         state: dict = {}
         with safe_open(directory / f"optimizer-{i}.safetensors", framework="pt") as tensors:

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.checkpoint import load, resolve_device_and_dtype, write_json
+from minibnf.checkpoint import check_output, load, memory_advice
+from minibnf.checkpoint import resolve_device_and_dtype, write_json
 from minibnf.data import Example, check_text, digest, pairs_of, parse_row, read_examples, read_rows, tokenise
 from minibnf.exam import LABELS, exam, small_world
 from minibnf.forward import read_responses
@@ -300,9 +301,11 @@ def table_of(found: dict[str, Figure], base: dict[str, Figure]) -> dict[str, dic
 def on_data(args: argparse.Namespace) -> None:
     """Measure --model, and --base where there is one, on the rows of --data: print the table, write --out."""
     if args.out:  # what cannot be written is to be known now
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        if Path(args.out).is_dir():
-            raise ValueError(f"--out {args.out} is a folder; name a file")
+        out = Path(args.out)
+        check_output(out, [Path(p) for p in (args.data, args.model, args.base) if p])
+        if out.exists() and not args.overwrite:
+            raise ValueError(f"{out} exists already; --overwrite replaces it")
+        out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer, measured = load_tokenizer(args.model), []
     task, rows = tokenised(args.data, tokenizer, args.task, args.limit)
     data = digest([row.example for row in rows])
@@ -330,7 +333,8 @@ def on_data(args: argparse.Namespace) -> None:
         print(f"\n{len(rows)} rows are few: intervals of means are too narrow below about 30")
     if args.out:
         table = {name: {k: v if v == v else None for k, v in x.items()} for name, x in table.items()}  # JSON has no nan
-        settings = vars(args) | {"task": task, "device": str(device), "dtype": dtype, "data_sha256": data}
+        settings = {k: v for k, v in vars(args).items() if k != "overwrite"}
+        settings |= {"task": task, "device": str(device), "dtype": dtype, "data_sha256": data}
         names = ("model", "base") if base else ("model",)
         answers = [
             {"line": row.example.line, "number": str(row.extra)}
@@ -373,6 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     a("--limit", type=int, metavar="N", help="the first N rows alone")
     a("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer in gsm8k; default 256")
     a("--out", metavar="FILE", help="write all figures and settings, and the answers of gsm8k, as JSON")
+    a("--overwrite", action="store_true", help="replace an --out that exists")
     a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
     a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of weights and products. auto: as in training")
     a("--max-tokens", type=int, metavar="N", help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")
@@ -383,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     a("--split", choices=["validation", "test"], default="test", help="of the prompts; default test")
     a("--seed", type=int, default=0, help="of prompts and samples; default 0")
     args = p.parse_args(argv)
-    of_data, of_world = "task limit max_new_tokens out device dtype max_tokens", "pairs samples count split seed"
+    of_data, of_world = "task limit max_new_tokens out overwrite device dtype max_tokens", "pairs samples count split seed"
     for name in (of_world if args.data else of_data).split():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} goes {'without' if args.data else 'with'} --data")
@@ -392,9 +397,15 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("limit", "max_new_tokens", "max_tokens", "samples", "count"):
         if (x := getattr(args, name)) is not None and x < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if args.overwrite and not args.out:
+        p.error("--overwrite goes with --out")
+    advice = f"lower --max-tokens (now {args.max_tokens or 'its default'})"
+    if not args.data:
+        advice = f"lower --samples (now {args.samples})"
     try:
-        (on_data if args.data else in_small_world)(args)
-    except (ValueError, OSError, ImportError) as error:
+        with memory_advice(advice):
+            (on_data if args.data else in_small_world)(args)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.checkpoint import DTYPES, load, resolve_device_and_dtype, write_json
+from minibnf.checkpoint import DTYPES, check_output, load, memory_advice
+from minibnf.checkpoint import resolve_device_and_dtype, write_json
 from minibnf.config import read_json
 from minibnf.data import encode_prompt, read_rows
 from minibnf.forward import fingerprint
@@ -333,8 +334,9 @@ def load_for_sampling(directory, device: str, dtype: str):
 def run(args: argparse.Namespace) -> None:
     check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     out, settings_file = Path(args.out), Path(f"{args.out}.settings.json")
-    if out.resolve() == Path(args.data).resolve():
-        raise ValueError(f"--out {out} is --data: the prompts would be written over")
+    inputs = [Path(args.data), Path(args.model)]
+    check_output(out, inputs)
+    check_output(settings_file, inputs)
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
     model, tokenizer = load_for_sampling(args.model, args.device, args.dtype)
@@ -384,8 +386,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        run(args)
-    except (ValueError, OSError, ImportError) as error:
+        with memory_advice(f"lower --batch-size (now {args.batch_size})"):
+            run(args)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -322,12 +322,10 @@ def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 
     def sample(prompts: list[str], n: int, seed: int) -> list[list[str]]:
         asked = [
             tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            for prompt in prompts
-            for _ in range(n)
+            for prompt in prompts for _ in range(n)
         ]
-        drawn = generate(
-            model, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0, seed=seed, stop_ids=stop
-        )
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
+        drawn = generate(model, asked, seed=seed, stop_ids=stop, **how)
         # A control token within an answer is spelt out: to drop it could make a degenerate answer look sound.
         texts = [tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False) for ids in drawn]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
@@ -433,13 +431,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _make(args: argparse.Namespace) -> None:
     if args.command == "base":
+        if args.out.is_dir() and any(args.out.iterdir()):
+            raise ValueError(f"--out {args.out} is not empty; name another folder")
         return write_base(args.out, args.seed)
     if args.command == "rows":
         made = pretrain_rows(args.count, args.seed)
     else:
-        from minibnf.checkpoint import load
+        from minibnf.checkpoint import inside, load
         from minibnf.tokenizer import load_tokenizer
-
+        if inside(args.out, Path(args.model)):
+            raise ValueError(f"--out {args.out} lies in --model {args.model}; name another file")
         made = pairs(args.kind, sampler(load(args.model), load_tokenizer(args.model)), args.count, args.seed, args.split)
         made = unpaired(made, args.unpaired) if args.unpaired else made
     _write(args.out, (json.dumps(row).encode() + b"\n" for row in made))

@@ -18,7 +18,6 @@ import json
 import math
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -30,8 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.checkpoint import DTYPES, fresh, keep_metrics, load, load_training, read_json, replacing
-from minibnf.checkpoint import model_card, resolve_device_and_dtype, save, save_training, write_json
+from minibnf.checkpoint import DTYPES, delete_run, fresh, holds_run, inside, keep_metrics, load
+from minibnf.checkpoint import load_training, memory_advice, model_card, read_json, refuse_foreign
+from minibnf.checkpoint import replacing, resolve_device_and_dtype, save, save_training, write_json
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
@@ -86,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of OUT/model; default float32")
     a = p.add_argument_group("a folder that holds a run").add_argument
     a("--resume", action="store_true", help="go on from its newest checkpoint")
-    a("--overwrite", action="store_true", help="delete that run and start anew")
+    a("--overwrite", action="store_true", help="delete what that run wrote and start anew")
     a("--config", metavar="FILE", help="take arguments from the config.json of an earlier run; flags override it")
 
     args = p.parse_args(argv)
@@ -200,13 +200,21 @@ def setup(args: argparse.Namespace) -> Run | None:
     """Check every input. None if OUT holds this run finished; ValueError or OSError for what the user must mend."""
     out, loss = Path(args.out), LOSSES[args.loss]
     hyper = loss_hyper(loss, args.loss_args)
-    if out.resolve() in [Path(args.model).resolve(), *Path(args.model).resolve().parents]:
-        raise ValueError(f"--model {args.model} lies in --out {out}, which the run replaces; write to another folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    holds_run = any((out / name).exists() for name in ("config.json", "metrics.jsonl", "model", "checkpoints"))
-    if holds_run and not args.resume and not args.overwrite:
-        raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it")
+    inputs = {"--model": args.model, "--data": args.data, "--eval-data": args.eval_data}
+    if args.config and Path(args.config).resolve() != (out / "config.json").resolve():
+        inputs["--config"] = args.config
+    for flag, path in inputs.items():
+        if path is not None and inside(Path(path), out):
+            raise ValueError(f"{flag} {path} lies in --out {out}; name another folder for the run")
+    begun = holds_run(out)
+    if not begun:
+        refuse_foreign(out)
+    elif not args.resume and not args.overwrite:
+        raise ValueError(
+            f"{out} holds a run already; --resume goes on with it, --overwrite deletes it"
+        )
     tokenizer = load_tokenizer(args.model)
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -248,7 +256,7 @@ def setup(args: argparse.Namespace) -> Run | None:
         "steps": args.max_steps or (args.epochs or 1) * steps_per_epoch, "max_tokens": max_tokens,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
-    if args.resume and holds_run:
+    if args.resume and begun:
         earlier = read_json(out / "config.json")
         before, now = earlier["arguments"] | earlier["facts"], vars(args) | facts
         for key in RESUME_NEEDS:
@@ -287,11 +295,8 @@ def train(run: Run) -> None:
     """Run to the end. FloatingPointError at a number that is not finite; KeyboardInterrupt when interrupted, and saved."""
     args, out, model, loss, hyper, sets = run.args, run.out, run.model, run.loss, run.hyper, run.sets
     on_gpu, beta = run.device.type == "cuda", hyper.get("beta", 1.0)
-    if args.overwrite:
-        for name in ("model", "checkpoints", "figures"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for file in [out / "metrics.jsonl", *out.glob("reference*.safetensors")]:
-            file.unlink(missing_ok=True)
+    if args.overwrite and holds_run(out):
+        delete_run(out)
     out.mkdir(parents=True, exist_ok=True)
     arguments = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "config")}
     write_json(out / "config.json", {"arguments": arguments, "facts": run.facts})
@@ -437,10 +442,18 @@ def finish(run: Run) -> None:
     print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
 
 
+def less_memory(args: argparse.Namespace, max_tokens: int | None) -> str:
+    """What to do where memory does not suffice."""
+    tokens, layers = max_tokens or "its default", "on" if args.gradient_checkpointing else "off"
+    return f"lower --max-tokens (now {tokens}) or pass --gradient-checkpointing (now {layers})"
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
-        run = setup(args := parse(argv))
-    except (ValueError, OSError, ImportError) as error:
+        args = parse(argv)
+        with memory_advice(less_memory(args, args.max_tokens)):
+            run = setup(args)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -450,9 +463,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.out} holds this run, finished: its model lies in {Path(args.out) / 'model'}")
         return 0
     try:
-        train(run)
+        with memory_advice(less_memory(args, run.max_tokens)):
+            train(run)
         return 0
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

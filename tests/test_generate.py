@@ -328,7 +328,7 @@ def test_other_prompts_and_another_model_are_not_gone_on_with(questions, tmp_pat
     assert command(tmp_path / "more.jsonl", out, "--chat", "--resume") == 1
     assert "prompts_sha256 was" in capsys.readouterr().err
     assert command(questions, questions, "--chat", "--overwrite") == 1
-    assert "is --data" in capsys.readouterr().err and rows_of(questions) == CHATS
+    assert "is the input" in capsys.readouterr().err and rows_of(questions) == CHATS
     with pytest.raises(SystemExit):
         command(questions, tmp_path / "twice.jsonl", "--samples", "2", "--temperature", "0")
     assert "would write the same answer 2 times" in capsys.readouterr().err

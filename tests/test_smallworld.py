@@ -372,9 +372,8 @@ def test_the_sampler_keeps_the_order(monkeypatch):
     "flags, fields", [([], {"prompt", "chosen", "rejected"}), (["--unpaired", "chosen"], {"prompt", "completion", "label"})]
 )
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
-    for module, name in (("checkpoint", "load"), ("tokenizer", "load_tokenizer")):
-        monkeypatch.setitem(sys.modules, f"minibnf.{module}", type(sys)(f"minibnf.{module}"))
-        setattr(sys.modules[f"minibnf.{module}"], name, lambda directory: directory)
+    monkeypatch.setattr("minibnf.checkpoint.load", Path)
+    monkeypatch.setattr("minibnf.tokenizer.load_tokenizer", Path)
     monkeypatch.setattr(sw, "sampler", lambda model, tokenizer: imitate)
     out = tmp_path / "new" / "pairs.jsonl"
     sw.main(["pairs", "--model", "base", "--kind", "qa", "--count", "5", "--out", str(out), *flags])

@@ -510,9 +510,9 @@ def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
     save(load(world / "model"), out / "model")
     for more in ([], ["--overwrite"]):
         assert main(["--model", str(out / "model"), *arguments(world, out)[2:], *more]) == 1
-        assert "which the run replaces" in capsys.readouterr().err
+        assert f"--model {out / 'model'} lies in --out {out}" in capsys.readouterr().err
     assert main(arguments(world, out)) == 1
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds model, which no run of minibnf wrote" in capsys.readouterr().err
     assert torch.equal(load(out / "model").unembed, load(world / "model").unembed)
 
 

@@ -1,0 +1,450 @@
+"""What the commands write over, what they refuse to, and what is said where memory runs out."""
+
+# ruff: noqa: F401, F811  (world is a fixture)
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from minibnf.checkpoint import fresh, load_training, memory_advice, out_of_memory, save_training
+from minibnf.evaluate import main as evaluate
+from minibnf.generate import main as generate
+from minibnf.smallworld import main as smallworld
+from minibnf.train import main, optimizers, parse
+from tests.strategies import FEW
+from tests.test_train import arguments, logged, rows, same, weights, write
+from tests.test_train import world
+
+CPU = ["--device", "cpu"]
+
+
+def contents(folder):
+    """{path: bytes} of every file below."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def place(folder, names):
+    """Files of these names, each holding its own."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """The folder of a run of three steps."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    flags = ["--eval-data", world / "held-out.jsonl", "--loss", "kto", "--max-steps", 3, *CPU]
+    assert main(arguments(world, out, "--lr", 1e-3, *flags)) == 0
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------- --out of the trainer
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_folder_of_other_files_is_written_into_and_keeps_them(world, tmp_path, flags):
+    out, names = tmp_path / "run", ["notes.txt", "figures/mine.svg", "models/x", "reference.txt"]
+    place(out, names)
+    for more in (flags, ["--overwrite"]):
+        assert main(arguments(world, out, "--max-steps", 1, *CPU, *more)) == 0
+        assert {name: contents(out)[name] for name in names} == {n: n.encode() for n in names}
+        assert logged(out)[-1]["step"] == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "model/model.safetensors", "metrics.jsonl", "checkpoints/notes.txt",
+        "figures/training.png", "reference-train.safetensors",
+    ],
+)  # fmt: skip
+def test_what_a_run_would_write_over_and_no_run_wrote_is_refused(
+    world, tmp_path, capsys, name, flags
+):
+    out = tmp_path / "mine"
+    place(out, [name, "notes.txt"])
+    before = contents(out)
+    assert main(arguments(world, out, "--max-steps", 1, *CPU, *flags)) == 1
+    held = name if name.startswith("figures") else name.split("/")[0]
+    said = f"error: --out {out} holds {held}, which no run of minibnf wrote; name another folder\n"
+    assert capsys.readouterr().err == said
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_checkpoint_is_no_run(world, tmp_path, capsys, flags):
+    out = shutil.copytree(world / "model", tmp_path / "checkpoint")
+    before = contents(out)
+    assert main(arguments(world, out, *CPU, *flags)) == 1
+    assert "holds config.json, which no run of minibnf wrote" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("flag", ["--data", "--eval-data", "--model", "--config"])
+def test_an_input_within_out_is_refused(world, tmp_path, run, capsys, flag, linked):
+    """Itself, or what a link elsewhere points to."""
+    inner = run / "mine"
+    if flag == "--model":
+        shutil.copytree(world / "model", inner)
+    else:
+        shutil.copyfile(run / "config.json" if flag == "--config" else world / "pairs.jsonl", inner)
+    given = inner
+    if linked:
+        given = tmp_path / "link"
+        given.symlink_to(inner)
+    before = contents(run)
+    assert main([*arguments(world, run, *CPU, "--overwrite"), flag, str(given)]) == 1
+    assert f"error: {flag} {given} lies in --out {run}" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(world, run):
+    kept = ["notes.txt", "figures/mine.svg", "checkpoints/notes.txt", "checkpoints/step-2-good/x"]
+    place(run, [*kept, ".model.7.tmp/x", "checkpoints/.step-0000009.7.tmp/x"])
+    flags = ["--max-steps", 2, "--save-every", 1, "--overwrite", *CPU]
+    assert main(arguments(world, run, *flags)) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["facts"]["steps"] == 2 and [row["step"] for row in logged(run)] == [1, 2]
+    step = "checkpoints/step-0000002/"
+    made = {"config.json", "metrics.jsonl", "reference-train.safetensors", "figures/training.png"}
+    made |= {step + x for x in ("model.safetensors", "optimizer-0.safetensors", "state.json")}
+    found = {name for name in contents(run) if not name.startswith("model/")}
+    assert found == made | set(kept)
+    assert main(["--resume", "--out", str(run)]) == 0
+
+
+def test_overwrite_interrupted_anywhere_leaves_a_run_that_goes_on(
+    world, tmp_path, finished, monkeypatch
+):
+    """At the n-th file that is renamed or deleted, for every n until the new run has begun.
+
+    Then --resume ends as the old run did (or the new one), and --overwrite as the new one.
+    """
+    monkeypatch.setattr("minibnf.plots.training_curves", lambda *_: "none")  # it takes its time
+    new = arguments(world, tmp_path / "new", "--lr", 1e-3, "--max-steps", 1, *CPU)
+    assert main(new) == 0
+    ends = [weights(finished), weights(tmp_path / "new")]
+    done, left = False, 0
+    while not done:
+        out = shutil.copytree(finished, tmp_path / str(left))
+        command = [*new, "--out", str(out), "--overwrite"]
+        calls = []
+
+        def counted(name, calls=calls, stop=left):
+            real = getattr(os, name)
+
+            def call(*args, **how):
+                if len(calls) == stop:
+                    raise KeyboardInterrupt
+                calls.append(name)
+                return real(*args, **how)
+
+            return call
+
+        def begun(run):
+            raise EOFError
+
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "rename", "replace"):
+                patch.setattr(os, name, counted(name))
+            patch.setattr("minibnf.train.announce", begun)
+            try:
+                assert main(command) == 130
+            except EOFError:
+                done = True
+        again = shutil.copytree(out, tmp_path / f"{left}-again")
+        assert main(["--resume", "--out", str(out), *CPU]) == 0
+        assert any(same(weights(out), end) for end in ends)
+        assert main([*command, "--out", str(again)]) == 0
+        assert same(weights(again), ends[1])
+        left += 1
+    assert left > 10
+
+
+# ---------------------------------------------------------------- --out of evaluate and of generate
+
+
+@pytest.fixture
+def answers(tmp_path):
+    answer = {"prompt": "Who?", "completion": " Will."}
+    return write(tmp_path / "answers.jsonl", [answer])
+
+
+def evaluated(world, data, out, *flags):
+    command = ["--model", world / "model", "--data", data, "--out", out, *CPU, *flags]
+    return evaluate([str(word) for word in command])
+
+
+def generated(world, data, out, *flags):
+    short = ["--max-new-tokens", 2, *CPU]
+    command = ["--model", world / "model", "--data", data, "--out", out, *short, *flags]
+    return generate([str(word) for word in command])
+
+
+COMMANDS = pytest.mark.parametrize("command", [evaluated, generated])
+
+
+@COMMANDS
+def test_a_file_that_exists_is_replaced_only_when_told(
+    world, tmp_path, answers, capsys, command
+):
+    out = tmp_path / "out.json"
+    out.write_text("mine")
+    assert command(world, answers, out) == 1 and out.read_text() == "mine"
+    error = capsys.readouterr().err
+    assert f"{out} exists already; " in error and "--overwrite" in error
+    assert command(world, answers, out, "--overwrite") == 0
+    replaced = out.read_text()
+    assert command(world, answers, tmp_path / "other.json") == 0
+    other = (tmp_path / "other.json").read_text()
+    assert replaced == other.replace("other.json", "out.json")
+    assert command(world, answers, tmp_path, "--overwrite") == 1
+    assert f"error: --out {tmp_path} is a folder; name a file\n" in capsys.readouterr().err
+
+
+@COMMANDS
+@pytest.mark.parametrize("how", ["itself", "soft", "hard"])
+@pytest.mark.parametrize("which", ["data", "weights"])
+def test_an_input_is_never_written_over(
+    world, tmp_path, answers, capsys, command, how, which
+):
+    """Under whatever name it is given, and with --overwrite too."""
+    model = shutil.copytree(world / "model", tmp_path / "copy" / "model")
+    out = given = answers if which == "data" else model / "model.safetensors"
+    if how != "itself":
+        out = tmp_path / "link"
+        out.symlink_to(given) if how == "soft" else out.hardlink_to(given)
+    before = contents(tmp_path)
+    assert command(tmp_path / "copy", answers, out, "--overwrite") == 1
+    said = f"error: --out {out} is the input {given}; name another file\n"
+    assert capsys.readouterr().err == said
+    assert contents(tmp_path) == before and out.is_symlink() == (how == "soft")
+
+
+def test_the_settings_of_generate_are_not_written_over_its_data(world, tmp_path):
+    data = write(tmp_path / "out.jsonl.settings.json", [{"prompt": "Who?"}])
+    before = contents(tmp_path)
+    assert generated(world, data, tmp_path / "out.jsonl") == 1
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_of_nothing_is_refused(world, answers, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(["--model", str(world), "--data", str(answers), "--overwrite"])
+    assert "--overwrite goes with --out" in capsys.readouterr().err
+
+
+def test_the_small_world_writes_over_no_model(world, tmp_path, capsys):
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    before = contents(model)
+    out = model / "config.json"
+    command = ["pairs", "--model", model, "--kind", "qa", "--count", "1", "--out", out]
+    assert smallworld([str(word) for word in command]) == 1
+    assert f"--out {out} lies in --model {model}" in capsys.readouterr().err
+    assert smallworld(["base", "--out", str(model)]) == 1
+    assert f"--out {model} is not empty" in capsys.readouterr().err
+    assert contents(model) == before
+
+
+# ------------------------------------------------------------------------------------ out of memory
+
+
+def exhausted(*_, **__):
+    """Asks for more than a machine can have: raises what PyTorch does on a CPU."""
+    torch.empty(2**45)
+
+
+def exhausted_on_cuda(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+
+EXHAUSTED = pytest.mark.parametrize("run_out", [exhausted, exhausted_on_cuda])
+
+
+def caught(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error, is_it",
+    [
+        (caught(exhausted), True),
+        (caught(exhausted_on_cuda), True),
+        (MemoryError(), True),
+        (RuntimeError("unable to mmap 536 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 B."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("out of memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_running_out_of_memory_is_recognised(error, is_it):
+    assert out_of_memory(error) == is_it
+    with pytest.raises(MemoryError if is_it else type(error)) as found, memory_advice("do less"):
+        raise error
+    if is_it:
+        text = str(found.value)
+        assert text.startswith("out of memory; do less (") and "\n" not in text
+    else:
+        assert found.value is error
+
+
+def said_once(capsys, *parts):
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory; ") and error.count("\n") == 1
+    assert all(part in error for part in parts) and "damaged" not in error
+    return True
+
+
+@EXHAUSTED
+def test_too_little_memory_for_the_model(world, tmp_path, monkeypatch, capsys, run_out):
+    monkeypatch.setattr("minibnf.train.load", run_out)
+    advice = "lower --max-tokens (now {}) or pass --gradient-checkpointing (now off)"
+    assert main(arguments(world, tmp_path / "run", *CPU)) == 1
+    assert said_once(capsys, advice.format("its default"))
+    assert main(arguments(world, tmp_path / "run", "--max-tokens", 300, *CPU)) == 1
+    assert said_once(capsys, advice.format(300)) and not (tmp_path / "run").exists()
+
+
+@EXHAUSTED
+def test_too_little_memory_for_a_step_or_to_resume(
+    world, tmp_path, monkeypatch, capsys, run_out
+):
+    """Each is one line that advises, and the run goes on to the end it would have come to."""
+    out, flags = tmp_path / "run", ["--lr", 1e-3, "--save-every", 2, *CPU]
+    assert main(arguments(world, tmp_path / "whole", *flags)) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        real, steps = optimizers, []
+
+        def few_steps(model, args, lr):
+            found = real(model, args, lr)
+            found[0].register_step_pre_hook(
+                lambda *_: run_out() if len(steps) == 3 else steps.append(1)
+            )
+            return found
+
+        patch.setattr("minibnf.train.optimizers", few_steps)
+        assert main(arguments(world, out, *flags)) == 1
+    assert said_once(capsys, "--max-tokens (now 2048)", "--gradient-checkpointing (now off)")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "load_state_dict", run_out)
+        more = ["--max-tokens", "200", "--gradient-checkpointing"]
+        assert main(["--resume", "--out", str(out), *more]) == 1
+    assert said_once(capsys, "--max-tokens (now 200)", "--gradient-checkpointing (now on)")
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert "resumed  after step 2" in capsys.readouterr().out
+    assert same(weights(out), weights(tmp_path / "whole"))
+
+
+@EXHAUSTED
+def test_too_little_memory_to_evaluate_or_to_generate(
+    world, tmp_path, answers, monkeypatch, capsys, run_out
+):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("minibnf.evaluate.read_responses", run_out)
+    monkeypatch.setattr("minibnf.generate._prefill", run_out)
+    assert evaluated(world, answers, out, "--max-tokens", 99) == 1
+    assert said_once(capsys, "lower --max-tokens (now 99)") and not out.exists()
+    assert evaluated(world, answers, out) == 1
+    assert said_once(capsys, "lower --max-tokens (now its default)")
+    assert generated(world, answers, out, "--batch-size", 7) == 1
+    assert said_once(capsys, "lower --batch-size (now 7)")
+    pairs = write(tmp_path / "pairs.jsonl", rows(2))
+    model = str(world / "model")
+    small = ["--model", model, "--base", model, "--pairs", str(pairs), "--samples", "2"]
+    assert evaluate([*small, "--count", "1"]) == 1
+    assert said_once(capsys, "lower --samples (now 2)")
+
+
+# ---------------------------------------------------------------------------- a damaged checkpoint
+
+
+@pytest.fixture(scope="module")
+def saved(world, tmp_path_factory):
+    """A function that loads it, and the folder of a checkpoint after one step of Muon and AdamW."""
+    out = tmp_path_factory.mktemp("saved")
+    args = parse(arguments(world, out, "--optimizer", "muon"))
+    model = fresh(world / "model", seed=0)
+    optims = optimizers(model, args, 1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optim in optims:
+        optim.step()
+    save_training(out, 3, 70, model, optims)
+    return lambda: load_training(out, model, optims), out / "checkpoints" / "step-0000003"
+
+
+@FEW
+@given(data=st.data())
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer-0.safetensors", "optimizer-1.safetensors", "state.json"],
+)
+def test_a_file_that_is_cut_or_missing_is_called_damaged(saved, name, data):
+    read, folder = saved
+    assert read() == (3, 70)
+    whole = (folder / name).read_bytes()
+    kept = data.draw(st.none() | st.integers(0, len(whole.rstrip()) - 1), label="bytes kept")
+    try:
+        (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(whole[:kept])
+        with pytest.raises(OSError, match=r"step-0000003: a damaged checkpoint .*starts anew"):
+            read()
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+def test_a_tensor_of_another_shape_is_called_damaged(saved):
+    """Even one that PyTorch would copy into each row."""
+    read, folder = saved
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    tensors = load_file(file) | {"model.norm.weight": torch.ones(1)}
+    file.unlink()  # not written in place: what was read may be mapped to it
+    save_file(tensors, file)
+    with pytest.raises(OSError, match=r"'model.norm.weight' is \(1,\), the model's \(32,\)"):
+        read()
+    file.unlink()
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError, KeyboardInterrupt])
+def test_what_is_no_damage_is_not_called_so(saved, monkeypatch, kind):
+    def broken(*_):
+        raise kind("a mistake in the program")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", broken)
+    with pytest.raises(kind, match="a mistake in the program"):
+        saved[0]()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr("minibnf.checkpoint.safe_open", refused)
+    with pytest.raises(OSError, match=r"step-0000003: the checkpoint cannot be read: Permission"):
+        saved[0]()
