@@ -326,8 +326,9 @@ def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 
             for _ in range(n)
         ]
         drawn = generate(
-            model, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0, seed=seed, stop_ids=stop
-        )
+            model, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0,
+            seed=seed, stop_ids=stop, vocab_size=tokenizer.vocab_size,
+        )  # fmt: skip
         # A control token within an answer is spelt out: to drop it could make a degenerate answer look sound.
         texts = [tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False) for ids in drawn]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
