@@ -175,8 +175,8 @@ def tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[lis
 
 def _tokenise(tokenizer, prompt, completion):
     if isinstance(prompt, str):
-        response = [*tokenizer.encode(completion, continuation=True), tokenizer.eos_id] if completion else []
-        return tokenizer.encode(prompt), response
+        response = tokenizer.encode(completion, continuation=True)
+        return tokenizer.encode(prompt), [*response, tokenizer.eos_id] if completion else []
     if not completion or not "".join(message["content"] for message in completion):
         return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
     return tokenizer.encode_response(prompt, completion)

@@ -220,7 +220,7 @@ def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rotary positions .*yarn"),
         ({"sliding_window": 8}, "field 'sliding_window' = 8 is not supported for llama"),
         ({"model_type": "phi3"}, "field 'model_type' = 'phi3'"),
-        ({"model_type": "gemma2", "hidden_activation": "relu"}, "field 'hidden_activation' = 'relu'"),
+        ({"model_type": "gemma2", "hidden_activation": "relu"}, "'hidden_activation' = 'relu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "field 'quantization_config' = .*fp8"),
         ({"is_causal": False}, "field 'is_causal' = False is not supported"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "field 'layer_types' must name 2 times"),
