@@ -190,7 +190,7 @@ def test_each_field_of_a_config_counts_as_in_transformers_or_is_refused(tmp_path
 
 
 class Lookups:
-    """Within `with`: collects the name of each field that transformers seeks in vain in a config."""
+    """Within `with`: collects the names of fields that transformers seeks in vain in a config."""
 
     def __enter__(self):
         self.found, self.plain = set(), transformers.PreTrainedConfig.__getattribute__
