@@ -78,11 +78,13 @@ class Side:
             yield f"[the conversation has {len(ids)} tokens and the model reads {context}: /reset starts a new one]"
             return
         limit = min(a.max_new_tokens, context - len(ids))
-        how = {"temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k, "seed": a.seed, "row": self.turn}
+        how = {"temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k, "seed": a.seed}
+        how |= {"row": self.turn, "stop_ids": self.tokenizer.end_ids}
+        how |= {"vocab_size": self.tokenizer.vocab_size}
         ended, said = [], ""
 
         def new() -> Iterator[int]:
-            for token in stream(self.reader, ids, max_new_tokens=limit, stop_ids=self.tokenizer.end_ids, **how):
+            for token in stream(self.reader, ids, max_new_tokens=limit, **how):
                 if token in self.tokenizer.end_ids:
                     ended.append(token)
                 else:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from minibnf.checkpoint import FLOATS, tensors_of, tensors_stored
-from minibnf.config import Config, read_config
+from minibnf.config import Config, announce_ignored, read_config
 from minibnf.model import Transformer
 from minibnf.tokenizer import load_tokenizer
 
@@ -68,17 +68,20 @@ def norm_bytes(n: int, c: Config, b: int, feeds_a_product: bool) -> int:
 
 
 def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False, recompute: bool = False) -> str:
-    """What main prints. Raises ValueError, OSError or ImportError where the directory is no checkpoint that train can use."""
+    """What main prints; announces the fields of config.json that are ignored.
+
+    Raises ValueError, OSError or ImportError where the directory is no checkpoint that train can
+    use.
+    """
     c, raw = read_config(directory)
     with torch.device("meta"):
         model = Transformer(c, raw)
     stored, tokenizer = tensors_stored(directory, model), load_tokenizer(directory)
-    if tokenizer.vocab_size > c.vocab_size:
-        raise ValueError(f"{directory}: {tokenizer.vocab_size} tokens in the tokenizer, {c.vocab_size} in the model")
     for name, tensor in tensors_of(stored) if values else ():
         if not tensor.isfinite().all():
             raise ValueError(f"{stored[name].file}: tensor '{name}' holds a number that is not finite")
 
+    announce_ignored(directory, raw)
     files = {x.file for x in stored.values()}
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
@@ -88,6 +91,12 @@ def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False, recomp
     window = f"; {len(windows)} layers see {windows[0]} tokens back" if windows else ""
     ends = ", ".join(f"{tokenizer.decode([i], skip_special=False)} ({i})" for i in sorted(tokenizer.end_ids))
     chat = "a template" if tokenizer.source else "no template, so data must be text, not messages"
+    vocabulary = f"{c.vocab_size}, {tokenizer.vocab_size} of them in {tokenizer.backend.path.name}"
+    if tokenizer.vocab_size > c.vocab_size:
+        vocabulary = (
+            f"{c.vocab_size}; {tokenizer.backend.path.name} holds {tokenizer.vocab_size} tokens, "
+            f"and data that needs one from id {c.vocab_size} on is refused"
+        )
     lines = {
         "model": f"{directory}: {c.family}",
         "parameters": f"{parameters:,}, {embeddings:,} of them embeddings, {'tied' if c.tie_word_embeddings else 'not tied'}",
@@ -96,7 +105,7 @@ def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False, recomp
         "layers": f"{c.num_hidden_layers} of width {c.hidden_size}, {c.num_attention_heads} heads of {c.head_dim} on "
         f"{c.num_key_value_heads} of keys and values, MLP {c.intermediate_size}",
         "context": f"{c.max_position_embeddings} tokens{window}",
-        "vocabulary": f"{c.vocab_size}, {tokenizer.vocab_size} of them in {tokenizer.backend.path.name}",
+        "vocabulary": vocabulary,
         "chat": f"{chat}; a turn ends at {ends}",
     }
     text = "\n".join(f"{name:12}{value}" for name, value in lines.items())

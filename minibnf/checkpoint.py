@@ -46,13 +46,18 @@ def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=
 
 
 def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str, Stored]:
-    """{name: Stored} of exactly the model's parameters, from the headers of the directory's files: no weights are read, but
-    for an unembedding that config.json ties and the files hold nevertheless. Raises as load does.
+    """{name: Stored} of exactly the model's parameters, from the headers of the directory's files.
+
+    No weights are read, but for an unembedding that config.json ties and the files hold
+    nevertheless. Rotary frequencies, which old files hold, are passed over: config.json decides
+    them. Raises as load does.
     """
     wanted, found = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
     for file in _weight_files(Path(directory)):
         with opened(file) as tensors:
             for name in tensors.keys():
+                if name.endswith(".rotary_emb.inv_freq"):
+                    continue
                 if name in found:
                     raise ValueError(f"{file}: tensor '{name}' stands in more than one file")
                 header = tensors.get_slice(name)

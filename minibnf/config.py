@@ -1,10 +1,13 @@
-"""config.json -> the few numbers that decide what one Transformer computes, for the families that people use.
+"""config.json -> the few numbers that decide what one Transformer computes.
 
-Llama 2 and 3 (and SmolLM2, which is one), Mistral, Qwen2 and 2.5, Qwen3, SmolLM3, Gemma-2, Gemma-3 (text). A field that would
-change the result and is not supported is an error that names it; none is ignored.
+The families: Llama 2 and 3 (and SmolLM2, which is one), Mistral, Qwen2 and 2.5, Qwen3, SmolLM3,
+Gemma-2, Gemma-3 (text). A field that would change the result and is not supported is an error that
+names it. A field that transformers does not read for the family is ignored, and the commands name
+it (announce_ignored). tests/parity holds the lists below against transformers' config classes.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,41 +55,53 @@ class Config:
     final_softcap: float | None
 
 
-# Fields that the forward pass does not read: names, token ids, initialisation, dropout, what generate() does.
+# Fields that people's files hold and that the forward pass does not read.
 HARMLESS = set(
-    "_name_or_path architectures attention_dropout attn_implementation bos_token_id cache_implementation"
-    " decoder_start_token_id dtype eos_token_id finetuning_task id2label initializer_range is_llama_config label2id"
-    " name_or_path output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type return_dict"
-    " sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript"
-    " transformers.js_config transformers_version unk_token_id use_bfloat16 use_cache".split()
+    "_name_or_path architectures attention_dropout bos_token_id dtype eos_token_id id2label"
+    " initializer_range label2id output_attentions output_hidden_states pad_token_id pretraining_tp"
+    " problem_type return_dict torch_dtype transformers_version use_cache".split()
 )
-# Fields whose other values would change what is computed, with the values that are supported, for every family.
+# Fields that the code which transformers' families share looks up in every config, whether or not
+# the family's class has them, with the values that are supported where the family does not read
+# them (READS). Llama's cache, for one, forgets what is older than a sliding_window, though its
+# attention knows no window.
 ONLY = {
-    "rope_interleaved": (False,), "partial_rotary_factor": (None, 1.0), "quantization_config": (None,),
-    "is_encoder_decoder": (False,), "cross_attention_hidden_size": (None,), "add_cross_attention": (False,),
-    "is_decoder": (False, None), "chunk_size_feed_forward": (0,), "pruned_heads": (None, {}),
-    "use_bidirectional_attention": (None, False), "hidden_act": ("silu", "gelu_pytorch_tanh", "gelu"),
+    "attention_chunk_size": (None,),
+    "chunk_size_feed_forward": (0,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "original_max_position_embeddings": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "per_layer_config": (None,),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+}
+ONLY_GEMMA = {  # fields of one kind of class
+    "attn_logit_softcapping": (None,),
     "hidden_activation": (None, "gelu_pytorch_tanh"),
-}  # fmt: skip
+    "use_bidirectional_attention": (None, False),
+}
+ONLY_OTHERS = {"hidden_act": ("silu",)}
 SHAPE = set(
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    " head_dim rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters".split()
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    " num_key_value_heads head_dim rms_norm_eps tie_word_embeddings max_position_embeddings"
+    " rope_theta rope_scaling rope_parameters".split()
 )
 _WINDOWS = {"sliding_window", "layer_types"}
 _QWEN = _WINDOWS | {"use_sliding_window", "max_window_layers"}
-_GEMMA = _WINDOWS | {"query_pre_attn_scalar", "attention_bias"}
+_GEMMA = _WINDOWS | {"query_pre_attn_scalar", "attention_bias", "final_logit_softcapping"}
 READS = {  # family: the fields it reads besides SHAPE
     "llama": {"attention_bias", "mlp_bias"},
     "mistral": {"sliding_window"},
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"attention_bias"},
     "smollm3": _QWEN | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
-    "gemma2": _GEMMA | {"attn_logit_softcapping", "final_logit_softcapping"},
-    "gemma3_text": _GEMMA | {"final_logit_softcapping", "rope_local_base_freq", "sliding_window_pattern",
-                             "_sliding_window_pattern"},
-}  # fmt: skip
-OFF = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "use_sliding_window": False,
-       "attn_logit_softcapping": None}  # fmt: skip
+    "gemma2": _GEMMA | {"attn_logit_softcapping"},
+    "gemma3_text": _GEMMA
+    | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
+}
+# Fields in which null is a value of its own; elsewhere it stands for the default.
+OFF = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 DEFAULTS = {  # where transformers' own default is not that of Llama
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
@@ -121,7 +136,12 @@ def parse_config(raw: dict, path) -> Config:
     if family not in READS:
         raise ValueError(f"{path}: field 'model_type' = {family!r} is not supported, only {', '.join(READS)}")
     _refuse(raw, family, path)
-    given = DEFAULTS.get(family, {}) | {k: v for k, v in raw.items() if v is not None or k in OFF or k.endswith("capping")}
+    read = SHAPE | READS[family]
+    given = DEFAULTS.get(family, {}) | {
+        field: value
+        for field, value in raw.items()
+        if field in read and (value is not None or field in OFF)
+    }
 
     def number(name, default=None):
         value = given.get(name, default)
@@ -161,22 +181,35 @@ def parse_config(raw: dict, path) -> Config:
     return config
 
 
+def _only(family: str) -> dict[str, tuple]:
+    """{field: supported values} of the fields that this family does not read."""
+    only = ONLY | (ONLY_GEMMA if family.startswith("gemma") else ONLY_OTHERS)
+    return {field: values for field, values in only.items() if field not in READS[family]}
+
+
 def _refuse(raw: dict, family: str, path) -> None:
-    """Raise for a field that is unknown, or has a value that this family's forward pass here does not follow."""
-    for field, value in raw.items():
-        if field in ONLY:
-            allowed = ONLY[field]
-            if field == "hidden_act":  # Gemma's, where hidden_activation says otherwise, is not read
-                allowed = allowed[1:] if family.startswith("gemma") else allowed[:1]
-            if value not in allowed:
-                raise ValueError(
-                    f"{path}: field '{field}' = {value!r} is not supported, only {' or '.join(map(repr, allowed))}"
-                )
-        elif field not in HARMLESS | SHAPE | READS[family]:
-            if field not in OFF:
-                raise ValueError(f"{path}: field '{field}' is unknown for {family}, and might change what the model computes")
-            if value != OFF[field]:
-                raise ValueError(f"{path}: field '{field}' = {value!r} is not supported for {family}, only {OFF[field]!r}")
+    """Raise for a field whose value this family's forward pass here does not follow."""
+    for field, allowed in _only(family).items():
+        if field in raw and raw[field] not in allowed:
+            raise ValueError(
+                f"{path}: field '{field}' = {raw[field]!r} is not supported for {family}, "
+                f"only {' or '.join(map(repr, allowed))}"
+            )
+
+
+def ignored_fields(raw: dict) -> list[str]:
+    """The fields of a config.json that parse_config accepted which transformers does not read."""
+    family = raw["model_type"]
+    read = HARMLESS | SHAPE | READS[family] | _only(family).keys()
+    return [field for field in raw if field not in read]
+
+
+def announce_ignored(directory, raw: dict) -> None:
+    """One line on standard error that names the ignored fields, where there are any."""
+    if ignored := ignored_fields(raw):
+        names = ", ".join(map(repr, ignored))
+        what = f"fields that a model of {raw['model_type']} does not read are ignored: {names}"
+        print(f"{Path(directory) / 'config.json'}: {what}", file=sys.stderr)
 
 
 def _layers(given: dict, family: str, n: int, number, path) -> tuple[Layer, ...]:

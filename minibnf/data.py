@@ -186,13 +186,21 @@ def check_text(value, where: str, field: str):
 
 def tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
     """-> the ids of prompt and response, () for an empty response."""
-    with _named(where, field):
-        if isinstance(prompt, str):
-            response = [*tokenizer.encode(completion, continuation=True), tokenizer.eos_id] if completion else []
-            return tokenizer.encode(prompt), response
-        if not completion or not "".join(message["content"] for message in completion):
-            return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
-        return tokenizer.encode_response(prompt, completion)
+    try:
+        with _named(where, field):
+            return _tokenise(tokenizer, prompt, completion)
+    except ValueError:
+        encode_prompt(tokenizer, prompt, where)  # names its own field where the prompt is at fault
+        raise
+
+
+def _tokenise(tokenizer, prompt, completion):
+    if isinstance(prompt, str):
+        response = tokenizer.encode(completion, continuation=True)
+        return tokenizer.encode(prompt), [*response, tokenizer.eos_id] if completion else []
+    if not completion or not "".join(message["content"] for message in completion):
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
+    return tokenizer.encode_response(prompt, completion)
 
 
 def encode_prompt(tokenizer, prompt, where: str, field: str = "prompt") -> list[int]:

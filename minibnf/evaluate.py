@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from minibnf.checkpoint import check_output, load, memory_advice
 from minibnf.checkpoint import resolve_device_and_dtype, write_json
+from minibnf.config import announce_ignored
 from minibnf.data import Example, check_text, digest, pairs_of, parse_row, read_examples, read_rows, tokenise
 from minibnf.exam import LABELS, exam, small_world
 from minibnf.forward import read_responses
@@ -174,8 +175,11 @@ class Measured(NamedTuple):
 
 
 def measure(model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=None, max_new_tokens=256) -> Measured:
-    """Raises ValueError for a row longer than the model's context, or than max_tokens (None: what suits the device), and
-    for a tokenizer of more tokens than the model has."""
+    """What a model makes of the rows.
+
+    Raises ValueError for a row longer than the model's context, or than max_tokens (None: what
+    suits the device).
+    """
     examples, context = [row.example for row in rows], model.config.max_position_embeddings
     for e in examples:
         needed = len(e.prompt) + max(*map(len, e.responses), max_new_tokens if task == "gsm8k" else 0)
@@ -183,17 +187,17 @@ def measure(model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=
             raise ValueError(
                 f"line {e.line} of the data: prompt and answer need {needed} tokens, and the model reads {context}"
             )
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model")
     default = max(2048 if model.unembed.device.type == "cpu" else 16384, *(e.tokens for e in examples))
     read = read_responses(model, examples, max_tokens or default)
     sums, lengths = [x.double().sum() for x in read], [len(x) for x in read]
     equal = {}  # responses of a row that are the same tie, however rounding differs between their places in a batch
     for place, response in enumerate((e.line, response) for e in examples for response in e.responses):
         sums[place] = equal.setdefault(response, sums[place])
-    answers, prompts, stop = [], [list(e.prompt) for e in examples] if task == "gsm8k" else [], sorted(tokenizer.end_ids)
+    answers, prompts = [], [list(e.prompt) for e in examples] if task == "gsm8k" else []
+    stop = sorted(tokenizer.end_ids)
+    how = {"max_new_tokens": max_new_tokens, "temperature": 0, "stop_ids": stop}
     for i in tqdm(range(0, len(prompts), 64), desc="answering", unit="64 rows", disable=None if prompts else True, leave=False):
-        for ids in generate(model, prompts[i : i + 64], max_new_tokens=max_new_tokens, temperature=0, stop_ids=stop):
+        for ids in generate(model, prompts[i : i + 64], vocab_size=tokenizer.vocab_size, **how):
             answers.append((tokenizer.decode(ids), ids[-1] in stop))
     return Measured(torch.stack(sums), torch.tensor(lengths).double(), answers)
 
@@ -313,6 +317,7 @@ def on_data(args: argparse.Namespace) -> None:
         raise ValueError(f"the tokenizers of {args.base} and {args.model} make different tokens of {args.data}")
     for directory in filter(None, (args.model, args.base)):
         model = load(directory)
+        announce_ignored(directory, model.raw)
         device, dtype = resolve_device_and_dtype(args.device, args.dtype, sum(p.numel() for p in model.parameters()))
         model = model.to(device=device, dtype=dtype)
         measured.append(measure(model, tokenizer, task, rows, args.max_tokens, args.max_new_tokens))
@@ -347,6 +352,8 @@ def on_data(args: argparse.Namespace) -> None:
 def in_small_world(args: argparse.Namespace) -> None:
     """Print the small world's table of --base and --model, and what each answers to two prompts."""
     tokenizer, base, aligned = load_tokenizer(args.base), load(args.base), load(args.model)
+    announce_ignored(args.base, base.raw)
+    announce_ignored(args.model, aligned.raw)
     examples, _ = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)
     asked = exam(base, tokenizer, split=args.split, samples=args.samples, count=args.count, seed=args.seed, examples=examples)
     before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minibnf.checkpoint import DTYPES, check_output, load, memory_advice
 from minibnf.checkpoint import resolve_device_and_dtype, write_json
-from minibnf.config import read_json
+from minibnf.config import announce_ignored, read_json
 from minibnf.data import encode_prompt, read_rows
 from minibnf.forward import fingerprint
 from minibnf.model import Cache, Transformer
@@ -46,12 +46,15 @@ def generate(
     seed: int = 0,
     stop_ids=(),
     first_row: int = 0,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt, at most max_new_tokens, ended early by (and including) one of stop_ids.
 
-    temperature 0 is greedy; top_k keeps the k most probable tokens (0: all), then top_p the most probable that together
-    reach this share. Row i's randomness depends on seed and first_row + i, not on what it is batched with. Raises
-    ValueError for an empty prompt or an impossible setting.
+    temperature 0 is greedy; top_k keeps the k most probable tokens (0: all), then top_p the most
+    probable that together reach this share. vocab_size: choose among the ids below it alone (None:
+    all), for a model that has more rows than its tokenizer has ids. Row i's randomness depends on
+    seed and first_row + i, not on what it is batched with. Raises ValueError for an empty prompt or
+    an impossible setting.
     """
     check_settings(max_new_tokens, temperature, top_p, top_k, seed)
     for i, prompt in enumerate(prompts):
@@ -65,7 +68,7 @@ def generate(
         rows = sum(2 * (len(prompts[i]) + max_new_tokens) >= size for i in by_length)
         rows = min(rows, _rows_that_fit(model, size))
         turn, by_length = by_length[-rows:], by_length[:-rows]
-        choose = lambda logits, u: sample(logits, u, temperature, top_p, top_k)
+        choose = lambda logits, u: sample(logits[:, :vocab_size], u, temperature, top_p, top_k)
         _generate_turn(model, prompts, turn, draws.to(model.unembed.device), outputs, max_new_tokens, choose, set(stop_ids))
     return outputs
 
@@ -247,13 +250,15 @@ class Reader:
 
 
 def stream(
-    reader: Reader, prompt: list[int], *, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=0, row=0, stop_ids=()
-):
+    reader: Reader, prompt: list[int], *, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
+    seed=0, row=0, stop_ids=(), vocab_size=None,
+):  # fmt: skip
     """Yields new ids one by one, the same that generate() returns for a prompt that is its row `row`."""
     check_settings(max_new_tokens, temperature, top_p, top_k, seed)
     ids = list(prompt)
     for u in uniform(seed, row, max_new_tokens):
-        token = int(sample(reader.logits(ids), u[None].to(reader.model.unembed.device), temperature, top_p, top_k))
+        logits = reader.logits(ids)[:, :vocab_size]
+        token = int(sample(logits, u[None].to(logits.device), temperature, top_p, top_k))
         yield token
         if token in stop_ids:
             return
@@ -325,8 +330,9 @@ def add_sampling(a, max_new_tokens: int, temperature: float = 1.0, top_p: float 
 
 
 def load_for_sampling(directory, device: str, dtype: str):
-    """-> (model, tokenizer); the numbers of resolve_device_and_dtype."""
+    """-> (model, tokenizer); device and dtype as resolve_device_and_dtype says."""
     tokenizer, model = load_tokenizer(directory), load(directory)
+    announce_ignored(directory, model.raw)
     device, dtype = resolve_device_and_dtype(device, dtype, sum(p.numel() for p in model.parameters()))
     return model.to(device=device, dtype=dtype), tokenizer
 
@@ -344,6 +350,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.data, tokenizer, args.chat, context, args.max_new_tokens)
     how = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     settings = how | {k: getattr(args, k) for k in ("chat", "samples", "batch_size")}
+    how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
     settings |= {"model_sha256": fingerprint(model), "dtype": str(model.unembed.dtype).removeprefix("torch.")}
     settings["prompts_sha256"] = hashlib.sha256(json.dumps([p for _, _, p in prompts]).encode()).hexdigest()
     done = 0
@@ -364,7 +371,7 @@ def run(args: argparse.Namespace) -> None:
     with open(out, "a", encoding="utf-8") as lines, tqdm(total=len(wanted), initial=done, unit="row", disable=None) as bar:
         for at in range(done, len(wanted), args.batch_size):
             batch = wanted[at : at + args.batch_size]
-            drawn = generate(model, [ids for _, _, ids, _ in batch], stop_ids=stops, first_row=at, **how)
+            drawn = generate(model, [ids for _, _, ids, _ in batch], first_row=at, **how)
             for (line, prompt, _, k), new in zip(batch, drawn, strict=True):
                 ended = new[-1] in stops
                 text = tokenizer.decode(new[:-1] if ended else new, skip_special=False)  # a stray control token shows

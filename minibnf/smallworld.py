@@ -325,7 +325,8 @@ def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 
             for prompt in prompts for _ in range(n)
         ]
         how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
-        drawn = generate(model, asked, seed=seed, stop_ids=stop, **how)
+        how |= {"stop_ids": stop, "vocab_size": tokenizer.vocab_size}
+        drawn = generate(model, asked, seed=seed, **how)
         # A control token within an answer is spelt out: to drop it could make a degenerate answer look sound.
         texts = [tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False) for ids in drawn]
         return [texts[i : i + n] for i in range(0, len(texts), n)]

@@ -53,6 +53,8 @@ class Tokenizer:
     """Text and messages to token ids and back.
 
     vocab_size: every id is below it.  control: {text: id} of the control tokens.  eos_id; bos_id, pad_id: may be None.
+    limit: how many rows the model in the same folder has (vocab_size in its config.json); encoding
+    a text that needs a token from there on is an error.
     end_ids: the ids that end a turn, which are eos_id and the eos_token_id of generation_config.json and config.json.
     """
 
@@ -75,11 +77,15 @@ class Tokenizer:
         for i, entry in self.config.get("added_tokens_decoder", {}).items():
             if (found := backend.id(entry["content"])) != int(i):
                 raise ValueError(f"{path}: {entry['content']!r} is to have id {i}, in {backend.path.name} it has {found}")
-        ends = [read_json(directory / f).get("eos_token_id") for f in ("generation_config.json", "config.json")]
+        files = [read_json(directory / f) for f in ("generation_config.json", "config.json")]
+        rows = files[1].get("vocab_size")
+        self.limit = rows if type(rows) is int else self.vocab_size
+        ends = [file.get("eos_token_id") for file in files]
         ends = [i for value in ends for i in (value if isinstance(value, list) else [value]) if i is not None]
         if bad := [i for i in ends if type(i) is not int or not 0 <= i < self.vocab_size]:
             raise ValueError(f"{directory}: an eos_token_id is {bad[0]!r}, which is no id of {backend.path.name}")
         self.end_ids = frozenset([self.eos_id, *ends])
+        self.known([self.eos_id])
         path = directory / "chat_template.jinja"
         source = path.read_text(encoding="utf-8") if path.is_file() else self.config.get("chat_template")
         self.source = {t["name"]: t["template"] for t in source}.get("default") if isinstance(source, list) else source
@@ -98,10 +104,20 @@ class Tokenizer:
         continuation: the text follows another one, so a tokenizer that begins a text with a space of its own does not.
         """
         if not continuation:
-            return self.backend.encode(text)
+            return self.known(self.backend.encode(text))
         mark = self._marks(text)[0]
         marked = self._pattern.sub(lambda m: f"{mark}{self.control[m[0]]};", text)
-        return self.backend.encode_marked(marked, mark, continuation=True)
+        return self.known(self.backend.encode_marked(marked, mark, continuation=True))
+
+    def known(self, ids):
+        """The ids as they are. ValueError: the model has no row for one of them."""
+        if bad := [i for i in ids if i >= self.limit]:
+            token = self.decode(bad[:1], skip_special=False)
+            raise ValueError(
+                f"token {token!r} has the id {bad[0]}, and the model in {self.directory} has "
+                f"only {self.limit} rows: it cannot read this token"
+            )
+        return ids
 
     def decode(self, ids, skip_special=True):
         """The text of token ids, special tokens left out or (skip_special=False) spelt out. ValueError: no such id."""
@@ -154,7 +170,8 @@ class Tokenizer:
         marks = self._marks(messages)
         if self._shield(messages, marks) == messages:
             return self.encode(self.render(messages, add_generation_prompt))
-        return self.backend.encode_marked(self._marked(messages, add_generation_prompt, marks)[0], marks[0])
+        marked = self._marked(messages, add_generation_prompt, marks)[0]
+        return self.known(self.backend.encode_marked(marked, marks[0]))
 
     def encode_response(self, messages, response_messages):
         """(prompt ids, response ids), split where inference splits: encode_chat(messages, True), and what follows it.
@@ -172,7 +189,8 @@ class Tokenizer:
                 "the chat template renders the prompt differently when a response follows, so no boundary "
                 f"exists: from character {at} on {prompt_text[at : at + 40]!r} becomes {text[at : at + 40]!r}"
             )
-        ids = self.backend.encode_marked(full[len(prompt) :], marks[0], continuation=True)
+        rest = full[len(prompt) :]
+        ids = self.known(self.backend.encode_marked(rest, marks[0], continuation=True))
         ends = [k for k, i in enumerate(ids) if i in self.end_ids]
         return self.encode_chat(messages, True), ids[: ends[-1] + 1] if ends else ids
 

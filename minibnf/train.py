@@ -32,6 +32,7 @@ from tqdm import tqdm
 from minibnf.checkpoint import DTYPES, delete_run, fresh, holds_run, inside, keep_metrics, load
 from minibnf.checkpoint import load_training, memory_advice, model_card, read_json, refuse_foreign
 from minibnf.checkpoint import replacing, resolve_device_and_dtype, save, save_training, write_json
+from minibnf.config import announce_ignored
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
@@ -217,10 +218,7 @@ def setup(args: argparse.Namespace) -> Run | None:
         )
     tokenizer = load_tokenizer(args.model)
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{args.model}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model"
-        )
+    announce_ignored(args.model, model.raw)
     model.recompute = args.gradient_checkpointing
     parameters = sum(p.numel() for p in model.parameters())
     device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)

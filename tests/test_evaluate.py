@@ -394,12 +394,6 @@ def test_what_cannot_be_written_or_read_is_known_at_once(model, tmp_path, capsys
     command = ["--data", str(write(tmp_path / "rows.jsonl", [GIVEN]))]
     assert main(["--model", str(model), *command, "--out", str(tmp_path)]) == 1
     assert "is a folder" in capsys.readouterr().err
-    write_base(tmp_path / "small")
-    config = json.loads((tmp_path / "small" / "config.json").read_text()) | {"vocab_size": 600}
-    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
-    save(fresh(tmp_path / "small", seed=0), tmp_path / "small")
-    assert main(["--model", str(tmp_path / "small"), *command]) == 1
-    assert "672 tokens in the tokenizer, 600 in the model" in capsys.readouterr().err
 
 
 def test_a_base_that_reads_other_tokens_is_refused(model, tmp_path, capsys):

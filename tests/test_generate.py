@@ -35,6 +35,36 @@ def test_greedy_generation_with_the_cache_is_the_plain_forwards_argmax(tiny, pro
         assert text[len(prompt) :] == new
 
 
+@FEW
+@given(prompts=PROMPTS, vocab_size=st.integers(1, 120), top_p=st.sampled_from([1, 0.7]))
+def test_no_id_from_vocab_size_on_is_chosen(tiny, prompts, vocab_size, top_p):
+    """Greedy: the plain forward's argmax of what is left. A tokenizer may have more ids, too."""
+    out = generate(tiny, prompts, max_new_tokens=3, temperature=0, vocab_size=vocab_size)
+    for prompt, new in zip(prompts, out, strict=True):
+        for k, token in enumerate(new):
+            z = tiny(torch.tensor([[*prompt, *new[:k]]]))[0, -1]
+            assert token == int(z[:vocab_size].argmax())
+    how = {"max_new_tokens": 3, "temperature": 2, "top_p": top_p, "vocab_size": vocab_size}
+    out, reader = generate(tiny, prompts, **how), Reader(tiny)
+    assert all(token < vocab_size for new in out for token in new)
+    for row, (prompt, new) in enumerate(zip(prompts, out, strict=True)):
+        assert list(stream(reader, prompt, row=row, **how)) == new
+    if vocab_size >= 97:
+        assert out == generate(tiny, prompts, **how | {"vocab_size": None})
+
+
+def test_below_vocab_size_the_distribution_is_the_renormalised_one(tiny):
+    """Chi-squared with 9 degrees of freedom over 20,000 draws, as below."""
+    logits = tiny(torch.tensor([[1, 2, 3]]))[0, -1]
+    temperature = float(logits[:10].std())  # so that all ten are drawn
+    assert (logits / temperature).softmax(0)[10:].sum() > 0.5
+    how = {"max_new_tokens": 1, "temperature": temperature, "vocab_size": 10}
+    found = torch.tensor(generate(tiny, [[1, 2, 3]] * 20000, **how))[:, 0].bincount(minlength=10)
+    p = (logits / temperature).softmax(0)[:10]
+    expected = 20000 * p / p.sum()
+    assert len(found) == 10 and ((found - expected) ** 2 / expected).sum() < 40
+
+
 def test_sampling_reproduces_and_does_not_depend_on_the_batch(tiny, monkeypatch):
     prompts = [[1, 2, 3], [4], [1, 2, 3], [5, 6]]
     first = generate(tiny, prompts, max_new_tokens=8, temperature=1.0, seed=1)

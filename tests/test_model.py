@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minibnf import checkpoint
 from minibnf.checkpoint import fresh, load, save
-from minibnf.config import Rope, parse_config
+from minibnf.config import Rope, announce_ignored, ignored_fields, parse_config
 from minibnf.fused import rotate
 from minibnf.attention import attend, block_mask, masks
 from minibnf.model import rotary
@@ -166,6 +166,34 @@ def test_a_tied_unembedding_stored_twice_must_agree(directory):
         load(directory)
 
 
+def test_rotary_frequencies_in_old_files_are_passed_over_and_nothing_else_is(directory):
+    tokens = torch.tensor([[1, 2, 3]])
+    before = load(directory)(tokens)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(directory, lambda s: s.update({name: torch.full((4,), 7.0)}))
+    torch.testing.assert_close(load(directory)(tokens), before, rtol=0, atol=0)
+    change_tensors(directory, lambda s: s.update({"model.layers.0.inv_freq": torch.zeros(4)}))
+    with pytest.raises(ValueError, match=r"tensor 'model\.layers\.0\.inv_freq' is in the files"):
+        load(directory)
+
+
+def test_fields_of_another_family_are_ignored_and_named(directory, capsys):
+    fields = {"attn_logit_softcapping": 1.0, "layer_types": ["sliding_attention"], "use_mrope": 1}
+    assert not ignored_fields(CONFIG) and ignored_fields(CONFIG | fields) == list(fields)
+    tokens = torch.tensor([[1, 2, 3]])
+    before = load(directory)(tokens)
+    (directory / "config.json").write_text(json.dumps(CONFIG | fields))
+    model = load(directory)
+    torch.testing.assert_close(model(tokens), before, rtol=0, atol=0)
+    assert capsys.readouterr() == ("", "")
+    announce_ignored(directory, model.raw)
+    line = (
+        f"{directory / 'config.json'}: fields that a model of llama does not read are ignored: "
+        "'attn_logit_softcapping', 'layer_types', 'use_mrope'\n"
+    )
+    assert capsys.readouterr() == ("", line)
+
+
 NORM = "model.norm.weight"
 
 
@@ -192,8 +220,9 @@ def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rotary positions .*yarn"),
         ({"sliding_window": 8}, "field 'sliding_window' = 8 is not supported for llama"),
         ({"model_type": "phi3"}, "field 'model_type' = 'phi3'"),
-        ({"model_type": "mistral", "mlp_bias": True}, "field 'mlp_bias' = True is not supported for mistral"),
-        ({"model_type": "gemma2"}, "field 'hidden_act' = 'silu'"),
+        ({"model_type": "gemma2", "hidden_activation": "relu"}, "'hidden_activation' = 'relu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "field 'quantization_config' = .*fp8"),
+        ({"is_causal": False}, "field 'is_causal' = False is not supported"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "field 'layer_types' must name 2 times"),
         (
             {
@@ -207,7 +236,6 @@ def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
             },
             "llama3 lacks the field 'original_max_position_embeddings'",
         ),
-        ({"attention_temperature": 2}, "field 'attention_temperature' is unknown"),
         ({"hidden_size": "24"}, "field 'hidden_size' must be a whole number above 0"),
         ({"hidden_size": 24.5}, "field 'hidden_size' must be a whole number above 0, not 24.5"),
         ({"num_key_value_heads": 2}, "must be a multiple"),

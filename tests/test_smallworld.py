@@ -353,19 +353,19 @@ def test_the_sampler_keeps_the_order(monkeypatch):
     calls = []
 
     class Tokenizer:
-        end_ids = (0,)
+        end_ids, vocab_size = (0,), 128
         encode_chat = staticmethod(lambda messages, add_generation_prompt: [ord(c) for c in messages[0]["content"]])
         decode = staticmethod(lambda ids, skip_special: "".join(map(chr, ids)))
 
-    def generate(model, prompts, *, max_new_tokens, temperature, top_p, seed, stop_ids):
-        calls.append((len(prompts), seed, temperature, stop_ids))
+    def generate(model, prompts, *, max_new_tokens, temperature, top_p, seed, stop_ids, vocab_size):
+        calls.append((len(prompts), seed, temperature, stop_ids, vocab_size))
         return [[*prompt[::-1], 0][:max_new_tokens] for prompt in prompts]
 
     monkeypatch.setitem(sys.modules, "minibnf.generate", type(sys)("minibnf.generate"))
     sys.modules["minibnf.generate"].generate = generate
     sample = sw.sampler(None, Tokenizer, max_new_tokens=3)
     assert sample(["ab", "abc", "abcd"], 2, 7) == [["ba"] * 2, ["cba"] * 2, ["dcb"] * 2]
-    assert calls == [(6, 7, 1.0, [0])]
+    assert calls == [(6, 7, 1.0, [0], 128)]
 
 
 @pytest.mark.parametrize(

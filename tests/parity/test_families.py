@@ -2,7 +2,8 @@
 
 Logits, padded and packed; greedy generation with the cache, token for token; what minibnf saves, loaded by transformers;
 the gradient of BNF in every parameter against autograd through transformers' logits; and every field of config.json,
-changed: an error that names it, or the same change of the logits.
+changed: an error that names it, or the same change of the logits, with fields that transformers'
+class does not have but its code looks up.
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the parity extra is not installed: make parity")
 
 from minibnf.checkpoint import load, save  # noqa: E402
-from minibnf.config import READS, parse_config  # noqa: E402
+from minibnf.config import READS, SHAPE, ignored_fields, parse_config  # noqa: E402
 from minibnf.data import Example, pack, pair  # noqa: E402
 from minibnf.forward import loss_and_logps  # noqa: E402
 from minibnf.generate import generate  # noqa: E402
@@ -153,14 +154,17 @@ def others(field: str, value) -> list:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_field_of_a_config_counts_as_in_transformers_or_is_refused(tmp_path, family):
-    """Whatever transformers' config class holds, changed field by field: an error that names it, or the very logits of the
-    changed model, whether they change or not. A field that a later transformers adds is unknown to config.py: named too.
+    """Whatever transformers' config class holds, changed field by field: an error that names it, or
+    the very logits of the changed model, whether they change or not.
+
+    config.py knows every field of the class. A field that a later transformers adds fails here.
     """
     fixed = dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
     base = config_of(family, 0, **fixed, **(UPPER if family == "SmolLM3" else {}))
     kind, base = type(base), json.loads(json.dumps(base.to_dict()))
     old = {"rope_theta": 1e4, "rope_scaling": None} | ({"rope_local_base_freq": 1e4} if family == "Gemma-3" else {})
     parse_config(base, "as transformers writes it, with every default")
+    assert not ignored_fields(base), "a field of the class that config.py does not list"
     tokens, wrong, counted = torch.randint(3, 61, (2, 14)), [], 0
     for field, before in (base | {k: v for k, v in old.items() if family != "Llama 3"}).items():
         for value in others(field, before):
@@ -183,6 +187,73 @@ def test_each_field_of_a_config_counts_as_in_transformers_or_is_refused(tmp_path
                 wrong.append(f"{field} = {value}: logits differ by {difference:.2g}")
     assert not wrong, "\n".join(wrong)
     assert counted >= 20
+
+
+class Lookups:
+    """Within `with`: collects the names of fields that transformers seeks in vain in a config."""
+
+    def __enter__(self):
+        self.found, self.plain = set(), transformers.PreTrainedConfig.__getattribute__
+
+        def lookup(config, name):
+            try:
+                return self.plain(config, name)
+            except AttributeError:
+                self.found.add(name)
+                raise
+
+        transformers.PreTrainedConfig.__getattribute__ = lookup
+        return self.found
+
+    def __exit__(self, *_):
+        transformers.PreTrainedConfig.__getattribute__ = self.plain
+
+
+TRIED = [True, False, 2, {"1": {"head_dim": 2}}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_that_transformers_class_lacks_does_nothing_or_is_refused(tmp_path, family):
+    """Each name that transformers looks up in vain, given a value: it is refused, or the logits and
+    greedy tokens of transformers are those without it, which are ours.
+
+    Left out: fields that are read here, and so are tested above; settings of generate(), which are
+    not the model's; transformers' private names; values that make transformers itself fail.
+    """
+    config = config_of(family, 0, hidden_size=24, num_attention_heads=4, num_key_value_heads=2)
+    model_of(config, 1).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    tokens = torch.randint(3, 61, (1, 14), generator=torch.Generator().manual_seed(0))
+    greedy = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    @torch.no_grad()
+    def computed(fields):
+        (tmp_path / "config.json").write_text(json.dumps(raw | fields))
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        return model(tokens).logits, model.generate(tokens, **greedy)
+
+    with Lookups() as sought:
+        logits, new = computed({})
+    torch.testing.assert_close(load(tmp_path)(tokens), logits, rtol=0, atol=1e-5)
+    ours = SHAPE | READS[config.model_type] | vars(transformers.GenerationConfig()).keys()
+    wrong, compared = [], 0
+    for field in sorted(name for name in sought - ours if not name.startswith("_")):
+        for value in TRIED:
+            try:
+                parse_config(raw | {field: value}, "changed")
+            except ValueError as error:
+                if field not in str(error):
+                    wrong.append(f"{field} = {value}: an error that does not name it: {error}")
+                continue
+            try:
+                changed = computed({field: value})
+            except Exception:  # whatever a senseless value makes transformers raise
+                continue
+            compared += 1
+            if (changed[0] - logits).abs().max() > 1e-5 or not changed[1].equal(new):
+                wrong.append(f"{field} = {value}: transformers computes something else")
+    assert not wrong, "\n".join(wrong)
+    assert compared >= 10
 
 
 def test_the_readme_names_each_family_and_what_was_compared():
