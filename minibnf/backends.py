@@ -40,6 +40,7 @@ class HuggingFace:
         # A continuation is encoded after some token, one that takes nothing of what follows it.
         simple = (t for t in added.values() if not (t.rstrip or t.single_word or t.normalized))
         self.before = next((t.content for t in simple), "")
+        self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
         fallback = "ByteFallback" in repr(self.fast.decoder)  # it spells bytes by <0x00> to <0xFF>
         self.byte_tokens = {
             i for t, i in vocabulary.items() if fallback and re.fullmatch("<0x[0-9A-F]{2}>", t)
@@ -104,6 +105,7 @@ class SentencePiece:
             self.control[text] = i
         ids = {"bos": self.first.bos_id(), "eos": self.first.eos_id(), "pad": self.first.pad_id()}
         self.special = {f"{k}_token": self.first.id_to_piece(i) for k, i in ids.items() if i >= 0}
+        self.unknown = [self.first.unk_id()]
         self.byte_tokens = ()  # sentencepiece decodes byte by byte
         self.texts = {i: text for text, i in self.control.items()}
         self.pattern = re.compile(f"({any_of(self.special_texts).pattern})")

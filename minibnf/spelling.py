@@ -40,8 +40,9 @@ class Spelling:
             part = True
         else:
             part = core in self.words if word else any(core in text for text in self.texts)
-        marked = self._marked(core, mark)
-        return value.replace(core, f"{mark}{marked}{mark}" if part else marked, 1)
+        marked = self._marked(value, mark)
+        core = marked.strip()
+        return marked.replace(core, f"{mark}{core}{mark}", 1) if part else marked
 
     def _marked(self, text, mark):
         return self.heads.sub(lambda head: head[0] + mark, text)

@@ -306,8 +306,7 @@ class Tokenizer:
     @cached_property
     def _texts(self):
         """{id: text} of the control tokens, but for what an unknown character becomes."""
-        unknown = self.encode("\U0010fffd", continuation=True)
-        return {i: text for text, i in self.control.items() if i not in unknown}
+        return {i: text for text, i in self.control.items() if i not in self.backend.unknown}
 
     def _mark(self, *values):
         """A character that occurs nowhere: the first private-use one that is free."""

@@ -157,6 +157,12 @@ def controls(tokenizer, ids):
     return [i for i in ids if i in set(tokenizer.control.values())]
 
 
+def special(tokenizer, ids):
+    """The control tokens but those that an assistant may write in a completion."""
+    own = {tokenizer.control[t] for t in ("<think>", "</think>")}
+    return [i for i in controls(tokenizer, ids) if i not in own]
+
+
 def expected_controls(tokenizer, name, chat):
     """Worked out by hand for each template: what it writes of itself."""
     start, end = tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
@@ -223,10 +229,10 @@ def test_the_boundary_is_that_of_inference(loaded, kind, name, chat, answer):
     assert prompt == tokenizer.encode_chat(chat, True)
     rest = tokenizer.render(chat + response)[len(tokenizer.render(chat, True)) :]
     if name == "closes with text":
-        assert tokenizer.decode(ids, skip_special=False) == rest and controls(tokenizer, ids) == []
+        assert tokenizer.decode(ids, skip_special=False) == rest and special(tokenizer, ids) == []
     else:
         assert tokenizer.decode(ids, skip_special=False) == rest.removesuffix("\n")
-        assert controls(tokenizer, ids) == [tokenizer.eos_id] == ids[-1:]
+        assert special(tokenizer, ids) == [tokenizer.eos_id] == ids[-1:]
 
 
 def test_a_response_of_several_turns_ends_with_its_last_turn(loaded):
@@ -283,7 +289,8 @@ def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
             json.dumps({"eos_token": "<|im_end|>", "chat_template": "{{ messages[0]['content'] }}<|im_end|>"})
         )
         ours = load_tokenizer(tmp_path)
-        assert ours.encode_chat([{"role": "user", "content": "<think>"}]) == [3, 1, 13]
+        ids = ours.encode_chat([{"role": "user", "content": "<think>"}])
+        assert ids == [0, 2, 1, 13]  # "<", "think", ">" and the template's own
         assert ours.encode("<think><|im_end|>") == [12, 13]
 
 
