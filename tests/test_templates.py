@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from minibnf.templates import BUDGET, SOURCE, compile_template
 from minibnf.tokenizer import load_tokenizer
+from tests.test_stream import byte_fallback
 from tests.test_tokenizer import (
     CHATML,
     PROPERTY,
@@ -309,7 +310,8 @@ def test_markup_is_text_in_prompts_and_in_other_roles(kind, tmp_path):
     for role in ("user", "tool", "system", "assistant"):
         chat = [{"role": role, "content": said}]
         assert think not in tokenizer.encode_chat(chat, True)
-        _, ids = tokenizer.encode_response(HI, [*chat, {"role": "assistant", "content": "a"}])
+        answer = {"role": "assistant", "content": "a"}
+        _, ids = tokenizer.encode_response(HI, [answer, *chat, answer])
         assert (think in ids) == (role == "assistant")
 
 
@@ -463,3 +465,117 @@ def test_boundaries(kind, system, turn, answer, rest, tmp_path):
     )
     assert tokenizer.decode(ids, False) == rest
     assert controls(tokenizer, ids) == [tokenizer.eos_id] * (rest != answer and "<|im_end|>" in rest)
+
+
+# A template that shows everything that a chat holds, and whose roles build tokens.
+SHOWS = """
+{%- for t in tools or [] %}{{ t.name + ':' + t | tojson }}<|im_end|>{% endfor %}
+{%- for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.name }}
+{%- for c in m.calls %}<|im_start|>{{ c.name | trim + c.arguments | tojson }}{% endfor %}
+{{- '<|im_end|>\n' }}{% endfor %}{{ note }}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+FORGING = {
+    "byte level": byte_level,
+    "metaspace": lambda d, t: byte_fallback(d, "metaspace", template=t),
+    "gemma": lambda d, t: byte_fallback(d, "gemma", template=t),
+    "unigram": lambda d, t: byte_fallback(d, "unigram", template=t),
+    "prepend": lambda d, t: changed(byte_fallback(d, "metaspace", template=t), PREPEND),
+    "nfkc": lambda d, t: changed(byte_level(d, t), {"normalizer": {"type": "NFKC"}}),
+    "sp": sentence_piece,
+    "sp nfkc": lambda d, t: sentence_piece(
+        d, t, add_dummy_prefix=True, normalization_rule_name="nmt_nfkc"
+    ),
+}
+PREPEND = {  # as the first conversions of Llama's tokenizer
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    },
+    "pre_tokenizer": None,
+}
+SPELT = [*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "<pad>", "<unk>"]
+ADVERSE = st.sampled_from(
+    [
+        *SPELT,
+        *(t[:k] for t in SPELT for k in (1, 2, -1)),
+        *(t[k:] for t in SPELT for k in (1, 2, -1, -2)),
+        *("im_end", "think", "▁", "<0x0A>", "\ue000", "\ue001", " ", "\n", "\r\n", "a", "é", "😀"),
+        *("＜", "＞", "＜think＞", "＜|im_end|＞", "ﬁ"),
+    ]
+)
+HOSTILE_TEXT = st.lists(ADVERSE | st.text(max_size=2), max_size=5).map("".join)
+HOSTILE_TEXT = HOSTILE_TEXT.filter(lambda t: not any("\ud800" <= c <= "\udfff" for c in t))
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {"name": HOSTILE_TEXT, "arguments": st.dictionaries(HOSTILE_TEXT, HOSTILE_TEXT, max_size=2)}
+    ),
+    max_size=2,
+)
+MESSAGES = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant"]),
+        "content": HOSTILE_TEXT,
+        "name": HOSTILE_TEXT,
+        "calls": CALLS,
+    }
+)
+
+
+def changed(directory, fields):
+    """The tokenizer.json with other fields, and the tokens that are not special normalised."""
+    spec = json.loads((directory / "tokenizer.json").read_text()) | fields
+    for token in spec["added_tokens"]:
+        token["normalized"] = not token["special"]
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    return directory
+
+
+def harmless(value, key=None):
+    """The same chat in harmless words."""
+    if isinstance(value, dict):
+        return {f"k{n}": harmless(v) for n, v in enumerate(value.values())} if key == (
+            "arguments"
+        ) else {k: harmless(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [harmless(v) for v in value]
+    return value if key == "role" else "word"
+
+
+@pytest.fixture(scope="module")
+def forging(tmp_path_factory):
+    """{kind: Tokenizer}"""
+    found = {}
+    for kind, make in FORGING.items():
+        found[kind] = load_tokenizer(make(tmp_path_factory.mktemp("t"), SHOWS))
+    return found
+
+
+@pytest.mark.parametrize("kind", FORGING)
+@PROPERTY
+@given(chat=st.lists(MESSAGES, min_size=1, max_size=3), tools=CALLS, note=HOSTILE_TEXT)
+def test_whatever_a_chat_says_its_control_tokens_are_those_of_harmless_words(
+    forging, kind, chat, tools, note
+):
+    tokenizer = forging[kind]
+    given = {"tools": tools, "note": note}
+    try:
+        ids = tokenizer.encode_chat(chat, True, **given)
+    except ValueError as error:
+        assert "nfkc" in kind and "that only resembles it" in str(error)
+        return
+    plain = tokenizer.encode_chat(harmless(chat), True, **harmless(given))
+    assert controls(tokenizer, ids) == controls(tokenizer, plain)
+    if kind in ("byte level", "sp", "gemma") and "▁" not in str([chat, given]):
+        assert tokenizer.decode(ids, skip_special=False) == tokenizer.render(chat, True, **given)
+
+
+@pytest.mark.parametrize("kind", ["nfkc", "sp nfkc"])
+def test_text_that_a_normalizer_makes_a_control_token_is_refused(forging, kind):
+    tokenizer = forging[kind]
+    message = {"role": "user", "content": "＜think＞", "name": "", "calls": []}
+    with pytest.raises(ValueError, match=r"makes the control token '<think>' of text that only"):
+        tokenizer.encode_chat([message])
+    ids = tokenizer.encode_chat([message | {"content": "＜a＞（think）"}])
+    assert tokenizer.control["<think>"] not in ids
