@@ -325,6 +325,47 @@ def test_tokens_and_attributes(tmp_path):
     assert len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8  # the file's truncation does not apply
 
 
+def beginning(directory, kind):
+    """The tokenizer of a directory, told to begin a text with bos and to end it with eos."""
+    if kind == "sp":
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        config["add_bos_token"] = True
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        fast = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        ids = [(t, fast.token_to_id(t)) for t in ("<|im_start|>", "<|im_end|>")]
+        template = tokenizers.processors.TemplateProcessing
+        fast.post_processor = template("<|im_start|> $A <|im_end|>", special_tokens=ids)
+        fast.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory)
+
+
+@each
+def test_a_text_gets_the_beginning_token_once_and_only_where_the_tokenizer_gives_it(kind, tmp_path):
+    directory = (byte_level if kind == "bpe" else sentence_piece)(tmp_path)
+    plain, begun = load_tokenizer(directory), beginning(directory, kind)
+    ids = plain.encode("The capital")
+    assert plain.encode_text("The capital") == ids == begun.encode("The capital")
+    assert begun.encode_text("The capital") == [begun.bos_id, *ids]
+    assert begun.encode_text("<|im_start|>The capital") == [begun.bos_id, *ids]
+    assert plain.encode_text("") == [] and begun.encode_text("") == [begun.bos_id]
+    chat = [{"role": "user", "content": "a"}]
+    assert begun.encode_chat(chat) == plain.encode_chat(chat)  # the template begins a chat
+
+
+@each
+@pytest.mark.parametrize("more", ["", " ", "\n", " \n\n"])
+def test_a_text_response_ends_once(loaded, kind, more):
+    tokenizer = loaded[kind, "chatml"]
+    ids = tokenizer.encode("Paris.", continuation=True)
+    assert tokenizer.encode_text_response("Paris.") == [*ids, tokenizer.eos_id]
+    found = tokenizer.encode_text_response("Paris.<|im_end|>" + more)
+    space = tokenizer.encode(more, continuation=True)
+    assert found == [*ids, tokenizer.eos_id, *space]  # what the row holds, and no more
+    assert tokenizer.encode_text_response("<|im_end|>a")[-1] == tokenizer.eos_id
+    assert tokenizer.encode_text_response("") == []
+
+
 def test_save_copies_the_files(tmp_path):
     (tmp_path / "a").mkdir()
     tokenizer = load_tokenizer(byte_level(tmp_path / "a"))
