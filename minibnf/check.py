@@ -89,7 +89,8 @@ def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False, recomp
     kinds = sorted({FLOATS[x.dtype] for x in stored.values()})
     windows = [layer.window for layer in c.layers if layer.window is not None]
     window = f"; {len(windows)} layers see {windows[0]} tokens back" if windows else ""
-    ends = ", ".join(f"{tokenizer.decode([i], skip_special=False)} ({i})" for i in sorted(tokenizer.end_ids))
+    ids = sorted(tokenizer.end_ids, key=lambda i: (i != tokenizer.closing_id, i))
+    ends = ", ".join(f"{tokenizer.decode([i], skip_special=False)} ({i})" for i in ids)
     chat = "a template" if tokenizer.source else "no template, so data must be text, not messages"
     vocabulary = f"{c.vocab_size}, {tokenizer.vocab_size} of them in {tokenizer.backend.path.name}"
     if tokenizer.vocab_size > c.vocab_size:
@@ -109,6 +110,7 @@ def report(directory, max_tokens: int = MAX_TOKENS, values: bool = False, recomp
         "chat": f"{chat}; a turn ends at {ends}",
     }
     text = "\n".join(f"{name:12}{value}" for name, value in lines.items())
+    text += f"\n{tokenizer.closing_warning}" if tokenizer.closing_warning else ""
     text += f"\n\n{f'GB to train on a CPU, {max_tokens} tokens a micro-batch':48}{'float32':>8}{'bfloat16':>10}\n"
     columns = [memory(c, parameters, max_tokens, dtype, recompute=recompute) for dtype in ("float32", "bfloat16")]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]

@@ -196,8 +196,7 @@ def tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[lis
 
 def _tokenise(tokenizer, prompt, completion):
     if isinstance(prompt, str):
-        response = tokenizer.encode(completion, continuation=True)
-        return tokenizer.encode(prompt), [*response, tokenizer.eos_id] if completion else []
+        return tokenizer.encode_text(prompt), tokenizer.encode_text_response(completion)
     if not completion or not "".join(message["content"] for message in completion):
         return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
     return tokenizer.encode_response(prompt, completion)
@@ -207,9 +206,9 @@ def encode_prompt(tokenizer, prompt, where: str, field: str = "prompt") -> list[
     """A text as it stands, or messages up to where the model's answer begins; ValueError names where and field."""
     check_text(prompt, where, field)
     with _named(where, field):
-        return (
-            tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt, add_generation_prompt=True)
-        )
+        if isinstance(prompt, str):
+            return tokenizer.encode_text(prompt)
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -346,6 +347,9 @@ def run(args: argparse.Namespace) -> None:
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
     model, tokenizer = load_for_sampling(args.model, args.device, args.dtype)
+    before = read_json(settings_file) if args.resume and out.exists() else {}
+    if "now" in before:  # a template may have put the date of the first run into the prompts
+        tokenizer.now = datetime.fromisoformat(before["now"])
     context = model.config.max_position_embeddings
     prompts = read_prompts(args.data, tokenizer, args.chat, context, args.max_new_tokens)
     how = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
@@ -355,7 +359,6 @@ def run(args: argparse.Namespace) -> None:
     settings["prompts_sha256"] = hashlib.sha256(json.dumps([p for _, _, p in prompts]).encode()).hexdigest()
     done = 0
     if args.resume and out.exists():
-        before = read_json(settings_file)
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             was, now = before.get(changed[0]), settings[changed[0]]
             raise ValueError(f"{out}: cannot go on, {changed[0]} was {was!r} and is {now!r} now")
@@ -365,7 +368,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("")  # first: rows of other settings must not be taken for rows of these
-        write_json(settings_file, settings)
+        write_json(settings_file, settings | {"now": tokenizer.now.isoformat()})
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     stops, written = tokenizer.end_ids, 0
     with open(out, "a", encoding="utf-8") as lines, tqdm(total=len(wanted), initial=done, unit="row", disable=None) as bar:

@@ -11,7 +11,6 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from functools import wraps
 from threading import local
 
@@ -57,6 +56,13 @@ def compile_template(source, where):
             raise ValueError(f"{where} cannot render these messages: {kind}{error}") from error
 
     return render
+
+
+def variables_read(source):
+    """The names of the variables that a template reads."""
+    from jinja2 import meta
+
+    return meta.find_undeclared_variables(environment().parse(source))
 
 
 def environment():
@@ -261,5 +267,5 @@ def environment():
     jinja.filters = {k: metered_filter(k, f) for k, f in jinja.filters.items() if k not in WITHOUT} | {"spend": spend}
     jinja.tests = {k: metered_test(f) for k, f in jinja.tests.items()}
     del jinja.globals["lipsum"]
-    jinja.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    jinja.globals["raise_exception"] = raise_exception
     return jinja

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -217,6 +218,9 @@ def setup(args: argparse.Namespace) -> Run | None:
             f"{out} holds a run already; --resume goes on with it, --overwrite deletes it"
         )
     tokenizer = load_tokenizer(args.model)
+    earlier = read_json(out / "config.json") if args.resume and begun else {}
+    if "now" in earlier.get("facts", {}):  # a template may have put the first run's date into rows
+        tokenizer.now = datetime.fromisoformat(earlier["facts"]["now"])
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
     announce_ignored(args.model, model.raw)
     model.recompute = args.gradient_checkpointing
@@ -250,12 +254,11 @@ def setup(args: argparse.Namespace) -> Run | None:
         "model_sha256": fingerprint(model),
         "data_sha256": {name: digest(e) for name, e in sets.items()},
         "tokens_per_epoch": sum(e.tokens for e in examples), "changed": changed.removeprefix(", "),
-        "batch": min(args.batch_size, len(examples)),
+        "batch": min(args.batch_size, len(examples)), "now": tokenizer.now.isoformat(),
         "steps": args.max_steps or (args.epochs or 1) * steps_per_epoch, "max_tokens": max_tokens,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
     if args.resume and begun:
-        earlier = read_json(out / "config.json")
         before, now = earlier["arguments"] | earlier["facts"], vars(args) | facts
         for key in RESUME_NEEDS:
             if before[key] != now[key]:
@@ -284,6 +287,8 @@ def announce(run: Run) -> None:
     print(f"data     {args.data}: {f['pairs']} pairs, {f['unpaired']} unpaired, {f['tokens_per_epoch']:,} tokens an epoch")
     if f["changed"]:
         print(f"         {f['changed']}")
+    if run.tokenizer.closing_warning:
+        print(run.tokenizer.closing_warning)
     print(f"loss     {run.loss.name}{hyper}, lr {f['lr']:.3g}, {args.optimizer}")
     print(f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most")
     print(f"steps    {run.steps} of {f['batch']} examples: {run.steps / run.steps_per_epoch:.3g} epochs", flush=True)

@@ -62,6 +62,22 @@ def test_another_checkpoint_untied_in_two_dtypes_and_shards_with_windows(directo
         assert part in said, part
 
 
+def test_the_token_that_closes_turns_is_named_and_told_where_it_is_not_listed(directory, capsys):
+    """As Qwen's base models have it: a text ends at one token, the template's turns at another."""
+    config = json.loads((directory / "tokenizer_config.json").read_text()) | {"eos_token": "<s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    change(directory, eos_token_id=1)
+    (directory / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert main([str(directory)]) == 0
+    said = capsys.readouterr().out
+    assert "a turn ends at <|end|> (2), <s> (1)\n" in said
+    warning = "warning: the chat template closes turns with <|end|> (2), which generation_config"
+    assert warning in said
+    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert main([str(directory)]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def edit(directory, change):
     state = load_file(directory / "model.safetensors")
     change(state)

@@ -26,6 +26,12 @@ class Letters:
     def encode(self, text, continuation=False):
         return [ord(c) for c in text]
 
+    def encode_text(self, text):
+        return self.encode(text)
+
+    def encode_text_response(self, text):
+        return [*self.encode(text, continuation=True), 0] if text else []
+
     def encode_chat(self, messages, add_generation_prompt=False):
         text = "".join(f"<{m['role']}>{m['content']};" for m in messages)
         return self.encode(text + "<assistant>" * add_generation_prompt)

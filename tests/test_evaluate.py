@@ -321,8 +321,11 @@ def test_choices_are_read_without_the_end_of_a_turn_and_answers_with_it(model, t
 def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
     tokenizer = load_tokenizer(model)
     tokenizer.source = None
-    _, (row,) = tokenised(write(tmp_path / "a.jsonl", [CHOICE]), tokenizer)
-    assert tokenizer.decode(row.example.prompt, skip_special=False) == "<s>Question: Which is red?\nAnswer:"
+    for begin, text in (([], ""), ([tokenizer.bos_id], "<s>")):  # as the tokenizer begins a text
+        tokenizer.begin = begin
+        _, (row,) = tokenised(write(tmp_path / "a.jsonl", [CHOICE]), tokenizer)
+        prompt = tokenizer.decode(row.example.prompt, skip_special=False)
+        assert prompt == f"{text}Question: Which is red?\nAnswer:"
     assert [tokenizer.decode(r, skip_special=False) for r in row.example.responses] == [" A poppy.", " The sea."]
 
 

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+from datetime import datetime
 
 import pytest
 import torch
@@ -324,6 +325,31 @@ def test_a_row_that_does_not_fit_is_named_before_anything_is_made(tmp_path, row,
     file.write_text(json.dumps(CHATS[0]) + "\n" + json.dumps(row))
     assert command(file, out) == 1 and not out.exists()
     assert re.search(message, capsys.readouterr().err)
+
+
+class NextYear(datetime):
+    @classmethod
+    def now(cls):
+        return cls(2040, 1, 1)
+
+
+def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(
+    questions, tmp_path, monkeypatch, capsys
+):
+    model, whole, torn = tmp_path / "model", tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    shutil.copytree("weights/tiny", model)
+    template = json.loads((model / "tokenizer_config.json").read_text())["chat_template"]
+    dated = "<|system|>{{ strftime_now('%d %B %Y') }}<|end|>" + template
+    (model / "chat_template.jinja").write_text(dated)
+    flags = ["--chat", "--batch-size", "1", "--model", str(model)]
+    assert command(questions, whole, *flags) == 0
+    assert command(questions, torn, *flags) == 0
+    torn.write_bytes(torn.read_bytes().splitlines(keepends=True)[0])
+    monkeypatch.setattr("minibnf.tokenizer.datetime", NextYear)
+    assert command(questions, torn, *flags, "--resume") == 0
+    assert torn.read_bytes() == whole.read_bytes()
+    assert command(questions, torn, *flags, "--overwrite") == 0
+    assert torn.read_bytes() != whole.read_bytes()
 
 
 def test_the_file_holds_what_one_call_of_generate_gives(questions, tmp_path):

@@ -157,6 +157,12 @@ def controls(tokenizer, ids):
     return [i for i in ids if i in set(tokenizer.control.values())]
 
 
+def special(tokenizer, ids):
+    """The control tokens but those that an assistant may write in a completion."""
+    own = {tokenizer.control[t] for t in ("<think>", "</think>")}
+    return [i for i in controls(tokenizer, ids) if i not in own]
+
+
 def expected_controls(tokenizer, name, chat):
     """Worked out by hand for each template: what it writes of itself."""
     start, end = tokenizer.control["<|im_start|>"], tokenizer.control["<|im_end|>"]
@@ -189,12 +195,8 @@ def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
 @PROPERTY
 @given(chat=st.lists(st.fixed_dictionaries({"role": roles, "content": plain}), min_size=1, max_size=4))
 def test_a_chat_without_control_text_is_its_rendering(loaded, kind, name, chat):
-    """Also by way of the marks, which encode_chat leaves aside where it can."""
     tokenizer = loaded[kind, name]
-    ids = tokenizer.encode(tokenizer.render(chat, True))
-    assert tokenizer.encode_chat(chat, True) == ids
-    marks = tokenizer._marks(chat)
-    assert tokenizer.backend.encode_marked(tokenizer._marked(chat, True, marks)[0], marks[0]) == ids
+    assert tokenizer.encode_chat(chat, True) == tokenizer.encode(tokenizer.render(chat, True))
 
 
 @each
@@ -227,10 +229,10 @@ def test_the_boundary_is_that_of_inference(loaded, kind, name, chat, answer):
     assert prompt == tokenizer.encode_chat(chat, True)
     rest = tokenizer.render(chat + response)[len(tokenizer.render(chat, True)) :]
     if name == "closes with text":
-        assert tokenizer.decode(ids, skip_special=False) == rest and controls(tokenizer, ids) == []
+        assert tokenizer.decode(ids, skip_special=False) == rest and special(tokenizer, ids) == []
     else:
         assert tokenizer.decode(ids, skip_special=False) == rest.removesuffix("\n")
-        assert controls(tokenizer, ids) == [tokenizer.eos_id] == ids[-1:]
+        assert special(tokenizer, ids) == [tokenizer.eos_id] == ids[-1:]
 
 
 def test_a_response_of_several_turns_ends_with_its_last_turn(loaded):
@@ -287,7 +289,8 @@ def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
             json.dumps({"eos_token": "<|im_end|>", "chat_template": "{{ messages[0]['content'] }}<|im_end|>"})
         )
         ours = load_tokenizer(tmp_path)
-        assert ours.encode_chat([{"role": "user", "content": "<think>"}]) == [3, 1, 13]
+        ids = ours.encode_chat([{"role": "user", "content": "<think>"}])
+        assert ids == [0, 2, 1, 13]  # "<", "think", ">" and the template's own
         assert ours.encode("<think><|im_end|>") == [12, 13]
 
 
@@ -320,6 +323,47 @@ def test_tokens_and_attributes(tmp_path):
     assert set(tokenizer.control) == {*SPECIAL, *ROLES, "<think>", "</think>"}
     assert tokenizer.vocab_size == len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 6
     assert len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8  # the file's truncation does not apply
+
+
+def beginning(directory, kind):
+    """The tokenizer of a directory, told to begin a text with bos and to end it with eos."""
+    if kind == "sp":
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        config["add_bos_token"] = True
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        fast = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        ids = [(t, fast.token_to_id(t)) for t in ("<|im_start|>", "<|im_end|>")]
+        template = tokenizers.processors.TemplateProcessing
+        fast.post_processor = template("<|im_start|> $A <|im_end|>", special_tokens=ids)
+        fast.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory)
+
+
+@each
+def test_a_text_gets_the_beginning_token_once_and_only_where_the_tokenizer_gives_it(kind, tmp_path):
+    directory = (byte_level if kind == "bpe" else sentence_piece)(tmp_path)
+    plain, begun = load_tokenizer(directory), beginning(directory, kind)
+    ids = plain.encode("The capital")
+    assert plain.encode_text("The capital") == ids == begun.encode("The capital")
+    assert begun.encode_text("The capital") == [begun.bos_id, *ids]
+    assert begun.encode_text("<|im_start|>The capital") == [begun.bos_id, *ids]
+    assert plain.encode_text("") == [] and begun.encode_text("") == [begun.bos_id]
+    chat = [{"role": "user", "content": "a"}]
+    assert begun.encode_chat(chat) == plain.encode_chat(chat)  # the template begins a chat
+
+
+@each
+@pytest.mark.parametrize("more", ["", " ", "\n", " \n\n"])
+def test_a_text_response_ends_once(loaded, kind, more):
+    tokenizer = loaded[kind, "chatml"]
+    ids = tokenizer.encode("Paris.", continuation=True)
+    assert tokenizer.encode_text_response("Paris.") == [*ids, tokenizer.eos_id]
+    found = tokenizer.encode_text_response("Paris.<|im_end|>" + more)
+    space = tokenizer.encode(more, continuation=True)
+    assert found == [*ids, tokenizer.eos_id, *space]  # what the row holds, and no more
+    assert tokenizer.encode_text_response("<|im_end|>a")[-1] == tokenizer.eos_id
+    assert tokenizer.encode_text_response("") == []
 
 
 def test_save_copies_the_files(tmp_path):

@@ -4,11 +4,13 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -459,6 +461,40 @@ def test_resuming_something_else_is_refused(world, tmp_path, capsys):
     load_tokenizer(world / "model").save(other)
     assert main(["--resume", "--out", str(out), "--model", str(other)]) == 1
     assert "cannot resume, model_sha256 was" in capsys.readouterr().err
+
+
+class NextYear(datetime):
+    @classmethod
+    def now(cls):
+        return cls(2040, 1, 1)
+
+
+def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "model", tmp_path / "model")
+    template = json.loads((world / "model" / "tokenizer_config.json").read_text())["chat_template"]
+    dated = tmp_path / "model" / "chat_template.jinja"
+    dated.write_text("<|system|>{{ strftime_now('%d %B %Y') }}<|end|>" + template)
+    out = tmp_path / "run"
+    more = ["--max-steps", "2", "--model", tmp_path / "model"]
+    assert main(arguments(world, out, *more)) == 0
+    first = weights(out)
+    shutil.rmtree(out / "model")  # as if interrupted before it was written
+    monkeypatch.setattr("minibnf.tokenizer.datetime", NextYear)
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert same(weights(out), first)
+    assert main([*arguments(world, out, *more), "--overwrite"]) == 0
+    assert json.loads((out / "config.json").read_text())["facts"]["now"].startswith("2040-01-01")
+
+
+def test_a_closing_token_that_other_programs_do_not_stop_at_is_told(world, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert main(arguments(world, tmp_path / "run", "--max-steps", "1")) == 0
+    assert "warning" not in capsys.readouterr().out
+    more = ["--max-steps", "1", "--model", tmp_path / "model"]
+    assert main(arguments(world, tmp_path / "other", *more)) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1 and "closes turns with <|end|> (2)" in warnings[0]
 
 
 def test_resuming_a_finished_run_says_so_unless_it_would_be_another(world, tmp_path, capsys):

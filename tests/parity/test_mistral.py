@@ -118,6 +118,24 @@ def test_ids_of_sentencepiece_models(directory):
     assert min(counts) > 3000
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"])
+@pytest.mark.parametrize("add", [None, False, True])
+@pytest.mark.parametrize("directory", MODELS[-1:], indirect=True)
+def test_the_beginning_of_text_prompts(directory, kind, add):
+    """By add_bos_token, and by what each class does without it."""
+    config = CONFIG | {"tokenizer_class": kind, "legacy": False, "add_bos_token": add}
+    if add is None:
+        del config["add_bos_token"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = load_tokenizer(directory)
+    begun = theirs("The capital").input_ids[:1] == [theirs.bos_token_id]
+    assert ours.encode_text("The capital") == [ours.bos_id] * begun + ours.encode("The capital")
+    if kind == "LlamaTokenizer":
+        for text in ("The capital of France", "naïve", "你好 a"):
+            assert ours.encode_text(text) == theirs(text).input_ids
+
+
 @pytest.mark.parametrize("directory", [TEKKEN], indirect=True)
 def test_ids_of_a_byte_level_bpe(directory):
     """And for ordinary text against merging by rank, done here by hand."""

@@ -9,6 +9,7 @@ from tests.test_stream import byte_fallback
 from tests.test_templates import strings
 from tests.test_tokenizer import byte_level, controls
 
+tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
 
 TURNS = (
@@ -312,9 +313,6 @@ def test_the_ids_are_those_of_transformers(both, family, chat, prompt):
         lambda: theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=True).input_ids, TemplateError
     )
     assert outcome(lambda: ours.encode_chat(chat, prompt), ValueError) == expected
-    if expected != "refused":
-        marks = ours._marks(chat)
-        assert ours.backend.encode_marked(ours._marked(chat, prompt, marks)[0], marks[0]) == expected  # the marks' way too
 
 
 def test_tools_and_reasoning(both):
@@ -365,6 +363,33 @@ def test_the_boundary_is_where_transformers_would_generate(both, family, chat, a
     assert full.startswith(text) and ids[-1] == ours.eos_id and controls(ours, ids).count(ours.eos_id) == 1
     rest = ours.encode(full[len(text) :][: full[len(text) :].rindex(eos) + len(eos)], continuation=True)
     assert ids == rest
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace", "gemma", "unigram"])
+@pytest.mark.parametrize("single", [None, "$A", "<s> $A", "<s> $A </s>"])
+def test_ids_of_text_prompts(kind, single, tmp_path):
+    """As transformers has them, once where the text begins so itself; an end has no place here."""
+    special = ["<s>", "</s>"]
+    config = dict(bos_token="<s>", eos_token="</s>", pad_token=None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if kind == "byte level":
+        byte_level(tmp_path, special=special, **config)
+    else:
+        byte_fallback(tmp_path, kind, special, **config)
+    if single is not None:
+        file = str(tmp_path / "tokenizer.json")
+        fast = tokenizers.Tokenizer.from_file(file)
+        ids = [(token, fast.token_to_id(token)) for token in special]
+        template = tokenizers.processors.TemplateProcessing
+        fast.post_processor = template(single, special_tokens=ids)
+        fast.save(file)
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in strings(300, ["The capital", " of ", "naïve", "</s>", "  ", "\n"]):
+        expected = theirs(text).input_ids
+        if single == "<s> $A </s>":
+            expected = expected[:-1]
+        twice = single not in (None, "$A") and text.startswith("<s>")
+        assert ours.encode_text(text) == expected[twice:], text
 
 
 @each

@@ -1,0 +1,141 @@
+"""The two kinds of tokenizer files: tokenizer.json (package tokenizers) and sentencepiece's
+tokenizer.model. tokenizer.py puts one face on both."""
+
+import re
+import struct
+import warnings
+from itertools import groupby
+
+from minibnf.spelling import any_of
+
+# Control tokens are all that are special, and all other added ones with markup in them, such as
+# <think> or <tool_call>: templates and parsers trust those as much. Letters, digits and white
+# space alone are vocabulary.
+PLAIN = re.compile(r"[\w\s]*")
+
+
+class HuggingFace:
+    """A tokenizer.json."""
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer as Fast
+        except ImportError:
+            raise ImportError(f"{path} needs tokenizers: pip install 'minibnf[hf]'") from None
+        self.path, self.special = path, {}
+        try:
+            self.fast = Fast.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
+        self.fast.no_truncation()  # the file may ask for either
+        self.fast.no_padding()
+        vocabulary, added = self.fast.get_vocab(), self.fast.get_added_tokens_decoder()
+        self.id, self.vocab_size = self.fast.token_to_id, max(vocabulary.values()) + 1
+        self.control = {
+            token.content: i
+            for i, token in added.items()
+            if token.special or not PLAIN.fullmatch(token.content)
+        }
+        self.special_texts = [token.content for token in added.values() if token.special]
+        # A continuation is encoded after some token, one that takes nothing of what follows it.
+        simple = (t for t in added.values() if not (t.rstrip or t.single_word or t.normalized))
+        self.before = next((t.content for t in simple), "")
+        self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
+        fallback = "ByteFallback" in repr(self.fast.decoder)  # it spells bytes by <0x00> to <0xFF>
+        self.byte_tokens = {
+            i for t, i in vocabulary.items() if fallback and re.fullmatch("<0x[0-9A-F]{2}>", t)
+        }
+        # A byte-level BPE spells each byte by one printable character. Some vocabularies
+        # (SmolLM2's) lack a few of these, and then the library leaves such bytes out, as
+        # transformers does too. Here that is at least said.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        characters = map(chr, printable + list(range(256, 512)))
+        spelt = dict(zip(printable + others, characters, strict=False))
+        unknown = getattr(self.fast.model, "unk_token", "")
+        byte_level = "ByteLevel" in repr(self.fast.pre_tokenizer) and unknown is None
+        self.unspelt = {b for b in range(256) if byte_level and spelt[b] not in vocabulary}
+
+    def begin(self, config, bos_id):
+        """The ids that the file's post-processor puts before a text."""
+        encoded = self.fast.encode("a")
+        return encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]
+
+    def encode(self, text, continuation):
+        if self.unspelt:
+            lost = sorted({c for c in set(text) if not self.unspelt.isdisjoint(c.encode())})
+            if lost:
+                warnings.warn(
+                    f"{self.path} has no token for {lost}: left out of a text", stacklevel=3
+                )
+        before = self.before if continuation else ""
+        return self.fast.encode(before + text, add_special_tokens=False).ids[bool(before) :]
+
+    def decode(self, ids, skip_special):
+        return self.fast.decode(ids, skip_special_tokens=skip_special)
+
+
+class SentencePiece:
+    """A tokenizer.model, whose control and user-defined pieces are control tokens."""
+
+    def __init__(self, path):
+        from sentencepiece import SentencePieceProcessor as Processor
+
+        self.path, model, at = path, path.read_bytes(), 0
+        try:
+            self.first = Processor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{path} cannot be read as a sentencepiece model: {error}") from error
+        # The dummy prefix, a space before the text, belongs at its beginning only. The bytes add
+        # normalizer_spec { add_dummy_prefix: false } to the model: in protobuf, what comes last
+        # counts. (The library's own way to edit a model needs the package protobuf.)
+        self.rest = Processor(model_proto=model + b"\x1a\x02\x18\x00")
+        self.vocab_size, self.control, self.special_texts = len(self.first), {}, []
+        for i in range(self.vocab_size):
+            piece = self.first.id_to_piece(i)
+            # The library does not tell which pieces are user-defined. In the file a piece is its
+            # text, 0x15, its score and, unless it is a normal one, 0x18 and its type.
+            entry = piece.encode() + b"\x15" + struct.pack("<f", self.first.get_score(i))
+            at = model.index(entry, at) + len(entry)
+            text = piece.replace("\u2581", " ")
+            if self.first.is_control(i):
+                self.special_texts.append(text)
+            elif model[at : at + 2] != b"\x18\x04" or PLAIN.fullmatch(text):
+                continue
+            self.control[text] = i
+        ids = {"bos": self.first.bos_id(), "eos": self.first.eos_id(), "pad": self.first.pad_id()}
+        self.special = {f"{k}_token": self.first.id_to_piece(i) for k, i in ids.items() if i >= 0}
+        self.unknown = [self.first.unk_id()]
+        self.byte_tokens = ()  # sentencepiece decodes byte by byte
+        self.texts = {i: text for text, i in self.control.items()}
+        self.pattern = re.compile(f"({any_of(self.special_texts).pattern})")
+
+    def id(self, text):
+        piece = text.replace(" ", "\u2581")
+        i = self.first.piece_to_id(piece)
+        return i if self.first.id_to_piece(i) == piece else None
+
+    def begin(self, config, bos_id):
+        """The beginning token where tokenizer_config.json asks for one, by the default of
+        transformers 5."""
+        default = str(config.get("tokenizer_class")).startswith("CodeLlama")
+        return [bos_id] if config.get("add_bos_token", default) and bos_id is not None else []
+
+    def encode(self, text, continuation):
+        """sentencepiece reads user-defined pieces in text, but not control pieces."""
+        ids = []
+        for k, part in enumerate(self.pattern.split(text)):  # ordinary text and control in turn
+            if k % 2:
+                ids.append(self.control[part])
+            else:
+                ids += (self.rest if k or continuation else self.first).encode(part)
+        return ids
+
+    def decode(self, ids, skip_special):
+        text, processor = "", self.first
+        shown = (i for i in ids if not skip_special or i not in self.texts)
+        for is_control, run in groupby(shown, self.texts.__contains__):
+            run = list(run)
+            text += "".join(self.texts[i] for i in run) if is_control else processor.decode(run)
+            processor = self.rest
+        return text
