@@ -42,11 +42,12 @@ from tqdm import tqdm
 from minibnf import smallworld, train
 from minibnf.checkpoint import load, read_json, write_json, write_text
 from minibnf.config import read_config
-from minibnf.data import read_examples, read_rows
+from minibnf.data import read_examples
 from minibnf.forward import fingerprint
 from minibnf.evaluate import tokenised
 from minibnf.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
 from minibnf.losses import LOSSES
+from minibnf.rows import read_rows
 from minibnf.tokenizer import load_tokenizer
 
 TRACE_POINTS = 32  # of a run's metrics that its result keeps

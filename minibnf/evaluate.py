@@ -43,10 +43,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.checkpoint import load, resolve_device_and_dtype, write_json
-from minibnf.data import Example, check_text, digest, parse_row, read_examples, read_rows, tokenise
+from minibnf.data import Example, digest, read_examples, tokenise
 from minibnf.exam import LABELS, exam, small_world
 from minibnf.forward import read_responses
 from minibnf.generate import generate
+from minibnf.rows import check_text, parse_row, read_rows
 from minibnf.smallworld import sampler
 from minibnf.tokenizer import Tokenizer, load_tokenizer
 

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from minibnf.checkpoint import DTYPES, load, resolve_device_and_dtype, write_json
 from minibnf.config import read_json
-from minibnf.data import encode_prompt, read_rows
+from minibnf.data import encode_prompt
 from minibnf.forward import fingerprint
 from minibnf.model import Cache, Transformer
+from minibnf.rows import read_rows
 from minibnf.tokenizer import load_tokenizer
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
