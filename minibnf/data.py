@@ -1,9 +1,8 @@
-"""Preference data: JSON Lines -> token ids -> packed batches.
+"""Rows -> token ids -> packed batches.
 
-A row is paired {"prompt", "chosen", "rejected"}, unpaired {"prompt", "completion", "label"}, or paired with the prompt
-implicit {"chosen": [messages], "rejected": [messages]}; one file may mix them. A batch is flat: no padding anywhere, a
-prompt stored once with the responses that share it. Nothing is dropped or shortened unless the caller asked for it, and
-then it is counted.
+Rows are rows.py's business. A batch is flat: no padding anywhere, a prompt stored once with the
+responses that share it. Nothing is dropped or shortened unless the caller asked for it, and then
+it is counted.
 """
 
 import hashlib
@@ -15,11 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minibnf.losses import Responses
 from minibnf.attention import Group, to_device
-from minibnf.rows import check_text, parse_row, read_rows
+from minibnf.rows import Notes, Place, Record, each_row, parse_row, scan_rows
 
 
 class Example(NamedTuple):
@@ -39,62 +37,100 @@ class Example(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> tuple[list[Example], Counter]:
-    """Every row of a .jsonl or .jsonl.gz file, tokenised; and how many were "truncated", "skipped" or of no use.
+def read_examples(
+    path, tokenizer, max_length: int, overlong: str = "error", notes: Notes | None = None
+) -> tuple[list[Example], Counter]:
+    """The rows of a file (see rows.py) as tokens; how many were "truncated", "skipped", of no use.
 
-    max_length: the most tokens of a prompt with one response (the model's context). overlong: what to do with more:
-    "error", "truncate" (the response loses its end) or "skip".
-    Raises ValueError with file, line and field for a row that does not fit, FileNotFoundError for no such file.
+    max_length: the most tokens of a prompt with one response (the model's context). overlong: what
+    to do with more: "error", "truncate" (the response loses its end) or "skip". notes gathers what
+    a person should know of the rows.
+    Raises ValueError that lists the bad rows, each with its place and field; FileNotFoundError.
     """
-    examples, counts = [], Counter()
-    for number, row in tqdm(list(read_rows(path)), desc="tokenising", unit="row", disable=None, leave=False):
-        where = f"{path}, line {number}"
-        prompt, completions, preferred = parse_row(row, where)
-        ids = [tokenise(tokenizer, prompt, c, where, field) for field, c in completions]
-        prompt_ids, responses = ids[0][0], [tuple(response) for _, response in ids]
-        if not prompt_ids:
-            raise ValueError(f"{where}: field 'prompt' is empty, so nothing predicts the first token of a response")
-        for (field, _), response in zip(completions, responses, strict=True):
-            if not response:
-                raise ValueError(f"{where}: field '{field}' is empty; a response needs at least one token")
-        longest = len(prompt_ids) + max(map(len, responses))
+    counts = Counter()
+
+    def example(row: dict, place: Place) -> Example | None:
+        record = parse_row(row, place)
+        if notes:
+            notes.add(record, place, tokenizer.reads)
+        prompt, responses = token_ids(tokenizer, record, place)
+        longest = len(prompt) + max(map(len, responses))
         if longest > max_length:
-            if overlong == "error" or (overlong == "truncate" and len(prompt_ids) >= max_length):
-                alone = len(prompt_ids) >= max_length
-                what = f"the prompt alone has {len(prompt_ids)}" if alone else f"prompt and response together have {longest}"
-                raise ValueError(
-                    f"{where}: {what} tokens, and the model reads {max_length}; shorten it, or pass --overlong skip"
-                    + (" or --overlong truncate" if not alone else "")
-                )
+            if overlong == "error" or (overlong == "truncate" and len(prompt) >= max_length):
+                raise ValueError(f"{place}: {_too_long(len(prompt), longest, max_length)}")
             counts["truncated" if overlong == "truncate" else "skipped"] += 1
             if overlong == "skip":
-                continue
-            responses = [r[: max_length - len(prompt_ids)] for r in responses]
-        counts["whose chosen and rejected are the same"] += len(responses) == 2 and responses[0] == responses[1]
-        examples.append(Example(tuple(prompt_ids), tuple(responses), preferred, number))
+                return None
+            responses = tuple(r[: max_length - len(prompt)] for r in responses)
+        same = len(responses) == 2 and responses[0] == responses[1]
+        counts["whose chosen and rejected are the same"] += same
+        return Example(prompt, responses, record.preferred, place.number)
+
+    examples = [e for e in each_row(scan_rows(path), example) if e]
     if not examples:
-        raise ValueError(f"{path}: no rows" + (f" left: all {counts['skipped']} are too long" if counts else ""))
+        raise ValueError(f"{path}: no rows left: all {counts['skipped']} are too long")
     return examples, +counts  # what did not occur is left out
 
 
-def tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
-    """-> the ids of prompt and response, () for an empty response."""
+def _too_long(prompt: int, longest: int, max_length: int) -> str:
+    if prompt >= max_length:
+        what, more = f"the prompt alone has {prompt}", ""
+    else:
+        what, more = f"prompt and response together have {longest}", " or --overlong truncate"
+    return (
+        f"{what} tokens, and the model reads {max_length}; "
+        f"shorten it, or pass --overlong skip{more}"
+    )
+
+
+def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]:
+    """The ids of a prompt and of each response to it; ValueError where one has no token."""
+    ids = [
+        tokenise(tokenizer, record.prompt, completion, place, field, **record.variables)
+        for field, completion in record.completions
+    ]
+    if not ids[0][0]:
+        raise ValueError(
+            f"{place}: field 'prompt' is empty, so nothing predicts the first token of a response"
+        )
+    for (field, _), (_, response) in zip(record.completions, ids, strict=True):
+        if not response:
+            raise ValueError(f"{place}: field '{field}' is empty; a response needs a token")
+    return tuple(ids[0][0]), tuple(tuple(response) for _, response in ids)
+
+
+def tokenise(
+    tokenizer, prompt, completion, where, field: str, **variables
+) -> tuple[list[int], list[int]]:
+    """-> the ids of prompt and response, [] for an empty response. variables: of the template."""
     with _named(where, field):
         if isinstance(prompt, str):
             response = [*tokenizer.encode(completion, continuation=True), tokenizer.eos_id] if completion else []
             return tokenizer.encode(prompt), response
-        if not completion or not "".join(message["content"] for message in completion):
-            return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
-        return tokenizer.encode_response(prompt, completion)
+        _check_calls(tokenizer, [*prompt, *completion])
+        if not any(m.get("content") or m.get("tool_calls") for m in completion):
+            return tokenizer.encode_chat(prompt, add_generation_prompt=True, **variables), []
+        return tokenizer.encode_response(prompt, completion, **variables)
 
 
-def encode_prompt(tokenizer, prompt, where: str, field: str = "prompt") -> list[int]:
+def encode_prompt(tokenizer, prompt, where, field: str = "prompt", **variables) -> list[int]:
     """A text as it stands, or messages up to where the model's answer begins; ValueError names where and field."""
-    check_text(prompt, where, field)
     with _named(where, field):
-        return (
-            tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt, add_generation_prompt=True)
-        )
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        _check_calls(tokenizer, prompt)
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True, **variables)
+
+
+def _check_calls(tokenizer, messages: list[dict]):
+    """ValueError for a message that says nothing but a call of a tool, to a template without."""
+    for message in messages:
+        lost = message.get("tool_calls") and not message.get("content")
+        if lost and "tool_calls" not in (tokenizer.source or ""):
+            raise ValueError(
+                f"a message of '{message['role']}' has no text beside its 'tool_calls', "
+                "which this model's chat template does not read"
+            )
 
 
 @contextmanager

@@ -1,89 +1,479 @@
-"""Rows of preference data: what files of them look like, knowing no model and no tokenizer."""
+"""Rows: what files of them look like and what a row says, knowing no model and no tokenizer.
+
+    for place, row in scan_rows("pairs.jsonl"):     # one function per format yields these
+        parse_row(row, place)                       # -> Record(prompt, completions, preferred, ...)
+
+Files: JSON Lines, a JSON array, JSON objects printed over several lines, each also as .gz; Parquet.
+A file may be a pipe: it is read once, from its beginning to its end.
+
+A row is one of
+    {"prompt": P, "chosen": C, "rejected": C}       paired
+    {"prompt": P, "completion": C, "label": bool}   unpaired
+    {"chosen": C, "rejected": C}                    paired, the prompt implicit
+P and C are texts or messages. Three more columns have a meaning beside messages: "system" (a text)
+becomes the first message; "tools" (a list of schemas) and "chat_template_kwargs" (an object) are
+variables of the chat template, and may be JSON in a text. null means absent.
+"""
 
 import gzip
 import json
+import re
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+OPTIONS = ("system", "tools", "chat_template_kwargs")
+COMPARED = (  # the keys that make two messages the same; ids, times and all others do not
+    "role", "content", "reasoning_content", "thinking", "tool_calls", "tool_call_id", "name",
+)  # fmt: skip
+TURN = "\n\nAssistant:"  # begins an answer in HH-RLHF's texts
+BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
+DEPTH = 100  # how deeply a row's lists and objects may be nested; those behind us recurse too
+SHOWN = 10  # bad rows that an error lists
 
 
-def read_rows(path):
-    """(line number, object) of every row of a .jsonl or .jsonl.gz file that is not blank; ValueError names the bad line."""
+class Place(NamedTuple):
+    """Where a row stands; its text is the beginning of errors."""
+
+    path: Path
+    unit: str  # "line", or "row" in an array and in Parquet
+    number: int  # from 1
+
+    def __str__(self):
+        return f"{self.path}, {self.unit} {self.number}"
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
+    """The rows of a file one after another, less their nulls; for one that is no JSON object, why.
+
+    Raises FileNotFoundError, ImportError, ValueError for a file without rows or a broken one.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: " + ("is no file" if path.exists() else "there is no such file"))
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in _numbered(lines, path):
-            where = f"{path}, line {number}"
-            try:
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                row = json.loads(line.rstrip())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 text: {error}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}, column {error.colno}: not valid JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
-                raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
-            yield number, row
-
-
-def _numbered(lines, path):
-    """enumerate(lines, 1), a broken archive named."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file of rows")
+    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+        raise ValueError(
+            f"{path}: tables of text (CSV, TSV) are not read; write JSON Lines, as pandas does: "
+            f"read_csv(FILE).to_json(OUT, orient='records', lines=True)"
+        )
+    place = None
     try:
-        yield from enumerate(lines, 1)
+        for place, row in _parquet(path) if path.suffix == ".parquet" else _json(path):
+            yield place, _object(row, place)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read to its end: {error}") from None
+    if place is None:
+        raise ValueError(f"{path}: no rows")
 
 
-def parse_row(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tuple[bool, ...]]:
-    """-> prompt, [(field, completion)], preferred; prompt and completions all strings or all lists of messages."""
-    if "completion" in row or "label" in row:
+def _json(path: Path) -> Iterator[tuple[Place, object]]:
+    """Which form of JSON a file has, its first line that is not blank tells."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+        first = []
+        for line in stream:
+            first.append(line)
+            if line.strip(BLANK):
+                break
+        opening = b"".join(first).strip(BLANK)
+        if opening.startswith(b"["):
+            yield from _array(path, b"".join([*first, *stream]))
+        elif opening.startswith(b"{") and not opening.endswith(b"}"):
+            yield from _objects(path, b"".join([*first, *stream]))
+        else:
+            yield from _lines(path, chain(first, stream))
+
+
+def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[Place, object]]:
+    """JSON Lines. A line that is no JSON is an error of its own, and reading goes on."""
+    for number, line in enumerate(lines, 1):
+        if line.strip(BLANK):
+            place = Place(path, "line", number)
+            try:
+                with _json_errors(place):
+                    row = json.loads(line.decode("utf-8-sig").strip())
+            except ValueError as error:
+                row = error
+            yield place, row
+
+
+def _array(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
+    """A JSON array of rows."""
+    with _json_errors(path, whole=True):
+        rows = json.loads(data.decode("utf-8-sig"))
+    for number, row in enumerate(rows, 1):
+        yield Place(path, "row", number), row
+
+
+def _objects(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
+    """JSON objects one after another, each over any number of lines; it counts where it begins."""
+    with _json_errors(path, whole=True):
+        text = data.decode("utf-8-sig")
+    space, decode = re.compile(r"\s*"), json.JSONDecoder().raw_decode
+    start, number = space.match(text).end(), 1 + text[: space.match(text).end()].count("\n")
+    while start < len(text):
+        place = Place(path, "line", number)
+        try:
+            with _json_errors(path, whole=True):
+                row, end = decode(text, start)
+        except ValueError as error:
+            row, end = error, len(text)  # nobody knows where the next one begins
+        yield place, row
+        end = space.match(text, end).end()
+        number += text.count("\n", start, end)
+        start = end
+
+
+def _parquet(path: Path) -> Iterator[tuple[Place, object]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        message = f"{path}: Parquet needs the package pyarrow: pip install 'minibnf[data]'"
+        raise ImportError(message) from None
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Place(path, "row", number), row
+    except (ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
+
+
+@contextmanager
+def _json_errors(where, whole: bool = False):
+    """What is wrong with JSON is said by where and column; of a whole file, by line and column."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if whole else ""
+        at = f"{where}{line}, column {error.colno}"
+        raise ValueError(f"{at}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep brackets
+        raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
+
+
+def _object(value, place: Place) -> dict | ValueError:
+    """A row without its nulls, or why it is none."""
+    if isinstance(value, ValueError):
+        return value
+    if not isinstance(value, dict):
+        return ValueError(f"{place}: a row must be a JSON object, not {type(value).__name__}")
+    try:
+        return present(value, place)
+    except ValueError as error:
+        return error
+
+
+def present(value, place: Place, depth: int = DEPTH):
+    """The value without the keys that hold null: Arrow writes null for what another row has.
+
+    Raises ValueError for what is nested more than `depth` deep.
+    """
+    if not depth:
+        raise ValueError(f"{place}: JSON nested more than {DEPTH} deep")
+    if isinstance(value, dict):
+        return {k: present(v, place, depth - 1) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [present(item, place, depth - 1) for item in value]
+    return value
+
+
+def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) -> list:
+    """[read(row, place)] of what scan_rows yields. ValueError names the first ten bad rows.
+
+    A row is bad if it is a ValueError or read raises one. Past the first bad row, rows are read
+    only to find more of them.
+    """
+    results, errors, path = [], [], None
+    for place, row in tqdm(rows, desc="reading", unit="row", disable=None, leave=False):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            result = read(row, place)
+        except ValueError as error:
+            errors.append(str(error))
+            path = place.path
+        if not errors:
+            results.append(result)
+    if len(errors) == 1:
+        raise ValueError(errors[0])
+    if errors:
+        shown = [f"\n  {error.removeprefix(f'{path}, ')}" for error in errors[:SHOWN]]
+        more = f"\n  ... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+        raise ValueError(f"{path}: {len(errors)} bad rows" + "".join(shown) + more)
+    return results
+
+
+def read_rows(path, limit: int | None = None) -> list[tuple[Place, dict]]:
+    """The first `limit` rows of a file, less their nulls. Raises as scan_rows and each_row do."""
+    return each_row(islice(scan_rows(path), limit), _placed)
+
+
+def _placed(row: dict, place: Place) -> tuple[Place, dict]:
+    return place, row
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+class Record(NamedTuple):
+    """What a row says. Prompt and completions are all texts, or all lists of messages."""
+
+    prompt: str | list[dict]
+    completions: list[tuple[str, str | list[dict]]]  # each with the name of its field
+    preferred: tuple[bool, ...]
+    variables: dict  # of the chat template
+    unused: tuple[str, ...]  # columns that mean nothing here
+
+
+def parse_row(row: dict, where) -> Record:
+    """A paired or unpaired row without nulls. ValueError names where, the field and why."""
+    unpaired = "completion" in row or "label" in row
+    fields = ("completion",) if unpaired else ("chosen", "rejected")
+    if unpaired:
         if both := {"chosen", "rejected"} & set(row):
-            raise ValueError(f"{where}: field '{min(both)}' stands beside completion or label; a row is paired or it is not")
-        fields, preferred = ["completion"], row.get("label")
-        for field in ("prompt", "completion", "label"):
-            if row.get(field) is None:
-                raise ValueError(f"{where}: an unpaired row needs the field '{field}'")
-        if not isinstance(preferred, bool):
-            raise ValueError(f"{where}: field 'label' must be true or false, not {preferred!r}")
-        preferred = (preferred,)
-    else:
-        fields, preferred = ["chosen", "rejected"], (True, False)
-        for field in fields:
-            if row.get(field) is None:
-                raise ValueError(
-                    f"{where}: field '{field}' is missing; a row has chosen and rejected, or prompt, completion and label"
-                )
-    for field in ("prompt", *fields):
-        if row.get(field) is not None:
-            check_text(row[field], where, field)
-    prompt = row.get("prompt")
-    if prompt is None:
-        chosen, rejected = row["chosen"], row["rejected"]
-        if isinstance(chosen, str) or isinstance(rejected, str):
-            raise ValueError(f"{where}: field 'prompt' is missing; only lists of messages can hold it implicitly")
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-            shared += 1
-        if shared in (0, len(chosen), len(rejected)):
-            what = "share no first message" if shared == 0 else "do not differ after their shared beginning"
-            raise ValueError(f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told from them")
-        prompt, row = chosen[:shared], {"chosen": chosen[shared:], "rejected": rejected[shared:]}
-    for field in fields:
-        if isinstance(row[field], str) != isinstance(prompt, str):
-            raise ValueError(f"{where}: fields 'prompt' and '{field}' must both be text or both be lists of messages")
-    return prompt, [(field, row[field]) for field in fields], preferred
+            raise ValueError(
+                f"{where}: field '{min(both)}' stands beside completion or label; "
+                "a row is paired or it is not"
+            )
+        for name in ("prompt", "completion", "label"):
+            if name not in row:
+                raise ValueError(f"{where}: an unpaired row needs the field '{name}'")
+        if not isinstance(row["label"], bool):
+            raise ValueError(
+                f"{where}: field 'label' must be true or false, not {row['label']!r}"
+            )
+    for name in fields:
+        if name not in row:
+            forms = "a row has chosen and rejected, or prompt, completion and label"
+            raise ValueError(f"{where}: field '{name}' is missing; {_wanted(row, forms)}")
+    given = [text_or_messages(row[name], where, name) for name in fields]
+    prompt = text_or_messages(row["prompt"], where, "prompt") if "prompt" in row else None
+    prompt, given = _split(prompt, given, where)
+    for name, completion in zip(fields, given, strict=True):
+        if isinstance(completion, str) != isinstance(prompt, str):
+            raise ValueError(
+                f"{where}: fields 'prompt' and '{name}' must both be text or both be messages"
+            )
+    preferred = (row["label"],) if unpaired else (True, False)
+    completions = list(zip(fields, given, strict=True))
+    return record_of(row, where, prompt, completions, preferred, ("prompt", "label", *fields))
 
 
-def check_text(value, where: str, field: str):
-    """ValueError where a field is neither text nor a list of messages."""
+def parse_prompt(row: dict, where, chat: bool) -> Record:
+    """A row with a prompt alone; chat: a text is what a user says. ValueError as parse_row."""
+    if "prompt" not in row:
+        wanted = _wanted(row, "a row has a prompt")
+        raise ValueError(f"{where}: field 'prompt' is missing; {wanted}")
+    prompt = text_or_messages(row["prompt"], where, "prompt")
+    if not prompt:
+        raise ValueError(f"{where}: field 'prompt' is empty")
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return record_of(row, where, prompt, [], (), ("prompt",))
+
+
+def record_of(row: dict, where, prompt, completions, preferred, used: Iterable[str]) -> Record:
+    """The Record of a row, with what its columns in OPTIONS say. used: the columns read so far."""
+    prompt = _with_system(prompt, row.get("system"), where)
+    unused = tuple(name for name in row if name not in (*used, *OPTIONS))
+    return Record(prompt, completions, preferred, _variables(row, where), unused)
+
+
+def _with_system(prompt, system, where):
+    """The prompt after a system message, unless it has one."""
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"{where}: field 'system' must be text, not {type(system).__name__}")
+    if not system:  # people write "" for none
+        return prompt
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"{where}: field 'system' stands beside a prompt that is text, which holds its system "
+            "text itself; put it there, or write the prompt as messages"
+        )
+    others = [m.get("content") for m in prompt if m["role"] == "system"]
+    if others and others[0] != system:
+        raise ValueError(
+            f"{where}: field 'system' is another text than that of the system message; keep one"
+        )
+    return prompt if others else [{"role": "system", "content": system}, *prompt]
+
+
+def _variables(row: dict, where) -> dict:
+    """What the columns `tools` and `chat_template_kwargs` give to the template."""
+    tools = _from_json(row, "tools", where)
+    variables = _from_json(row, "chat_template_kwargs", where)
+    variables = {} if variables is None else variables
+    if not isinstance(variables, dict):
+        raise ValueError(f"{where}: field 'chat_template_kwargs' must be an object")
+    ours = {"messages", "add_generation_prompt"} | {"tools"} & set(row)
+    if taken := ours & set(variables):
+        raise ValueError(
+            f"{where}: field 'chat_template_kwargs' may not hold '{min(taken)}', "
+            "which the rest of the row decides"
+        )
+    if tools is None:
+        return variables
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{where}: field 'tools' must be a list of schemas (objects)")
+    return {"tools": tools, **variables}
+
+
+def text_or_messages(value, where, name: str) -> str | list[dict]:
+    """The text or list of messages of a field; one message alone becomes a list.
+
+    A content that is a list of texts, {"type": "text", "text": ...}, becomes their text.
+    Raises ValueError that names where, the field, and the message.
+    """
     if isinstance(value, str):
-        return
+        return value
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
-        raise ValueError(f"{where}: field '{field}' must be text or a list of messages, not {type(value).__name__}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"{where}: field '{field}', message {i}: needs text in 'role' and 'content'")
+        kind = type(value).__name__
+        raise ValueError(
+            f"{where}: field '{name}' must be text or a list of messages, not {kind}"
+        )
+    if not value:
+        raise ValueError(f"{where}: field '{name}' is empty; it needs a message")
+    if isinstance(value[0], str | list):
+        raise ValueError(
+            f"{where}: field '{name}' is a list of {len(value)} texts or conversations, and a row "
+            "holds one; write a row for each"
+        )
+    return [_message(m, f"{where}: field '{name}', message {i}") for i, m in enumerate(value)]
+
+
+def _message(message, where: str) -> dict:
+    if isinstance(message, dict) and {"from", "value"} <= set(message):
+        raise ValueError(
+            f"{where}: 'from' and 'value' are ShareGPT's keys; "
+            "write 'role' (system, user, assistant) and 'content'"
+        )
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}: needs text in 'role' and 'content'")
+    content = message.get("content")
+    if isinstance(content, list):
+        message = {**message, "content": "".join(_part(part, where) for part in content)}
+    elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+        raise ValueError(f"{where}: needs text in 'role' and 'content'")
+    return message
+
+
+def _part(part, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"{where}: a part of the content is of type {kind!r}; only text is read")
+    return part["text"]
+
+
+def _from_json(row: dict, name: str, where):
+    """A column's value; of a text, the JSON in it: Arrow cannot hold schemas of several shapes."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    with _json_errors(f"{where}: field '{name}'"):
+        return json.loads(value)
+
+
+def _wanted(row: dict, forms: str) -> str:
+    """What to write in place of a row that lacks a field."""
+    if "conversations" not in row:
+        return forms
+    return f"'conversations' is ShareGPT's form; {forms}, whose messages have 'role' and 'content'"
+
+
+# -------------------------------------------------------------------------- where a prompt ends
+
+
+def _split(prompt, given: list, where) -> tuple[str | list[dict], list]:
+    """The prompt, and the completions without it, which may all begin with it or alone hold it."""
+    text = any(isinstance(value, str) for value in given)
+    if prompt is None:
+        size = _end_in_texts(given, where) if text else _end_in_messages(given, where)
+        return given[0][:size], [value[size:] for value in given]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    size = len(asked)
+    if text or not all(len(m) > size and shared(m, asked) == size for m in given):
+        return prompt, given
+    if len(given) == 2 and shared(*given) < min(map(len, given)):
+        size = shared(*given)
+    return given[0][:size], [value[size:] for value in given]
+
+
+def _end_in_messages(given: list[list[dict]], where) -> int:
+    """How many messages of chosen and rejected are their prompt: those they share."""
+    size = shared(*given)
+    if size in (0, *map(len, given)):
+        what = "share no first message" if not size else "do not differ after their beginning"
+        raise ValueError(
+            f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told"
+        )
+    return size
+
+
+def _end_in_texts(given: list, where) -> int:
+    """How many characters of chosen and rejected are their prompt, which ends with TURN."""
+    texts = all(isinstance(value, str) for value in given)
+    differ = (i for i, (a, b) in enumerate(zip(*given, strict=False)) if a != b)
+    start = given[0].rfind(TURN, 0, next(differ, min(map(len, given)))) if texts else -1
+    if start < 0:
+        raise ValueError(
+            f"{where}: field 'prompt' is missing; only messages hold it implicitly, and texts "
+            f"that share a beginning up to {TURN!r}"
+        )
+    return start + len(TURN)
+
+
+def shared(a: list[dict], b: list[dict]) -> int:
+    """How many first messages two conversations share, by the keys in COMPARED."""
+    a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
+    size = min(len(a), len(b))
+    return next((i for i in range(size) if a[i] != b[i]), size)
+
+
+# --------------------------------------------------------------------------------------- notes
+
+
+@dataclass
+class Notes:
+    """What people should know of the rows of a run, though none is bad."""
+
+    unused: dict[str, None] = field(default_factory=dict)  # columns, in the order they were met
+    repeated: list[Place] = field(default_factory=list)  # rows whose responses repeat the prompt
+
+    def add(self, record: Record, place: Place, reads: Callable[[str], bool]) -> None:
+        """reads: whether the model's chat template reads a variable of that name."""
+        self.unused |= dict.fromkeys(record.unused)
+        text = isinstance(record.prompt, str)
+        for name in record.variables:
+            if text or not reads(name):
+                self.unused[name if name == "tools" else f"chat_template_kwargs.{name}"] = None
+        begun = [c.startswith(record.prompt) for _, c in record.completions] if text else []
+        if begun and all(begun) and record.prompt:
+            self.repeated.append(place)
+
+    def lines(self) -> list[str]:
+        found = [f"columns not used: {', '.join(self.unused)}"] if self.unused else []
+        if self.repeated:
+            rows = f"{len(self.repeated)} row{'s' * (len(self.repeated) > 1)}, first"
+            found.append(
+                f"responses that begin with their prompt, which the model thus reads twice: "
+                f"{rows} {self.repeated[0]}"
+            )
+        return found

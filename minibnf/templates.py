@@ -59,6 +59,16 @@ def compile_template(source, where):
     return render
 
 
+def variables_of(source):
+    """The names that a template takes from outside, as a set; empty for a malformed one."""
+    from jinja2 import TemplateSyntaxError, meta
+
+    try:
+        return meta.find_undeclared_variables(environment().parse(source))
+    except TemplateSyntaxError:  # compile_template says what is wrong with it
+        return set()
+
+
 def environment():
     """jinja2's ImmutableSandboxedEnvironment as transformers sets it up, and with the meter."""
     from jinja2 import TemplateError, nodes, pass_context

@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
-from minibnf.templates import compile_template
+from minibnf.templates import compile_template, variables_of
 
 FILES = (
     "tokenizer.json",
@@ -45,8 +45,23 @@ def load_tokenizer(directory):
     for name, backend in (("tokenizer.json", HuggingFace), ("tokenizer.model", SentencePiece)):
         if (Path(directory) / name).is_file():
             return Tokenizer(Path(directory), backend(Path(directory) / name))
-    lacks = "holds neither tokenizer.json nor tokenizer.model" if Path(directory).is_dir() else "is no folder"
-    raise FileNotFoundError(f"{directory} {lacks}")
+    raise FileNotFoundError(f"{directory} {why_no_model(Path(directory))}")
+
+
+def why_no_model(directory):
+    """What a folder that holds no tokenizer is, and what to name instead."""
+    snapshots = sorted(folder for folder in directory.glob("snapshots/*") if folder.is_dir())
+    if snapshots:
+        return f"is the top folder of a hub's cache; name the model's own: {snapshots[0]}"
+    if directory.is_dir():
+        return "holds neither tokenizer.json nor tokenizer.model"
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))
+    if hub:
+        return (
+            "is no folder; if it is the name of a model on a hub, download it first "
+            f"(hf download {directory} --local-dir FOLDER) and name that folder"
+        )
+    return "is no folder"
 
 
 class Tokenizer:
@@ -139,33 +154,41 @@ class Tokenizer:
         if piece := decode(before + held)[shown:]:
             yield piece
 
-    def render(self, messages, add_generation_prompt=False):
-        """The template's text for a list of {"role", "content", ...}. ValueError: no template, or it refuses them."""
-        return self.template(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.special
-        )
+    def reads(self, name):
+        """Whether the chat template reads a variable of that name."""
+        return self.source is not None and name in self._read
 
-    def encode_chat(self, messages, add_generation_prompt=False):
+    @cached_property
+    def _read(self):
+        return variables_of(self.source)
+
+    def render(self, messages, add_generation_prompt=False, **variables):
+        """The template's text for a list of {"role", "content", ...}. ValueError: no template, or it refuses them."""
+        ours = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return self.template(**{"tools": None, "documents": None} | self.special | variables | ours)
+
+    def encode_chat(self, messages, add_generation_prompt=False, **variables):
         """The ids of the rendered chat, in which whatever the messages say is only ever ordinary text.
 
         A message with '<|im_end|>' in it yields tokens that spell it, never the control token. Without such a message
         this is encode(render(...)). ValueError: as render; or the template itself acts on control text in a message.
         """
-        marks = self._marks(messages)
-        if self._shield(messages, marks) == messages:
-            return self.encode(self.render(messages, add_generation_prompt))
-        return self.backend.encode_marked(self._marked(messages, add_generation_prompt, marks)[0], marks[0])
+        marks = self._marks([messages, variables])
+        if self._shield([messages, variables], marks) == [messages, variables]:
+            return self.encode(self.render(messages, add_generation_prompt, **variables))
+        marked, _ = self._marked(messages, add_generation_prompt, marks, **variables)
+        return self.backend.encode_marked(marked, marks[0])
 
-    def encode_response(self, messages, response_messages):
+    def encode_response(self, messages, response_messages, **variables):
         """(prompt ids, response ids), split where inference splits: encode_chat(messages, True), and what follows it.
 
         The response ends with its last end-of-turn token (end_ids), for no model generates what a template may write
         after it; where the template closes the turn with text, all of that stays. ValueError: as encode_chat; or the
         rendered chat does not begin with the rendered prompt.
         """
-        marks = self._marks([messages, response_messages])
-        prompt, prompt_text = self._marked(messages, True, marks)
-        full, text = self._marked([*messages, *response_messages], False, marks)
+        marks = self._marks([messages, response_messages, variables])
+        prompt, prompt_text = self._marked(messages, True, marks, **variables)
+        full, text = self._marked([*messages, *response_messages], False, marks, **variables)
         if not text.startswith(prompt_text) or not full.startswith(prompt):
             at = next((k for k in range(len(prompt_text)) if prompt_text[k] != text[k : k + 1]), len(prompt_text))
             raise ValueError(
@@ -174,7 +197,7 @@ class Tokenizer:
             )
         ids = self.backend.encode_marked(full[len(prompt) :], marks[0], continuation=True)
         ends = [k for k, i in enumerate(ids) if i in self.end_ids]
-        return self.encode_chat(messages, True), ids[: ends[-1] + 1] if ends else ids
+        return self.encode_chat(messages, True, **variables), ids[: ends[-1] + 1] if ends else ids
 
     def save(self, directory):
         """Copy the tokenizer's files, as they are, into a directory, which is made where it does not exist."""
@@ -182,6 +205,9 @@ class Tokenizer:
         for name in FILES:
             if (self.directory / name).is_file() and not Path(directory).samefile(self.directory):
                 shutil.copyfile(self.directory / name, Path(directory) / name)
+        more = self.directory / "additional_chat_templates"
+        if more.is_dir() and not Path(directory).samefile(self.directory):
+            shutil.copytree(more, Path(directory) / more.name, dirs_exist_ok=True)
 
     def _marks(self, messages):
         """Three strings that occur nowhere: for control tokens, stand-ins and guards.
@@ -218,16 +244,17 @@ class Tokenizer:
     def _stand_in(self, text, marks):
         return self._pattern.sub(lambda m: f"{marks[1]}{self.control[m[0]]};", text)
 
-    def _marked(self, messages, add_generation_prompt, marks):
+    def _marked(self, messages, add_generation_prompt, marks, **variables):
         """The rendered chat, twice: with marks in place of the template's own control tokens, and as it is."""
         control, stand_in, guard = marks
         texts = {str(i): text for text, i in self.control.items()}
-        shielded = self.render(self._shield(messages, marks), add_generation_prompt)
+        shielded = {name: self._shield(value, marks) for name, value in variables.items()}
+        shielded = self.render(self._shield(messages, marks), add_generation_prompt, **shielded)
         marked = self._pattern.sub(lambda m: f"{control}{self.control[m[0]]};", shielded)
         marked, plain = (
             re.sub(f"{stand_in}([0-9]+);", lambda m: texts[m[1]], version.replace(guard, "")) for version in (marked, shielded)
         )
-        if plain != self.render(messages, add_generation_prompt):
+        if plain != self.render(messages, add_generation_prompt, **variables):
             raise ValueError(
                 f"the chat template of {self.directory} acts on control text inside a message (such as "
                 "'</think>'), which is to be ordinary text: take it out of the message"
