@@ -49,8 +49,8 @@ from minibnf.data import Example, digest, read_examples, token_ids
 from minibnf.exam import LABELS, exam, small_world
 from minibnf.forward import read_responses
 from minibnf.generate import generate
+from minibnf.messages import text_or_messages
 from minibnf.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
-from minibnf.rows import text_or_messages
 from minibnf.smallworld import sampler
 from minibnf.tokenizer import Tokenizer, load_tokenizer
 

@@ -10,7 +10,7 @@ A row is one of
     {"prompt": P, "chosen": C, "rejected": C}       paired
     {"prompt": P, "completion": C, "label": bool}   unpaired
     {"chosen": C, "rejected": C}                    paired, the prompt implicit
-P and C are texts or messages. Three more columns have a meaning beside messages: "system" (a text)
+P and C are texts or messages (see messages.py). Three more columns have a meaning beside messages: "system" (a text)
 becomes the first message; "tools" (a list of schemas) and "chat_template_kwargs" (an object) are
 variables of the chat template, and may be JSON in a text. null means absent.
 """
@@ -28,11 +28,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minibnf.messages import text_or_messages, without_prompt
+
 OPTIONS = ("system", "tools", "chat_template_kwargs")
-COMPARED = (  # the keys that make two messages the same; ids, times and all others do not
-    "role", "content", "reasoning_content", "thinking", "tool_calls", "tool_call_id", "name",
-)  # fmt: skip
-TURN = "\n\nAssistant:"  # begins an answer in HH-RLHF's texts
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
 DEPTH = 100  # how deeply a row's lists and objects may be nested; those behind us recurse too
 SHOWN = 10  # bad rows that an error lists
@@ -264,7 +262,7 @@ def parse_row(row: dict, where) -> Record:
             raise ValueError(f"{where}: field '{name}' is missing; {_wanted(row, forms)}")
     given = [text_or_messages(row[name], where, name) for name in fields]
     prompt = text_or_messages(row["prompt"], where, "prompt") if "prompt" in row else None
-    prompt, given = _split(prompt, given, where)
+    prompt, given = without_prompt(prompt, given, where)
     for name, completion in zip(fields, given, strict=True):
         if isinstance(completion, str) != isinstance(prompt, str):
             raise ValueError(
@@ -334,54 +332,6 @@ def _variables(row: dict, where) -> dict:
     return {"tools": tools, **variables}
 
 
-def text_or_messages(value, where, name: str) -> str | list[dict]:
-    """The text or list of messages of a field; one message alone becomes a list.
-
-    A content that is a list of texts, {"type": "text", "text": ...}, becomes their text.
-    Raises ValueError that names where, the field, and the message.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        kind = type(value).__name__
-        raise ValueError(
-            f"{where}: field '{name}' must be text or a list of messages, not {kind}"
-        )
-    if not value:
-        raise ValueError(f"{where}: field '{name}' is empty; it needs a message")
-    if isinstance(value[0], str | list):
-        raise ValueError(
-            f"{where}: field '{name}' is a list of {len(value)} texts or conversations, and a row "
-            "holds one; write a row for each"
-        )
-    return [_message(m, f"{where}: field '{name}', message {i}") for i, m in enumerate(value)]
-
-
-def _message(message, where: str) -> dict:
-    if isinstance(message, dict) and {"from", "value"} <= set(message):
-        raise ValueError(
-            f"{where}: 'from' and 'value' are ShareGPT's keys; "
-            "write 'role' (system, user, assistant) and 'content'"
-        )
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: needs text in 'role' and 'content'")
-    content = message.get("content")
-    if isinstance(content, list):
-        message = {**message, "content": "".join(_part(part, where) for part in content)}
-    elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-        raise ValueError(f"{where}: needs text in 'role' and 'content'")
-    return message
-
-
-def _part(part, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f"{where}: a part of the content is of type {kind!r}; only text is read")
-    return part["text"]
-
-
 def _from_json(row: dict, name: str, where):
     """A column's value; of a text, the JSON in it: Arrow cannot hold schemas of several shapes."""
     value = row.get(name)
@@ -396,55 +346,6 @@ def _wanted(row: dict, forms: str) -> str:
     if "conversations" not in row:
         return forms
     return f"'conversations' is ShareGPT's form; {forms}, whose messages have 'role' and 'content'"
-
-
-# -------------------------------------------------------------------------- where a prompt ends
-
-
-def _split(prompt, given: list, where) -> tuple[str | list[dict], list]:
-    """The prompt, and the completions without it, which may all begin with it or alone hold it."""
-    text = any(isinstance(value, str) for value in given)
-    if prompt is None:
-        size = _end_in_texts(given, where) if text else _end_in_messages(given, where)
-        return given[0][:size], [value[size:] for value in given]
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    size = len(asked)
-    if text or not all(len(m) > size and shared(m, asked) == size for m in given):
-        return prompt, given
-    if len(given) == 2 and shared(*given) < min(map(len, given)):
-        size = shared(*given)
-    return given[0][:size], [value[size:] for value in given]
-
-
-def _end_in_messages(given: list[list[dict]], where) -> int:
-    """How many messages of chosen and rejected are their prompt: those they share."""
-    size = shared(*given)
-    if size in (0, *map(len, given)):
-        what = "share no first message" if not size else "do not differ after their beginning"
-        raise ValueError(
-            f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told"
-        )
-    return size
-
-
-def _end_in_texts(given: list, where) -> int:
-    """How many characters of chosen and rejected are their prompt, which ends with TURN."""
-    texts = all(isinstance(value, str) for value in given)
-    differ = (i for i, (a, b) in enumerate(zip(*given, strict=False)) if a != b)
-    start = given[0].rfind(TURN, 0, next(differ, min(map(len, given)))) if texts else -1
-    if start < 0:
-        raise ValueError(
-            f"{where}: field 'prompt' is missing; only messages hold it implicitly, and texts "
-            f"that share a beginning up to {TURN!r}"
-        )
-    return start + len(TURN)
-
-
-def shared(a: list[dict], b: list[dict]) -> int:
-    """How many first messages two conversations share, by the keys in COMPARED."""
-    a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
-    size = min(len(a), len(b))
-    return next((i for i in range(size) if a[i] != b[i]), size)
 
 
 # --------------------------------------------------------------------------------------- notes
@@ -471,9 +372,9 @@ class Notes:
     def lines(self) -> list[str]:
         found = [f"columns not used: {', '.join(self.unused)}"] if self.unused else []
         if self.repeated:
-            rows = f"{len(self.repeated)} row{'s' * (len(self.repeated) > 1)}, first"
+            rows = "row repeats" if len(self.repeated) == 1 else "rows repeat"
             found.append(
-                f"responses that begin with their prompt, which the model thus reads twice: "
-                f"{rows} {self.repeated[0]}"
+                f"{len(self.repeated)} {rows} the prompt in the responses, so that the model reads "
+                f"it twice; the first: {self.repeated[0]}"
             )
         return found

@@ -20,6 +20,7 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
+from minibnf.config import no_model
 from minibnf.templates import compile_template, variables_of
 
 FILES = (
@@ -45,23 +46,7 @@ def load_tokenizer(directory):
     for name, backend in (("tokenizer.json", HuggingFace), ("tokenizer.model", SentencePiece)):
         if (Path(directory) / name).is_file():
             return Tokenizer(Path(directory), backend(Path(directory) / name))
-    raise FileNotFoundError(f"{directory} {why_no_model(Path(directory))}")
-
-
-def why_no_model(directory):
-    """What a folder that holds no tokenizer is, and what to name instead."""
-    snapshots = sorted(folder for folder in directory.glob("snapshots/*") if folder.is_dir())
-    if snapshots:
-        return f"is the top folder of a hub's cache; name the model's own: {snapshots[0]}"
-    if directory.is_dir():
-        return "holds neither tokenizer.json nor tokenizer.model"
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory))
-    if hub:
-        return (
-            "is no folder; if it is the name of a model on a hub, download it first "
-            f"(hf download {directory} --local-dir FOLDER) and name that folder"
-        )
-    return "is no folder"
+    raise no_model(directory, "neither tokenizer.json nor tokenizer.model")
 
 
 class Tokenizer:
