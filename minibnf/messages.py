@@ -18,9 +18,7 @@ def text_or_messages(value, where, name: str) -> str | list[dict]:
         value = [value]
     if not isinstance(value, list):
         kind = type(value).__name__
-        raise ValueError(
-            f"{where}: field '{name}' must be text or a list of messages, not {kind}"
-        )
+        raise ValueError(f"{where}: field '{name}' must be text or a list of messages, not {kind}")
     if not value:
         raise ValueError(f"{where}: field '{name}' is empty; it needs a message")
     if isinstance(value[0], str | list):

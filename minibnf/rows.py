@@ -10,9 +10,9 @@ A row is one of
     {"prompt": P, "chosen": C, "rejected": C}       paired
     {"prompt": P, "completion": C, "label": bool}   unpaired
     {"chosen": C, "rejected": C}                    paired, the prompt implicit
-P and C are texts or messages (see messages.py). Three more columns have a meaning beside messages: "system" (a text)
-becomes the first message; "tools" (a list of schemas) and "chat_template_kwargs" (an object) are
-variables of the chat template, and may be JSON in a text. null means absent.
+P and C are texts or messages (see messages.py). Three more columns have a meaning beside messages:
+"system" (a text) becomes the first message; "tools" (a list of schemas) and "chat_template_kwargs"
+(an object) are variables of the chat template, and may be JSON in a text. null means absent.
 """
 
 import gzip
@@ -253,9 +253,7 @@ def parse_row(row: dict, where) -> Record:
             if name not in row:
                 raise ValueError(f"{where}: an unpaired row needs the field '{name}'")
         if not isinstance(row["label"], bool):
-            raise ValueError(
-                f"{where}: field 'label' must be true or false, not {row['label']!r}"
-            )
+            raise ValueError(f"{where}: field 'label' must be true or false, not {row['label']!r}")
     for name in fields:
         if name not in row:
             forms = "a row has chosen and rejected, or prompt, completion and label"
