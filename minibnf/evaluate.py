@@ -20,6 +20,7 @@ gsm8k        {"question", "answer" that ends in "#### 42"}: greedy answers, righ
 A prompt and what follows it are text as it stands (a choice begins with its own space) or messages. A question is what a user
 says, by the model's chat template; for a model that has none, the text "Question: ..." and on the next line "Answer: ...",
 after the token that begins a text where the tokenizer has one of its own for that.
+"system", "tools" and "chat_template_kwargs" beside messages or a question reach the template (rows.py).
 A number is digits, with commas between groups of three or without, with decimals or without. A currency sign may stand before
 it; a minus counts unless a letter, digit or closing bracket stands before that (-$4, $-4, x=-4, but 9 in 10-9). Numbers are
 compared by value: 1,200.50 is 1200.5. The last number of 1/2 is 2, of 50% it is 50.

@@ -2,10 +2,12 @@
 
     python -m minibnf.generate --model DIR --data prompts.jsonl --out answers.jsonl --chat --temperature 0
 
-A row of --data is an object with a "prompt": a text, continued as it stands (--chat: asked as a user's message), or a list of
-messages, rendered by the model's chat template. --out gets one row a completion, in the order of the input: "line" (of the
-input, from 1), "sample" (from 0), "prompt", "completion" and "finish": "stop" at the end of a turn or text, "length" at
---max-new-tokens. It is written batch by batch; what was interrupted goes on with --resume.
+A row of --data is an object with a "prompt": a text, continued as it stands (--chat: asked as a
+user's message), or messages, rendered by the model's chat template, which "system", "tools" and
+"chat_template_kwargs" reach too (see rows.py). --out gets one row a completion, in the order of the
+input: "line" (of the input, from 1), "sample" (from 0), those fields, "completion" and "finish":
+"stop" at the end of a turn or text, "length" at --max-new-tokens. It is written batch by batch;
+what was interrupted goes on with --resume.
 """
 
 import argparse
