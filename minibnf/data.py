@@ -95,7 +95,9 @@ def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]
         )
     for (field, _), (_, response) in zip(record.completions, ids, strict=True):
         if not response:
-            raise ValueError(f"{place}: field '{field}' is empty; a response needs a token")
+            raise ValueError(
+                f"{place}: field '{field}' is empty; a response needs at least one token"
+            )
     return tuple(ids[0][0]), tuple(tuple(response) for _, response in ids)
 
 

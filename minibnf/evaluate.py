@@ -168,7 +168,9 @@ def tokenised(
         responses = tuple(r[:-1] if r[-1] in end else r for r in responses)
         if not all(responses):
             field = record.completions[responses.index(())][0]
-            raise ValueError(f"{place}: field '{field}' is empty; a response needs a token")
+            raise ValueError(
+                f"{place}: field '{field}' is empty; a response needs at least one token"
+            )
         return Row(Example(prompt, responses, record.preferred, place.number), extra)
 
     return task, each_row(scanned, read)
