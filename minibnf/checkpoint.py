@@ -233,7 +233,7 @@ def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[
 
 def model_card(args, f: dict, hyper: dict, table: dict) -> str:
     """README.md of a trained model: train.py's arguments and facts, and its evaluations {name: (before, after)}."""
-    base = Path(args.model).name
+    base = name_of(args.model)
     hyper = ", ".join(f"{k} = {v}" for k, v in hyper.items() if k != "kl") or "no hyper-parameters"
     card = f"""---
 base_model: {base}
@@ -250,6 +250,14 @@ Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2
         rows = "".join(f"| {k} | {first:.4f} | {last:.4f} |\n" for k, (first, last) in table.items())
         card += f"\n| held-out | before | after |\n|---|---|---|\n{rows}"
     return card
+
+
+def name_of(directory) -> str:
+    """A model's name: org/name in a hub's cache (models--org--name/snapshots/*), or its folder."""
+    *_, repository, snapshots, _ = (".", ".", *Path(directory).resolve().parts)
+    if snapshots == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return Path(directory).absolute().name
 
 
 # --------------------------------------------------------------- the folder of a training run

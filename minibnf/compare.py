@@ -22,7 +22,6 @@ preference rows, "count" of them to train on, "held_out" of them to examine, hal
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -33,6 +32,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
+from itertools import islice, product
 from pathlib import Path
 from statistics import mean
 
@@ -42,11 +42,12 @@ from tqdm import tqdm
 from minibnf import smallworld, train
 from minibnf.checkpoint import load, read_json, write_json, write_text
 from minibnf.config import read_config
-from minibnf.data import read_examples, read_rows
+from minibnf.data import read_examples
 from minibnf.forward import fingerprint
 from minibnf.evaluate import tokenised
 from minibnf.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
 from minibnf.losses import LOSSES
+from minibnf.rows import read_rows, scan_rows
 from minibnf.tokenizer import load_tokenizer
 
 TRACE_POINTS = 32  # of a run's metrics that its result keeps
@@ -59,7 +60,7 @@ FEEDBACK_TOKENS = 100  # real tokens whose push is kept
 def settings(method: dict) -> list[dict]:
     """Every combination of the method's grid: [{"lr": 1e-4, "beta": 0.1}, ...]."""
     grid = method["grid"]
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def sweep(spec: dict) -> list[dict]:
@@ -221,7 +222,8 @@ def the_exam(text: str, name: str, split: str, folder: str):
         asked = exam(base, tokenizer, split=split, examples=examples, **spec.get("exam", {}))
         return asked, examined(spec["base"], asked)
     if extra := spec["sets"][name].get("solutions"):
-        examples += [row.example for row in tokenised(extra["file"], tokenizer, "likelihood", extra["count"])[1]]
+        scanned = islice(scan_rows(extra["file"]), extra["count"])
+        examples += [row.example for row in tokenised(scanned, tokenizer, "likelihood")[1]]
     asked = held_out(base, examples)
     return asked, examined(spec["base"], asked)
 

@@ -7,6 +7,7 @@ it (announce_ignored). tests/parity holds the lists below against transformers' 
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,25 @@ DEFAULTS = {  # where transformers' own default is not that of Llama
 def read_config(directory) -> tuple[Config, dict]:
     """config.json -> (the Config, the whole of it). Raises ValueError that names a field, FileNotFoundError."""
     path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise no_model(directory, "no config.json")
     raw = read_json(path)
     return parse_config(raw, path), raw
+
+
+def no_model(directory, lacks: str) -> FileNotFoundError:
+    """The error for a folder that lacks files of a model: what it is, and what to name instead."""
+    snapshots = sorted(f for f in Path(directory).glob("snapshots/*") if f.is_dir())
+    if snapshots:
+        what = f"is the top folder of a hub's cache; name the model's own: {snapshots[-1]}"
+    elif Path(directory).is_dir():
+        what = f"holds {lacks}"
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        what = "is no folder here; a model on a hub is downloaded first, "
+        what += f"such as by: hf download {directory} --local-dir FOLDER"
+    else:
+        what = "is no folder"
+    return FileNotFoundError(f"{directory} {what}")
 
 
 def read_json(path: Path):

@@ -1,28 +1,23 @@
-"""Preference data: JSON Lines -> token ids -> packed batches.
+"""Rows -> token ids -> packed batches.
 
-A row is paired {"prompt", "chosen", "rejected"}, unpaired {"prompt", "completion", "label"}, or paired with the prompt
-implicit {"chosen": [messages], "rejected": [messages]}; one file may mix them. A batch is flat: no padding anywhere, a
-prompt stored once with the responses that share it. Nothing is dropped or shortened unless the caller asked for it, and
-then it is counted.
+Rows are rows.py's business. A batch is flat: no padding anywhere, a prompt stored once with the
+responses that share it. Nothing is dropped or shortened unless the caller asked for it, and then
+it is counted.
 """
 
-import gzip
 import hashlib
-import json
 import warnings
-import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minibnf.losses import Responses
 from minibnf.attention import Group, to_device
+from minibnf.rows import Notes, Place, Record, each_row, parse_row, scan_rows
 
 
 class Example(NamedTuple):
@@ -62,153 +57,109 @@ def pairs_of(examples: list[Example]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_examples(path, tokenizer, max_length: int, overlong: str = "error") -> tuple[list[Example], Counter]:
-    """Every row of a .jsonl or .jsonl.gz file, tokenised; and how many were "truncated", "skipped" or of no use.
+def read_examples(
+    path, tokenizer, max_length: int, overlong: str = "error", notes: Notes | None = None
+) -> tuple[list[Example], Counter]:
+    """The rows of a file (see rows.py) as tokens; how many were "truncated", "skipped", of no use.
 
-    max_length: the most tokens of a prompt with one response (the model's context). overlong: what to do with more:
-    "error", "truncate" (the response loses its end) or "skip".
-    Raises ValueError with file, line and field for a row that does not fit, FileNotFoundError for no such file.
+    max_length: the most tokens of a prompt with one response (the model's context). overlong: what
+    to do with more: "error", "truncate" (the response loses its end) or "skip". notes gathers what
+    a person should know of the rows.
+    Raises ValueError that lists the bad rows, each with its place and field; FileNotFoundError.
     """
-    examples, counts = [], Counter()
-    for number, row in tqdm(list(read_rows(path)), desc="tokenising", unit="row", disable=None, leave=False):
-        where = f"{path}, line {number}"
-        prompt, completions, preferred = parse_row(row, where)
-        ids = [tokenise(tokenizer, prompt, c, where, field) for field, c in completions]
-        prompt_ids, responses = ids[0][0], [tuple(response) for _, response in ids]
-        if not prompt_ids:
-            raise ValueError(f"{where}: field 'prompt' is empty, so nothing predicts the first token of a response")
-        for (field, _), response in zip(completions, responses, strict=True):
-            if not response:
-                raise ValueError(f"{where}: field '{field}' is empty; a response needs at least one token")
-        longest = len(prompt_ids) + max(map(len, responses))
+    counts = Counter()
+
+    def example(row: dict, place: Place) -> Example | None:
+        record = parse_row(row, place)
+        if notes:
+            notes.add(record, place, tokenizer.reads)
+        prompt, responses = token_ids(tokenizer, record, place)
+        longest = len(prompt) + max(map(len, responses))
         if longest > max_length:
-            if overlong == "error" or (overlong == "truncate" and len(prompt_ids) >= max_length):
-                alone = len(prompt_ids) >= max_length
-                what = f"the prompt alone has {len(prompt_ids)}" if alone else f"prompt and response together have {longest}"
-                raise ValueError(
-                    f"{where}: {what} tokens, and the model reads {max_length}; shorten it, or pass --overlong skip"
-                    + (" or --overlong truncate" if not alone else "")
-                )
+            if overlong == "error" or (overlong == "truncate" and len(prompt) >= max_length):
+                raise ValueError(f"{place}: {_too_long(len(prompt), longest, max_length)}")
             counts["truncated" if overlong == "truncate" else "skipped"] += 1
             if overlong == "skip":
-                continue
-            responses = [r[: max_length - len(prompt_ids)] for r in responses]
-        counts["whose chosen and rejected are the same"] += len(responses) == 2 and responses[0] == responses[1]
-        pairs = ((0, 1),) if len(responses) == 2 else ()  # parse_row puts the chosen one first
-        examples.append(Example(tuple(prompt_ids), tuple(responses), preferred, number, pairs))
+                return None
+            responses = tuple(r[: max_length - len(prompt)] for r in responses)
+        same = len(responses) == 2 and responses[0] == responses[1]
+        counts["whose chosen and rejected are the same"] += same
+        return Example(prompt, responses, record.preferred, place.number, record.pairs)
+
+    examples = [e for e in each_row(scan_rows(path), example) if e]
     if not examples:
-        raise ValueError(f"{path}: no rows" + (f" left: all {counts['skipped']} are too long" if counts else ""))
+        raise ValueError(f"{path}: no rows left: all {counts['skipped']} are too long")
     return examples, +counts  # what did not occur is left out
 
 
-def read_rows(path):
-    """(line number, object) of every row of a .jsonl or .jsonl.gz file that is not blank; ValueError names the bad line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: " + ("is no file" if path.exists() else "there is no such file"))
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in _numbered(lines, path):
-            where = f"{path}, line {number}"
-            try:
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                row = json.loads(line.rstrip())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 text: {error}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}, column {error.colno}: not valid JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
-                raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
-            yield number, row
-
-
-def _numbered(lines, path):
-    """enumerate(lines, 1), a broken archive named."""
-    try:
-        yield from enumerate(lines, 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read to its end: {error}") from None
-
-
-def parse_row(row: dict, where: str) -> tuple[object, list[tuple[str, object]], tuple[bool, ...]]:
-    """-> prompt, [(field, completion)], preferred; prompt and completions all strings or all lists of messages."""
-    if "completion" in row or "label" in row:
-        if both := {"chosen", "rejected"} & set(row):
-            raise ValueError(f"{where}: field '{min(both)}' stands beside completion or label; a row is paired or it is not")
-        fields, preferred = ["completion"], row.get("label")
-        for field in ("prompt", "completion", "label"):
-            if row.get(field) is None:
-                raise ValueError(f"{where}: an unpaired row needs the field '{field}'")
-        if not isinstance(preferred, bool):
-            raise ValueError(f"{where}: field 'label' must be true or false, not {preferred!r}")
-        preferred = (preferred,)
+def _too_long(prompt: int, longest: int, max_length: int) -> str:
+    if prompt >= max_length:
+        what, more = f"the prompt alone has {prompt}", ""
     else:
-        fields, preferred = ["chosen", "rejected"], (True, False)
-        for field in fields:
-            if row.get(field) is None:
-                raise ValueError(
-                    f"{where}: field '{field}' is missing; a row has chosen and rejected, or prompt, completion and label"
-                )
-    for field in ("prompt", *fields):
-        if row.get(field) is not None:
-            check_text(row[field], where, field)
-    prompt = row.get("prompt")
-    if prompt is None:
-        chosen, rejected = row["chosen"], row["rejected"]
-        if isinstance(chosen, str) or isinstance(rejected, str):
-            raise ValueError(f"{where}: field 'prompt' is missing; only lists of messages can hold it implicitly")
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-            shared += 1
-        if shared in (0, len(chosen), len(rejected)):
-            what = "share no first message" if shared == 0 else "do not differ after their shared beginning"
-            raise ValueError(f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told from them")
-        prompt, row = chosen[:shared], {"chosen": chosen[shared:], "rejected": rejected[shared:]}
-    for field in fields:
-        if isinstance(row[field], str) != isinstance(prompt, str):
-            raise ValueError(f"{where}: fields 'prompt' and '{field}' must both be text or both be lists of messages")
-    return prompt, [(field, row[field]) for field in fields], preferred
+        what, more = f"prompt and response together have {longest}", " or --overlong truncate"
+    return (
+        f"{what} tokens, and the model reads {max_length}; "
+        f"shorten it, or pass --overlong skip{more}"
+    )
 
 
-def check_text(value, where: str, field: str):
-    """ValueError where a field is neither text nor a list of messages."""
-    if isinstance(value, str):
-        return
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: field '{field}' must be text or a list of messages, not {type(value).__name__}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"{where}: field '{field}', message {i}: needs text in 'role' and 'content'")
+def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]:
+    """The ids of a prompt and of each response to it; ValueError where one has no token."""
+    ids = [
+        tokenise(tokenizer, record.prompt, completion, place, field, **record.variables)
+        for field, completion in record.completions
+    ]
+    if not ids[0][0]:
+        raise ValueError(
+            f"{place}: field 'prompt' is empty, so nothing predicts the first token of a response"
+        )
+    for (field, _), (_, response) in zip(record.completions, ids, strict=True):
+        if not response:
+            raise ValueError(
+                f"{place}: field '{field}' is empty; a response needs at least one token"
+            )
+    return tuple(ids[0][0]), tuple(tuple(response) for _, response in ids)
 
 
-def tokenise(tokenizer, prompt, completion, where: str, field: str) -> tuple[list[int], list[int]]:
-    """-> the ids of prompt and response, () for an empty response."""
+def tokenise(
+    tokenizer, prompt, completion, where, field: str, **variables
+) -> tuple[list[int], list[int]]:
+    """-> the ids of prompt and response, [] for an empty response. variables: of the template."""
     try:
         with _named(where, field):
-            return _tokenise(tokenizer, prompt, completion)
+            return _tokenise(tokenizer, prompt, completion, variables)
     except ValueError:
-        encode_prompt(tokenizer, prompt, where)  # names its own field where the prompt is at fault
+        encode_prompt(tokenizer, prompt, where, **variables)  # names its own field, if at fault
         raise
 
 
-def _tokenise(tokenizer, prompt, completion):
+def _tokenise(tokenizer, prompt, completion, variables: dict) -> tuple[list[int], list[int]]:
     if isinstance(prompt, str):
         return tokenizer.encode_text(prompt), tokenizer.encode_text_response(completion)
-    if not completion or not "".join(message["content"] for message in completion):
-        return tokenizer.encode_chat(prompt, add_generation_prompt=True), []
-    return tokenizer.encode_response(prompt, completion)
+    _check_calls(tokenizer, [*prompt, *completion])
+    if not any(m.get("content") or m.get("tool_calls") for m in completion):
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True, **variables), []
+    return tokenizer.encode_response(prompt, completion, **variables)
 
 
-def encode_prompt(tokenizer, prompt, where: str, field: str = "prompt") -> list[int]:
+def encode_prompt(tokenizer, prompt, where, field: str = "prompt", **variables) -> list[int]:
     """A text as it stands, or messages up to where the model's answer begins; ValueError names where and field."""
-    check_text(prompt, where, field)
     with _named(where, field):
         if isinstance(prompt, str):
             return tokenizer.encode_text(prompt)
-        return tokenizer.encode_chat(prompt, add_generation_prompt=True)
+        _check_calls(tokenizer, prompt)
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True, **variables)
+
+
+def _check_calls(tokenizer, messages: list[dict]):
+    """ValueError for a message that says nothing but a call of a tool, to a template without."""
+    for message in messages:
+        lost = message.get("tool_calls") and not message.get("content")
+        if lost and "tool_calls" not in (tokenizer.source or ""):
+            raise ValueError(
+                f"a message of '{message['role']}' has no text beside its 'tool_calls', "
+                "which this model's chat template does not read"
+            )
 
 
 @contextmanager

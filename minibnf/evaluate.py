@@ -3,7 +3,8 @@
     minibnf evaluate --model runs/first/model --base weights/smollm2-135m-instruct --data held-out.jsonl
     minibnf evaluate --model runs/small/bnf/model --base weights/tiny --pairs runs/small/held-out.jsonl
 
-With --data any model is measured on the rows of a .jsonl or .jsonl.gz file, whose fields say what is measured:
+With --data any model is measured on the rows of a file (JSON Lines, a JSON array, Parquet), whose
+fields say what is measured:
 
 preference   TRL's preference rows. Accuracy is the share of pairs whose chosen response is more likely than the rejected,
              a tie counting half: by log-likelihood, by its mean a token, and with --base by its shift against the base,
@@ -19,6 +20,7 @@ gsm8k        {"question", "answer" that ends in "#### 42"}: greedy answers, righ
 A prompt and what follows it are text as it stands (a choice begins with its own space) or messages. A question is what a user
 says, by the model's chat template; for a model that has none, the text "Question: ..." and on the next line "Answer: ...",
 after the token with which the tokenizer begins a text, if it does.
+"system", "tools" and "chat_template_kwargs" beside messages or a question reach the template (rows.py).
 A number is digits, with commas between groups of three or without, with decimals or without. A currency sign may stand before
 it; a minus counts unless a letter, digit or closing bracket stands before that (-$4, $-4, x=-4, but 9 in 10-9). Numbers are
 compared by value: 1,200.50 is 1200.5. The last number of 1/2 is 2, of 50% it is 50.
@@ -33,6 +35,7 @@ import argparse
 import math
 import re
 import sys
+from collections.abc import Iterable
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -45,10 +48,12 @@ from tqdm import tqdm
 from minibnf.checkpoint import check_output, load, memory_advice
 from minibnf.checkpoint import resolve_device_and_dtype, write_json
 from minibnf.config import announce_ignored
-from minibnf.data import Example, check_text, digest, pairs_of, parse_row, read_examples, read_rows, tokenise
+from minibnf.data import Example, digest, pairs_of, read_examples, token_ids
 from minibnf.exam import LABELS, exam, small_world
 from minibnf.forward import read_responses
 from minibnf.generate import generate
+from minibnf.messages import text_or_messages
+from minibnf.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
 from minibnf.smallworld import sampler
 from minibnf.tokenizer import Tokenizer, load_tokenizer
 
@@ -73,24 +78,24 @@ class Row(NamedTuple):
     extra: list[str] | Decimal | None
 
 
-# Each task reads a row as data.parse_row does: -> prompt, [(field, completion)], which are preferred; and the extra.
+# Each task reads a row as rows.parse_row does: -> Record, and the extra.
 
 
-def _preference(row: dict, where: str, tokenizer: Tokenizer):
-    return *parse_row(row, where), None
+def _preference(row: dict, where, tokenizer: Tokenizer) -> tuple[Record, None]:
+    return parse_row(row, where), None
 
 
 def _likelihood(row, where, tokenizer):
-    if row.get("prompt") is not None:
-        return *parse_row({"completion": None, **row, "label": True}, where), None
-    return *_answered(row, where, tokenizer, "answer", [row.get("answer")]), (True,), None
+    if "prompt" in row:
+        return parse_row({**row, "label": True}, where), None
+    return _answered(row, where, tokenizer, "answer", [row.get("answer")], (True,)), None
 
 
 def _gsm8k(row, where, tokenizer):
     _, marker, tail = str(row.get("answer")).rpartition("####")
     if not marker or not NUMBER.fullmatch(tail.strip()):
         raise ValueError(f"{where}: field 'answer' must end in a number after ####, such as '#### 42'")
-    return *_answered(row, where, tokenizer, "answer", [row["answer"]]), (True,), last_number(tail)
+    return _answered(row, where, tokenizer, "answer", [row["answer"]], (True,)), last_number(tail)
 
 
 def _choice(row, where, tokenizer):
@@ -102,14 +107,15 @@ def _choice(row, where, tokenizer):
     right = list(labels).index(answer) if isinstance(answer, str) and answer in list(labels) else answer
     if type(right) is not int or not 0 <= right < len(texts):
         raise ValueError(f"{where}: the answer {answer!r} is none of the {len(texts)} choices (an index from 0, or a label)")
-    return *_answered(row, where, tokenizer, "choices", texts), tuple(k == right for k in range(len(texts))), texts
+    preferred = tuple(k == right for k in range(len(texts)))
+    return _answered(row, where, tokenizer, "choices", texts, preferred), texts
 
 
-def _answered(row, where: str, tokenizer: Tokenizer, field: str, texts: list):
-    """-> the prompt, text or messages, and texts as completions of it."""
-    prompt, question, space = row.get("prompt"), row.get("question"), ""
-    if prompt is not None:
-        check_text(prompt, where, "prompt")
+def _answered(row, where, tokenizer: Tokenizer, field: str, texts: list, preferred) -> Record:
+    """The Record of a prompt or question, with texts as completions of it."""
+    question, space = row.get("question"), ""
+    if "prompt" in row:
+        prompt = text_or_messages(row["prompt"], where, "prompt")
     elif not isinstance(question, str) or not question:
         raise ValueError(f"{where}: field 'question' must be text and not empty")
     elif tokenizer.source is not None:
@@ -118,8 +124,12 @@ def _answered(row, where: str, tokenizer: Tokenizer, field: str, texts: list):
         prompt, space = f"Question: {question}\nAnswer:", " "
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"{where}: field '{field}' must be text and not empty")
-    as_message = lambda text: [{"role": "assistant", "content": text}]
-    return prompt, [(field, space + text if isinstance(prompt, str) else as_message(text)) for text in texts]
+    if isinstance(prompt, str):
+        completions = [(field, space + text) for text in texts]
+    else:
+        completions = [(field, [{"role": "assistant", "content": text}]) for text in texts]
+    used = ("prompt" if "prompt" in row else "question", "choices", "answer", "answerKey")
+    return record_of(row, where, prompt, completions, preferred, used)
 
 
 TASKS = {"preference": _preference, "likelihood": _likelihood, "choice": _choice, "gsm8k": _gsm8k}
@@ -138,27 +148,34 @@ def task_of(row: dict, where: str) -> str:
     raise ValueError(f"{where}: its fields {', '.join(map(repr, row))} belong to no task; --help says which do")
 
 
-def tokenised(path, tokenizer: Tokenizer, task: str = "auto", limit: int | None = None) -> tuple[str, list[Row]]:
-    """The task ("auto": what the first row's fields say) and the first `limit` rows of a file.
+def tokenised(
+    scanned: Iterable, tokenizer: Tokenizer, task: str = "auto", notes: Notes | None = None
+) -> tuple[str, list[Row]]:
+    """The task ("auto": what the first row's fields say), and its rows; notes as read_examples.
 
-    Raises ValueError with file, line and field for a row that does not fit, FileNotFoundError for no such file.
+    scanned: what rows.scan_rows yields. Raises ValueError as rows.each_row, and as scan_rows.
     """
-    rows = []
-    for number, row in tqdm(list(islice(read_rows(path), limit)), desc="tokenising", unit="row", disable=None, leave=False):
-        where = f"{path}, line {number}"
-        task = task_of(row, where) if task == "auto" else task
-        prompt, completions, preferred, extra = TASKS[task](row, where, tokenizer)
-        ids = [tokenise(tokenizer, prompt, completion, where, field) for field, completion in completions]
-        end = tokenizer.end_ids if task == "choice" else ()
-        responses = [tuple(r[:-1] if r and r[-1] in end else r) for _, r in ids]
-        if not ids[0][0] or not all(responses):
-            field = completions[responses.index(())][0] if ids[0][0] else "prompt"
-            raise ValueError(f"{where}: field '{field}' is empty; prompt and response need at least one token each")
-        pairs = ((0, 1),) if task == "preference" and len(responses) == 2 else ()
-        rows.append(Row(Example(tuple(ids[0][0]), tuple(responses), preferred, number, pairs), extra))
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return task, rows
+    scanned = list(scanned)
+    if task == "auto":
+        first = next((pair for pair in scanned if isinstance(pair[1], dict)), None)
+        task = task_of(first[1], first[0]) if first else "preference"
+    end = tokenizer.end_ids if task == "choice" else ()
+
+    def read(row: dict, place: Place) -> Row:
+        record, extra = TASKS[task](row, place, tokenizer)
+        if notes:
+            notes.add(record, place, tokenizer.reads)
+        prompt, responses = token_ids(tokenizer, record, place)
+        responses = tuple(r[:-1] if r[-1] in end else r for r in responses)
+        if not all(responses):
+            field = record.completions[responses.index(())][0]
+            raise ValueError(
+                f"{place}: field '{field}' is empty; a response needs at least one token"
+            )
+        pairs = record.pairs
+        return Row(Example(prompt, responses, record.preferred, place.number, pairs), extra)
+
+    return task, each_row(scanned, read)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -309,10 +326,14 @@ def on_data(args: argparse.Namespace) -> None:
         if out.exists() and not args.overwrite:
             raise ValueError(f"{out} exists already; --overwrite replaces it")
         out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer, measured = load_tokenizer(args.model), []
-    task, rows = tokenised(args.data, tokenizer, args.task, args.limit)
+    tokenizer, measured, notes = load_tokenizer(args.model), [], Notes()
+    scanned = list(islice(scan_rows(args.data), args.limit))
+    task, rows = tokenised(scanned, tokenizer, args.task, notes)
+    for note in notes.lines():
+        print(note)
     data = digest([row.example for row in rows])
-    if args.base and data != digest([r.example for r in tokenised(args.data, load_tokenizer(args.base), task, args.limit)[1]]):
+    others = tokenised(scanned, load_tokenizer(args.base), task)[1] if args.base else rows
+    if data != digest([row.example for row in others]):
         raise ValueError(f"the tokenizers of {args.base} and {args.model} make different tokens of {args.data}")
     for directory in filter(None, (args.model, args.base)):
         model = load(directory)
@@ -378,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", required=True, metavar="DIR", help="the model to measure, in Hugging Face layout")
     p.add_argument("--base", metavar="DIR", help="the model before alignment, to compare with")
     a = p.add_argument_group("on any rows").add_argument
-    a("--data", metavar="FILE", help=".jsonl or .jsonl.gz, see above; without it, the small world")
+    a("--data", metavar="FILE", help="rows, see above; without it, the small world")
     a("--task", choices=["auto", *TASKS], default="auto", help="auto: what the fields of the first row say")
     a("--limit", type=int, metavar="N", help="the first N rows alone")
     a("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer in gsm8k; default 256")

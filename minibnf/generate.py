@@ -2,10 +2,12 @@
 
     python -m minibnf.generate --model DIR --data prompts.jsonl --out answers.jsonl --chat --temperature 0
 
-A row of --data is an object with a "prompt": a text, continued as it stands (--chat: asked as a user's message), or a list of
-messages, rendered by the model's chat template. --out gets one row a completion, in the order of the input: "line" (of the
-input, from 1), "sample" (from 0), "prompt", "completion" and "finish": "stop" at the end of a turn or text, "length" at
---max-new-tokens. It is written batch by batch; what was interrupted goes on with --resume.
+A row of --data is an object with a "prompt": a text, continued as it stands (--chat: asked as a
+user's message), or messages, rendered by the model's chat template, which "system", "tools" and
+"chat_template_kwargs" reach too (see rows.py). --out gets one row a completion, in the order of the
+input: "line" (of the input, from 1), "sample" (from 0), those fields, "completion" and "finish":
+"stop" at the end of a turn or text, "length" at --max-new-tokens. It is written batch by batch;
+what was interrupted goes on with --resume.
 """
 
 import argparse
@@ -24,9 +26,10 @@ from tqdm import tqdm
 from minibnf.checkpoint import DTYPES, check_output, load, memory_advice
 from minibnf.checkpoint import resolve_device_and_dtype, write_json
 from minibnf.config import announce_ignored, read_json
-from minibnf.data import encode_prompt, read_rows
+from minibnf.data import encode_prompt
 from minibnf.forward import fingerprint
 from minibnf.model import Cache, Transformer
+from minibnf.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
 from minibnf.tokenizer import load_tokenizer
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
@@ -269,24 +272,27 @@ def stream(
 # ------------------------------------------------------------------------------------------------------- the command
 
 
-def read_prompts(path, tokenizer, chat: bool, context: int, max_new_tokens: int) -> list[tuple[int, object, list[int]]]:
-    """(line, prompt as given, token ids) of every row; ValueError names file, line and field of what does not fit."""
-    prompts = []
-    for line, row in read_rows(path):
-        where, prompt = f"{path}, line {line}", row.get("prompt")
-        if not prompt:
-            raise ValueError(f"{where}: field 'prompt' is " + ("missing" if prompt is None else "empty"))
-        asked = [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
-        ids = encode_prompt(tokenizer, asked, where)
+def read_prompts(
+    path, tokenizer, chat: bool, context: int, max_new_tokens: int, notes: Notes
+) -> list[tuple[int, dict, list[int]]]:
+    """(line, what was given, token ids) of every row; given: "prompt", and "system", "tools",
+    "chat_template_kwargs" where the row has them. ValueError lists the bad rows, each with its
+    place and field. notes gathers what a person should know of the rows.
+    """
+
+    def read(row: dict, place: Place) -> tuple[int, dict, list[int]]:
+        record = parse_prompt(row, place, chat)
+        notes.add(record, place, tokenizer.reads)
+        ids = encode_prompt(tokenizer, record.prompt, place, **record.variables)
         if len(ids) + max_new_tokens > context:
             raise ValueError(
-                f"{where}: the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones is more than the {context} "
-                "that the model reads; shorten it or lower --max-new-tokens"
+                f"{place}: the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones "
+                f"is more than the {context} that the model reads; shorten it or lower "
+                "--max-new-tokens"
             )
-        prompts.append((line, prompt, ids))
-    if not prompts:
-        raise ValueError(f"{path}: no rows")
-    return prompts
+        return place.number, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
+
+    return each_row(scan_rows(path), read)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -297,7 +303,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data",
         required=True,
         metavar="FILE",
-        help='.jsonl or .jsonl.gz; each row has a "prompt": a text or a list of messages',
+        help='rows, each with a "prompt", a text or messages: JSON Lines, a JSON array, Parquet',
     )
     a("--out", required=True, metavar="FILE", help=".jsonl to write, one row a completion")
     a("--chat", action="store_true", help="a prompt that is a text is asked as a user's message, not continued as it stands")
@@ -351,7 +357,10 @@ def run(args: argparse.Namespace) -> None:
     if "now" in before:  # a template may have put the date of the first run into the prompts
         tokenizer.now = datetime.fromisoformat(before["now"])
     context = model.config.max_position_embeddings
-    prompts = read_prompts(args.data, tokenizer, args.chat, context, args.max_new_tokens)
+    notes = Notes()
+    prompts = read_prompts(args.data, tokenizer, args.chat, context, args.max_new_tokens, notes)
+    for note in notes.lines():
+        print(note)
     how = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     settings = how | {k: getattr(args, k) for k in ("chat", "samples", "batch_size")}
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
@@ -375,17 +384,13 @@ def run(args: argparse.Namespace) -> None:
         for at in range(done, len(wanted), args.batch_size):
             batch = wanted[at : at + args.batch_size]
             drawn = generate(model, [ids for _, _, ids, _ in batch], first_row=at, **how)
-            for (line, prompt, _, k), new in zip(batch, drawn, strict=True):
+            for (line, given, _, k), new in zip(batch, drawn, strict=True):
                 ended = new[-1] in stops
                 text = tokenizer.decode(new[:-1] if ended else new, skip_special=False)  # a stray control token shows
-                answer = [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-                row = {
-                    "line": line,
-                    "sample": k,
-                    "prompt": prompt,
-                    "completion": answer,
-                    "finish": "stop" if ended else "length",
-                }
+                said = [{"role": "assistant", "content": text}]
+                answer = text if isinstance(given["prompt"], str) else said
+                finish = "stop" if ended else "length"
+                row = {"line": line, "sample": k, **given, "completion": answer, "finish": finish}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
             written += len(batch)

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from minibnf.backends import HuggingFace, SentencePiece
+from minibnf.config import no_model
 from minibnf.spelling import Spelling, any_of, words
 from minibnf.templates import compile_template, variables_read
 
@@ -42,9 +43,7 @@ def load_tokenizer(directory):
         return Tokenizer(directory, HuggingFace(directory / "tokenizer.json"))
     if (directory / "tokenizer.model").is_file():
         return Tokenizer(directory, SentencePiece(directory / "tokenizer.model"))
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no folder")
-    raise FileNotFoundError(f"{directory} holds neither tokenizer.json nor tokenizer.model")
+    raise no_model(directory, "neither tokenizer.json nor tokenizer.model")
 
 
 class Tokenizer:
@@ -238,6 +237,9 @@ class Tokenizer:
         for name in FILES:
             if (self.directory / name).is_file() and not Path(directory).samefile(self.directory):
                 shutil.copyfile(self.directory / name, Path(directory) / name)
+        more = self.directory / "additional_chat_templates"
+        if more.is_dir() and not Path(directory).samefile(self.directory):
+            shutil.copytree(more, Path(directory) / more.name, dirs_exist_ok=True)
 
     @cached_property
     def template(self):

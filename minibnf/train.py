@@ -38,6 +38,7 @@ from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pac
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
 from minibnf.forward import fingerprint, kl_estimate, metrics, reference, run_batches
+from minibnf.rows import Notes
 from minibnf.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a = p.add_argument_group("what to train").add_argument
     a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: the start, and the reference")
     a("--from-scratch", action="store_true", help="random weights; DIR needs only config.json and a tokenizer")
-    a("--data", metavar="FILE", help=".jsonl or .jsonl.gz of preference rows, paired or unpaired")
+    a("--data", metavar="FILE", help="preference rows: JSON Lines, a JSON array or Parquet")
     a("--eval-data", metavar="FILE", help="held-out rows, evaluated before the first step, after the last and between")
     a("--eval-every", type=int, default=0, metavar="N", help="also evaluate every N steps (0: only at both ends)")
     a("--out", metavar="DIR", help="folder of the run")
@@ -227,10 +228,11 @@ def setup(args: argparse.Namespace) -> Run | None:
     parameters = sum(p.numel() for p in model.parameters())
     device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)
     sets, changed, context = {}, "", model.config.max_position_embeddings
+    notes = Notes()
     for split, file in (("train", args.data), ("eval", args.eval_data)):
         if file is None:
             continue
-        sets[split], counts = read_examples(file, tokenizer, context, args.overlong)
+        sets[split], counts = read_examples(file, tokenizer, context, args.overlong, notes)
         changed += "".join(f", {n} {split} rows {what}" for what, n in counts.items())
         lone = [e.line for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
@@ -254,6 +256,7 @@ def setup(args: argparse.Namespace) -> Run | None:
         "model_sha256": fingerprint(model),
         "data_sha256": {name: digest(e) for name, e in sets.items()},
         "tokens_per_epoch": sum(e.tokens for e in examples), "changed": changed.removeprefix(", "),
+        "notes": notes.lines(),
         "batch": min(args.batch_size, len(examples)), "now": tokenizer.now.isoformat(),
         "steps": args.max_steps or (args.epochs or 1) * steps_per_epoch, "max_tokens": max_tokens,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
@@ -287,8 +290,9 @@ def announce(run: Run) -> None:
     print(f"data     {args.data}: {f['pairs']} pairs, {f['unpaired']} unpaired, {f['tokens_per_epoch']:,} tokens an epoch")
     if f["changed"]:
         print(f"         {f['changed']}")
-    if run.tokenizer.closing_warning:
-        print(run.tokenizer.closing_warning)
+    notes = [run.tokenizer.closing_warning] * bool(run.tokenizer.closing_warning)
+    for note in [*notes, *f["notes"]]:
+        print(f"         {note}")
     print(f"loss     {run.loss.name}{hyper}, lr {f['lr']:.3g}, {args.optimizer}")
     print(f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most")
     print(f"steps    {run.steps} of {f['batch']} examples: {run.steps / run.steps_per_epoch:.3g} epochs", flush=True)

@@ -90,7 +90,7 @@ NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda d: shutil.rmtree(d), "there is no such file"),
+        (lambda d: shutil.rmtree(d), "is no folder"),
         (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "not a readable"),
         (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.json nor tokenizer.model"),

@@ -17,6 +17,7 @@ from minibnf.evaluate import per_token, share, table_of, task_of, tokenised
 from minibnf.exam import exam, mean_and_error, small_world, win_rates
 from minibnf.forward import read_responses
 from minibnf.feedback import gini, target_logits
+from minibnf.rows import scan_rows
 from minibnf.smallworld import problems, write_base
 from minibnf.tokenizer import load_tokenizer
 from tests.strategies import FEW, examples
@@ -309,11 +310,11 @@ def test_a_rows_fields_name_its_task(model, tmp_path, capsys, row, task):
 
 def test_choices_are_read_without_the_end_of_a_turn_and_answers_with_it(model, tmp_path):
     tokenizer = load_tokenizer(model)
-    _, choices = tokenised(write(tmp_path / "a.jsonl", [CHOICE, {**CHOICE, "answer": "B"}, ARC]), tokenizer)
+    _, choices = tokenised(scan_rows(write(tmp_path / "a.jsonl", [CHOICE, {**CHOICE, "answer": "B"}, ARC])), tokenizer)
     assert [row.example.preferred for row in choices] == [(True, False), (False, True), (False, True)]
     assert choices[0].extra == ["A poppy.", "The sea."]
     assert [tokenizer.decode(r, skip_special=False) for r in choices[0].example.responses] == ["A poppy.", "The sea."]
-    _, (answer,) = tokenised(write(tmp_path / "b.jsonl", [QUESTION]), tokenizer)
+    _, (answer,) = tokenised(scan_rows(write(tmp_path / "b.jsonl", [QUESTION])), tokenizer)
     assert answer.extra == 42 and tokenizer.decode(answer.example.responses[0], skip_special=False).endswith("#### 42<|end|>")
     assert tokenizer.decode(answer.example.prompt, skip_special=False) == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
 
@@ -323,7 +324,7 @@ def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
     tokenizer.source = None
     for begin, text in (([], ""), ([tokenizer.bos_id], "<s>")):  # as the tokenizer begins a text
         tokenizer.begin = begin
-        _, (row,) = tokenised(write(tmp_path / "a.jsonl", [CHOICE]), tokenizer)
+        _, (row,) = tokenised(scan_rows(write(tmp_path / "a.jsonl", [CHOICE])), tokenizer)
         prompt = tokenizer.decode(row.example.prompt, skip_special=False)
         assert prompt == f"{text}Question: Which is red?\nAnswer:"
     assert [tokenizer.decode(r, skip_special=False) for r in row.example.responses] == [" A poppy.", " The sea."]
@@ -341,14 +342,14 @@ def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
         ({**CHOICE, "question": ""}, "auto", "'question'"), ({**QUESTION, "answer": "#### many"}, "auto", "'answer'"),
         ({**QUESTION, "answer": "#### 4 2"}, "auto", "'answer'"), (QUESTION | {"answer": "42"}, "gsm8k", "'answer'"),
         (QUESTION | {"answer": 42}, "auto", "'answer'"), ({**GIVEN, "completion": ""}, "auto", "'completion'"),
-        ({**GIVEN, "completion": None}, "auto", "'completion'"), ({**GIVEN, "prompt": ""}, "auto", "'prompt'"),
+        ({**GIVEN, "completion": None}, "likelihood", "'completion'"), ({**GIVEN, "prompt": ""}, "auto", "'prompt'"),
         (GIVEN, "preference", "'label'"), ({"chosen": "a"}, "auto", "'rejected'"),
         ({"question": "a" * 300, "answer": "b"}, "auto", "and the model reads 256"),
         ({"question": "a", "answer": "b" * 900}, "auto", "and the model reads 256"),
     ],
 )  # fmt: skip
 def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, says):
-    good = {"preference": rows(1)[0], "gsm8k": QUESTION, "auto": None}[task]
+    good = {"preference": rows(1)[0], "gsm8k": QUESTION, "likelihood": GIVEN, "auto": None}[task]
     file = write(tmp_path / "rows.jsonl", [good, row] if good else [row])
     assert main(["--model", str(model), "--data", str(file), "--task", task]) == 1
     error = capsys.readouterr().err

@@ -248,8 +248,11 @@ def test_a_config_that_would_compute_something_else_is_refused(directory, fields
 
 
 def test_files_that_are_not_there_or_broken(directory, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no config\.json"):
+        load(tmp_path / "empty")
     (directory / "model.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load(directory)

@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 
 from minibnf.checkpoint import DTYPES, load
-from minibnf.data import pack, read_examples, read_rows
+from minibnf.data import pack, read_examples
+from minibnf.rows import read_rows
 from minibnf.tokenizer import load_tokenizer
 from minibnf.train import main as train
 from tests.benchmarks import DEVICE, machine, peak_bytes, wait

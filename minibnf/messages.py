@@ -1,0 +1,102 @@
+"""What a field of a row says: a text or messages, and where the prompt ends within."""
+
+COMPARED = (  # the keys that make two messages the same; ids, times and all others do not
+    "role", "content", "reasoning_content", "thinking", "tool_calls", "tool_call_id", "name",
+)  # fmt: skip
+TURN = "\n\nAssistant:"  # begins an answer in HH-RLHF's texts
+
+
+def text_or_messages(value, where, name: str) -> str | list[dict]:
+    """The text or list of messages of a field; one message alone becomes a list.
+
+    A content that is a list of texts, {"type": "text", "text": ...}, becomes their text.
+    Raises ValueError that names where, the field, and the message.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise ValueError(f"{where}: field '{name}' must be text or a list of messages, not {kind}")
+    if not value:
+        raise ValueError(f"{where}: field '{name}' is empty; it needs a message")
+    if isinstance(value[0], str | list):
+        raise ValueError(
+            f"{where}: field '{name}' is a list of {len(value)} texts or conversations, and a row "
+            "holds one; write a row for each"
+        )
+    return [_message(m, f"{where}: field '{name}', message {i}") for i, m in enumerate(value)]
+
+
+def _message(message, where: str) -> dict:
+    if isinstance(message, dict) and {"from", "value"} <= set(message):
+        raise ValueError(
+            f"{where}: 'from' and 'value' are ShareGPT's keys; "
+            "write 'role' (system, user, assistant) and 'content'"
+        )
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}: needs text in 'role' and 'content'")
+    content = message.get("content")
+    if isinstance(content, list):
+        message = {**message, "content": "".join(_part(part, where) for part in content)}
+    elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+        raise ValueError(f"{where}: needs text in 'role' and 'content'")
+    return message
+
+
+def _part(part, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        form = "{'type': 'text', 'text': ...}"
+        raise ValueError(f"{where}: content has a part of type {kind!r}; only {form} is read")
+    return part["text"]
+
+
+# -------------------------------------------------------------------------- where a prompt ends
+
+
+def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
+    """The prompt, and the completions without it, which may all begin with it or alone hold it."""
+    text = any(isinstance(value, str) for value in given)
+    if prompt is None:
+        size = _end_in_texts(given, where) if text else _end_in_messages(given, where)
+        return given[0][:size], [value[size:] for value in given]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    size = len(asked)
+    if text or not all(len(m) > size and shared(m, asked) == size for m in given):
+        return prompt, given
+    if len(given) == 2 and shared(*given) < min(map(len, given)):
+        size = shared(*given)
+    return given[0][:size], [value[size:] for value in given]
+
+
+def _end_in_messages(given: list[list[dict]], where) -> int:
+    """How many messages of chosen and rejected are their prompt: those they share."""
+    size = shared(*given)
+    if size in (0, *map(len, given)):
+        what = "share no first message" if not size else "do not differ after their beginning"
+        raise ValueError(
+            f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told"
+        )
+    return size
+
+
+def _end_in_texts(given: list, where) -> int:
+    """How many characters of chosen and rejected are their prompt, which ends with TURN."""
+    texts = all(isinstance(value, str) for value in given)
+    differ = (i for i, (a, b) in enumerate(zip(*given, strict=False)) if a != b)
+    start = given[0].rfind(TURN, 0, next(differ, min(map(len, given)))) if texts else -1
+    if start < 0:
+        raise ValueError(
+            f"{where}: field 'prompt' is missing; only messages hold it implicitly, and texts "
+            f"that share a beginning up to {TURN!r}"
+        )
+    return start + len(TURN)
+
+
+def shared(a: list[dict], b: list[dict]) -> int:
+    """How many first messages two conversations share, by the keys in COMPARED."""
+    a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
+    size = min(len(a), len(b))
+    return next((i for i in range(size) if a[i] != b[i]), size)

@@ -1,0 +1,682 @@
+"""Files of rows as people have them, and what a row says: formats, refusals, columns."""
+
+import gzip
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minibnf import evaluate, generate, train
+from minibnf.data import read_examples
+from minibnf.messages import without_prompt
+from minibnf.rows import Notes, Place, each_row, parse_prompt, parse_row, present
+from minibnf.rows import read_rows, scan_rows
+from minibnf.tokenizer import load_tokenizer
+from tests.strategies import FEW
+
+TINY = Path(__file__).parents[1] / "weights" / "tiny"
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+def said(role, content, **more):
+    return [{"role": role, "content": content, **more}]
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+ASKED = said("user", "What is 3 + 4?")
+PAIR = {
+    "prompt": ASKED,
+    "chosen": said("assistant", "It is 7."),
+    "rejected": said("assistant", "It is 9."),
+}
+
+
+def records(path):
+    return each_row(scan_rows(path), parse_row)
+
+
+def file_of(path, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def one(row):
+    """The Record of a row, less its nulls."""
+    return parse_row(present(row, "here"), "here")
+
+
+# -------------------------------------------------------------------------------------- formats
+
+CELLS = st.recursive(
+    st.booleans() | st.integers(-9, 9) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+ROWS = st.lists(st.dictionaries(st.text(), CELLS, max_size=4), min_size=1, max_size=4)
+
+
+@FEW
+@given(rows=ROWS, ascii_only=st.booleans(), blank=st.sampled_from(["", "\n", "\r\n \n", "\ufeff"]))
+def test_every_form_of_json_holds_the_same_rows(tmp_path_factory, rows, ascii_only, blank):
+    folder = tmp_path_factory.mktemp("forms")
+    dumps = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    pretty = [json.dumps(row, indent=1, ensure_ascii=ascii_only) for row in rows]
+    # an empty object takes one line when pretty, and then the first line does not tell the form
+    pretty = [text if len(row) else "{\n}" for text, row in zip(pretty, rows, strict=True)]
+    texts = {
+        "lines.jsonl": "\n".join(dumps),
+        "crlf.jsonl": "\r\n".join(dumps) + "\r\n",
+        "array.json": "[" + ",".join(dumps) + "]",
+        "pretty-array.json": json.dumps(rows, indent=2, ensure_ascii=ascii_only),
+        "pretty.jsonl": "\n".join(pretty),
+    }
+    for name, text in texts.items():
+        data = (blank + text).encode("utf-8", "surrogatepass")
+        (folder / name).write_bytes(data)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+        for file in (folder / name, folder / f"{name}.gz"):
+            assert [row for _, row in read_rows(file)] == rows, file
+
+
+def test_places_are_lines_or_where_there_are_none_rows(tmp_path):
+    rows = [{"a": 1}, {"a": 2}]
+    lines = file_of(tmp_path / "lines.jsonl", ["", json.dumps(rows[0]), "", json.dumps(rows[1])])
+    pretty = tmp_path / "pretty.jsonl"
+    pretty.write_text("\n" + json.dumps(rows[0], indent=1) + "\n\n" + json.dumps(rows[1], indent=1))
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps(rows, indent=1))
+    assert [str(place) for place, _ in read_rows(lines)] == [f"{lines}, line 2", f"{lines}, line 4"]
+    assert [str(place) for place, _ in read_rows(pretty)] == [
+        f"{pretty}, line 2",
+        f"{pretty}, line 6",
+    ]
+    assert [str(place) for place, _ in read_rows(array)] == [f"{array}, row 1", f"{array}, row 2"]
+    assert len(read_rows(array, limit=1)) == 1
+
+
+def parquet(path, rows):
+    arrow = pytest.importorskip("pyarrow", reason="needs minibnf[data]")
+    from pyarrow.parquet import write_table
+
+    write_table(arrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet_is_read_and_the_nulls_of_arrow_are_absent(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+    rows = [
+        {**PAIR, "completion": None, "label": None},
+        {
+            "prompt": ASKED,
+            "completion": said("assistant", "No.", tool_calls=[call]),
+            "label": False,
+        },
+    ]
+    file = parquet(tmp_path / "rows.parquet", rows)
+    paired, unpaired = records(file)
+    assert paired.prompt == unpaired.prompt == ASKED and paired.preferred == (True, False)
+    assert dict(paired.completions) == {k: PAIR[k] for k in ("chosen", "rejected")}
+    assert unpaired.completions == [("completion", rows[1]["completion"])]
+    assert unpaired.preferred == (False,) and paired.unused == unpaired.unused == ()
+    assert [place.unit for place, _ in read_rows(file)] == ["row", "row"]
+
+
+def test_a_parquet_file_that_is_none_and_a_missing_pyarrow(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow", reason="needs minibnf[data]")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read"):
+        read_rows(tmp_path / "a.parquet")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"a\.parquet: .* pip install 'minibnf\[data\]'"):
+        read_rows(tmp_path / "a.parquet")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_read_once(tmp_path, capsys):
+    """evaluate with --base makes tokens of the rows twice."""
+
+    def fill():
+        pipe.write_text(json.dumps(PAIR) + "\n")
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=fill, daemon=True)
+    writer.start()
+    command = ["--model", TINY, "--base", TINY, "--data", pipe, "--device", "cpu"]
+    assert evaluate.main(list(map(str, command))) == 0
+    writer.join(10)
+    assert "1 rows of preference" in capsys.readouterr().out
+
+
+def test_what_is_no_file_of_rows_is_told(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    for name, says in {
+        "nothing.jsonl": "there is no such file",
+        ".": "is a folder",
+        "empty.jsonl": "no rows",
+        "none.json": "no rows",
+        "rows.csv": r"CSV, TSV.*JSON Lines.*to_json",
+    }.items():
+        with pytest.raises((ValueError, OSError), match=says):
+            read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]])
+def test_a_broken_archive_is_named(tmp_path, content):
+    (tmp_path / "rows.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: cannot be read to its end"):
+        read_rows(tmp_path / "rows.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('[{"a": 1},\n {"a" 2}]', "line 2, column 7: not valid JSON"),
+        ('{\n "a": 1,\n "b" 2\n}', "line 3, column 6: not valid JSON"),
+        ("[1]", "row 1: a row must be a JSON object, not int"),
+        ("[" * 100000, "JSON that cannot be read"),
+        ("3\n", "line 1: a row must be a JSON object, not int"),
+    ],
+)
+def test_broken_json_says_where(tmp_path, text, says):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"rows\.json.*{says}"):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_not_utf_8(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+@given(data=st.binary(max_size=60), name=st.sampled_from(["a.jsonl", "a.json.gz", "a.parquet"]))
+def test_no_bytes_give_anything_but_rows_or_an_error_for_people(tmp_path_factory, data, name):
+    file = tmp_path_factory.mktemp("bytes") / name
+    file.write_bytes(data)
+    try:
+        records(file)
+    except (ValueError, ImportError) as error:
+        assert str(error).startswith(str(file))
+
+
+@given(at=st.integers(0, 300), put=st.binary(max_size=3), cut=st.integers(0, 5), data=st.data())
+def test_nor_do_damaged_rows(tmp_path_factory, at, put, cut, data):
+    rows = [{**PAIR, "tools": [{"a": None}], "system": "s"}, GOOD]
+    form = data.draw(st.sampled_from([None, 1]))
+    whole = (json.dumps(rows, indent=form) if form else "\n".join(map(json.dumps, rows))).encode()
+    file = tmp_path_factory.mktemp("damaged") / "rows.json"
+    file.write_bytes(whole[:at] + put + whole[at + cut :])
+    try:
+        records(file)
+    except ValueError as error:
+        assert str(error).startswith(str(file))
+
+
+# ----------------------------------------------------------------------------------- many errors
+
+
+def test_the_first_ten_bad_rows_are_listed_in_one_error(tmp_path):
+    """Broken lines, broken rows and rows that the tokenizer cannot take, among good ones."""
+    bad = [{**GOOD, "chosen": None}, '{"prompt": ', {**PAIR, "prompt": [{"role": "user"}]}]
+    rows = [row for k in range(4) for row in (GOOD, *bad)]
+    file = file_of(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match="12 bad rows") as error:
+        read_examples(file, load_tokenizer(TINY), 256)
+    first, *lines, last = str(error.value).splitlines()
+    assert first == f"{file}: 12 bad rows" and last == "  ... and 2 more"
+    numbers = [k for k in range(1, 17) if k % 4 != 1][:10]
+    assert [line.split(":")[0].split(",")[0] for line in lines] == [f"  line {k}" for k in numbers]
+    assert "field 'chosen' is missing" in lines[0] and "not valid JSON" in lines[1]
+    with pytest.raises(ValueError, match="line 2: field 'chosen' is missing") as error:
+        read_examples(file_of(file, rows[:2]), load_tokenizer(TINY), 256)
+    assert "\n" not in str(error.value)  # one bad row is one line
+
+
+def test_evaluate_and_generate_list_them_too(tmp_path, capsys):
+    file = file_of(
+        tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": 3}, "[", {**PAIR, "prompt": ""}]
+    )
+    base = ["--model", str(TINY), "--data", str(file), "--device", "cpu"]
+    to_file = ["--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "2"]
+    for main, more in ((evaluate.main, []), (generate.main, to_file)):
+        assert main([*base, *more]) == 1
+        error = capsys.readouterr().err
+        assert f"{file}: 3 bad rows" in error
+        assert [line.split(":")[0].split(",")[0] for line in error.splitlines()[1:]] == [
+            "  line 2",
+            "  line 3",
+            "  line 4",
+        ]
+
+
+# -------------------------------------------------------------------------------- what a row says
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('{"prompt": "a", }', "line 2, column 17: not valid JSON"),
+        ('{"prompt": ' + "9" * 5000 + "}", "line 2: JSON that cannot be read"),
+        ("[" * 100000, "line 2: JSON that cannot be read"),
+        ('{"prompt": ' + "[" * 150 + "]" * 150 + "}", "line 2: JSON nested more than 100 deep"),
+        ("[1]", "line 2: a row must be a JSON object, not list"),
+        ({"prompt": "a", "chosen": "b"}, "line 2: field 'rejected' is missing"),
+        (GOOD | {"rejected": None}, "line 2: field 'rejected' is missing"),
+        (
+            GOOD | {"completion": "b", "label": True},
+            "line 2: field 'chosen' stands beside completion or label",
+        ),
+        ({"prompt": "a", "completion": "b"}, "line 2: an unpaired row needs the field 'label'"),
+        (
+            {"prompt": "a", "completion": "b", "label": 1},
+            "line 2: field 'label' must be true or false, not 1",
+        ),
+        (GOOD | {"chosen": 3}, "field 'chosen' must be text or a list of messages, not int"),
+        (PAIR | {"chosen": []}, "line 2: field 'chosen' is empty"),
+        (PAIR | {"rejected": "c"}, "fields 'prompt' and 'rejected' must both be text"),
+        (PAIR | {"prompt": [{"role": "user"}]}, "field 'prompt', message 0: needs text in 'role'"),
+        (PAIR | {"prompt": [3]}, "field 'prompt', message 0: needs text in 'role'"),
+        ({"chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is missing; only messages"),
+        ({"chosen": said("user", "a"), "rejected": said("user", "b")}, "share no first message"),
+        ({"chosen": said("user", "a"), "rejected": said("user", "a")}, "do not differ"),
+        (
+            GOOD | {"rejected": ["It is 9.", "It is 8."]},
+            "field 'rejected' is a list of 2 texts .* write a row for each",
+        ),
+        (PAIR | {"rejected": [PAIR["rejected"]]}, "field 'rejected' is a list of 1 texts or conv"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            "field 'chosen' is missing; 'conversations' is ShareGPT's form",
+        ),
+        (
+            PAIR | {"chosen": {"from": "gpt", "value": "a"}},
+            "field 'chosen', message 0: 'from' and 'value' are ShareGPT's keys",
+        ),
+        (
+            PAIR | {"prompt": said("user", [{"type": "text", "text": "a"}, {"type": "image"}])},
+            "field 'prompt', message 0: content has a part of type 'image'",
+        ),
+        (PAIR | {"prompt": said("user", ["a"])}, "content has a part of type 'str'"),
+        (PAIR | {"system": 3}, "field 'system' must be text, not int"),
+        (GOOD | {"system": "Be kind."}, "field 'system' stands beside a prompt that is text"),
+        (
+            PAIR | {"system": "Be kind.", "prompt": said("system", "Be rude.") + ASKED},
+            "field 'system' is another text than that of the system message",
+        ),
+        (PAIR | {"tools": "{"}, "field 'tools', column 2: not valid JSON"),
+        (PAIR | {"tools": {}}, "field 'tools' must be a list of schemas"),
+        (PAIR | {"tools": ["add"]}, "field 'tools' must be a list of schemas"),
+        (PAIR | {"chat_template_kwargs": []}, "field 'chat_template_kwargs' must be an object"),
+        (
+            PAIR | {"chat_template_kwargs": {"messages": []}},
+            "field 'chat_template_kwargs' may not hold 'messages'",
+        ),
+        (
+            PAIR | {"tools": [], "chat_template_kwargs": {"tools": []}},
+            "field 'chat_template_kwargs' may not hold 'tools'",
+        ),
+    ],
+)
+def test_a_row_that_does_not_fit_says_where_and_why(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message) as error:
+        records(file_of(tmp_path / "rows.jsonl", [GOOD, row]))
+    assert str(error.value).startswith(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR | {"chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0], "prompt": ASKED[0]},
+        PAIR | {"prompt": said("user", [part("What is "), part("3 + 4?")])},
+        PAIR | {"chosen": ASKED + PAIR["chosen"], "rejected": ASKED + PAIR["rejected"]},
+        {"chosen": ASKED + PAIR["chosen"], "rejected": ASKED + PAIR["rejected"]},
+        {
+            "prompt": ASKED[0]["content"],
+            "chosen": ASKED + PAIR["chosen"], "rejected": ASKED + PAIR["rejected"],
+        },
+        PAIR | {"completion": None, "label": None, "system": None, "tools": None},
+        PAIR | {"system": ""},
+        PAIR | {"prompt": said("user", "What is 3 + 4?", tool_calls=None)},
+        {
+            "chosen": said("user", "What is 3 + 4?", id="a", timestamp=1) + PAIR["chosen"],
+            "rejected": said("user", "What is 3 + 4?", id="b", timestamp=2) + PAIR["rejected"],
+        },
+    ],
+)  # fmt: skip
+def test_these_rows_say_the_same(row):
+    """One message, text parts, the prompt repeated or implicit, nulls, ids that differ."""
+    keys = ("role", "content")
+    found, plain = one(row), parse_row(PAIR, "here")
+    assert [{k: m[k] for k in keys} for m in found.prompt] == found.prompt[:0] + plain.prompt
+    assert (found.completions, found.preferred) == (plain.completions, plain.preferred)
+    assert found.variables == {} and found.unused == ()
+
+
+def test_a_prompt_within_messages_is_all_that_they_share():
+    ask, answer = ASKED + said("assistant", "7?"), said("user", "Sure?")
+    row = {"prompt": ASKED, "chosen": ask + answer + said("assistant", "Yes."),
+           "rejected": ask + answer + said("assistant", "No.")}  # fmt: skip
+    assert one(row) == one({k: row[k] for k in ("chosen", "rejected")})
+    assert one(row).prompt == ask + answer
+    unpaired = one({"prompt": ASKED, "completion": ASKED + PAIR["chosen"], "label": True})
+    assert unpaired.prompt == ASKED and unpaired.completions == [("completion", PAIR["chosen"])]
+    same = one(PAIR | {"chosen": ASKED + PAIR["chosen"], "rejected": ASKED + PAIR["chosen"]})
+    assert same.prompt == ASKED and same.completions[0][1] == same.completions[1][1]
+
+
+def test_messages_that_differ_in_what_a_template_reads_are_no_shared_beginning():
+    call = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    row = {
+        "chosen": ASKED + said("assistant", "", tool_calls=call) + PAIR["chosen"],
+        "rejected": ASKED + said("assistant", "") + PAIR["rejected"],
+    }
+    assert one(row).prompt == ASKED
+
+
+WORDS = st.text(st.sampled_from("ab :\n"), max_size=8)
+
+
+@given(
+    turns=st.lists(st.tuples(WORDS, WORDS), max_size=3), last=WORDS, answers=st.tuples(WORDS, WORDS)
+)
+def test_hh_rlhf_texts_hold_their_prompt(turns, last, answers):
+    prompt = "".join(f"\n\nHuman: {ask}\n\nAssistant: {answer}" for ask, answer in turns)
+    prompt += f"\n\nHuman: {last}\n\nAssistant:"
+    chosen, rejected = (f" {answer}" for answer in answers)
+    found = one({"chosen": prompt + chosen, "rejected": prompt + rejected})
+    assert found.prompt == prompt
+    assert found.completions == [("chosen", chosen), ("rejected", rejected)]
+
+
+def test_hh_rlhf_conversations_that_part_earlier_do_so_there():
+    start = "\n\nHuman: a\n\nAssistant:"
+    chosen, rejected = " b\n\nHuman: c\n\nAssistant: d", " e\n\nHuman: c\n\nAssistant: f"
+    found = one({"chosen": start + chosen, "rejected": start + rejected})
+    assert found.prompt == start and [text for _, text in found.completions] == [chosen, rejected]
+
+
+@FEW
+@given(rows=ROWS)
+def test_a_null_anywhere_is_absent(tmp_path_factory, rows):
+    """Every object of the rows gets a key more, whose value is null."""
+
+    def with_nulls(value):
+        if isinstance(value, list):
+            return [with_nulls(item) for item in value]
+        if isinstance(value, dict):
+            return {**{k: with_nulls(v) for k, v in value.items()}, "".join(value) + "!": None}
+        return value
+
+    file = tmp_path_factory.mktemp("nulls") / "rows.json"
+    file.write_text(json.dumps(with_nulls(rows)))
+    assert [row for _, row in read_rows(file)] == rows
+
+
+NAMES = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "completion",
+    "label",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+]
+MESSAGE = st.fixed_dictionaries({}, optional={
+    "role": st.sampled_from(["user", "assistant", "system", 3]), "content": CELLS,
+    "tool_calls": CELLS, "from": CELLS, "value": CELLS,
+})  # fmt: skip
+
+
+@given(row=st.dictionaries(st.sampled_from(NAMES), CELLS | MESSAGE | st.lists(MESSAGE, max_size=3)))
+def test_any_row_is_a_record_or_an_error_that_names_its_place(row):
+    for parse in (parse_row, lambda row, place: parse_prompt(row, place, chat=True)):
+        try:
+            found = parse(row, "here")
+        except ValueError as error:
+            assert str(error).startswith("here")
+        else:
+            kinds = {isinstance(x, str) for x in (found.prompt, *(c for _, c in found.completions))}
+            assert len(kinds) == 1
+            Notes().add(found, Place(Path("here"), "line", 1), lambda name: False)
+
+
+def test_what_the_prompt_is_split_from_is_left_as_it_was():
+    chosen, rejected = ASKED + PAIR["chosen"], ASKED + PAIR["rejected"]
+    prompt, rest = without_prompt(None, [chosen, rejected], "here")
+    assert prompt + rest[0] == chosen and prompt + rest[1] == rejected
+
+
+# ------------------------------------------------------------------------- columns with a meaning
+
+TEMPLATE = (
+    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}call {{ call.function.name }}{% endfor %}<|end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if brief %}Briefly: {% endif %}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """weights/tiny with a chat template that reads tools, tool_calls and `brief`."""
+    folder = tmp_path_factory.mktemp("rows") / "model"
+    folder.mkdir()
+    for file in TINY.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def texts_of(folder, row, tmp_path):
+    """What train, evaluate and generate read as the prompt of a row."""
+    tokenizer, file = load_tokenizer(folder), file_of(tmp_path / "rows.jsonl", [row])
+    ((example,), _), notes = read_examples(file, tokenizer, 256), Notes()
+    _, (held_out,) = evaluate.tokenised(scan_rows(file), tokenizer)
+    ((_, _, ids),) = generate.read_prompts(file, tokenizer, False, 256, 1, notes)
+    assert list(example.prompt) == list(held_out.example.prompt) == list(ids)
+    return tokenizer.decode(ids, skip_special=False)
+
+
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({}, ""),
+        ({"system": "Be kind."}, "<|system|>Be kind.<|end|>"),
+        ({"tools": TOOLS}, f"<|system|>{json.dumps(TOOLS)}<|end|>"),
+        ({"tools": json.dumps(TOOLS)}, f"<|system|>{json.dumps(TOOLS)}<|end|>"),
+        (
+            {"system": "Hi.", "tools": TOOLS},
+            f"<|system|>{json.dumps(TOOLS)}<|end|><|system|>Hi.<|end|>",
+        ),
+        ({"chat_template_kwargs": {"brief": True}}, "Briefly: "),
+    ],
+)  # fmt: skip
+def test_columns_with_a_meaning_reach_the_template(model, tmp_path, more, text):
+    plain = "<|user|>What is 3 + 4?<|end|><|assistant|>"
+    wanted = plain + text if text == "Briefly: " else text + plain
+    if "chat_template_kwargs" in more:  # the template opens answers so, and has to in a whole chat
+        row = {"prompt": ASKED, **more}
+        file = file_of(tmp_path / "rows.jsonl", [row])
+        tokenizer = load_tokenizer(model)
+        ((_, given, ids),) = generate.read_prompts(file, tokenizer, False, 256, 1, Notes())
+        assert tokenizer.decode(ids, skip_special=False) == wanted and given == row
+    else:
+        assert texts_of(model, PAIR | more, tmp_path) == wanted
+
+
+def test_a_question_gets_its_system_text_and_tools(model, tmp_path):
+    row = {"question": "Red?", "answer": "Yes.", "system": "Be kind.", "tools": TOOLS}
+    tokenizer = load_tokenizer(model)
+    _, (found,) = evaluate.tokenised(scan_rows(file_of(tmp_path / "rows.jsonl", [row])), tokenizer)
+    text = tokenizer.decode(found.example.prompt, skip_special=False)
+    assert text == (
+        f"<|system|>{json.dumps(TOOLS)}<|end|><|system|>Be kind.<|end|>"
+        "<|user|>Red?<|end|><|assistant|>"
+    )
+
+
+def test_a_message_that_only_calls_a_tool_is_read_or_refused(model, tmp_path):
+    row = PAIR | {"chosen": [{"role": "assistant", "content": None, "tool_calls": CALL}]}
+    file = file_of(tmp_path / "rows.jsonl", [row])
+    tokenizer = load_tokenizer(model)
+    ((example,), _) = read_examples(file, tokenizer, 256)
+    assert tokenizer.decode(example.responses[0], skip_special=False) == "call add<|end|>"
+    with pytest.raises(ValueError, match=r"line 1, field 'chosen': .* 'tool_calls', which .* not"):
+        read_examples(file, load_tokenizer(TINY), 256)
+    said_before = file_of(file, [PAIR | {"prompt": ASKED + row["chosen"] + said("user", "And?")}])
+    with pytest.raises(ValueError, match="'tool_calls', which this model's chat template does not"):
+        read_examples(said_before, load_tokenizer(TINY), 256)
+    with pytest.raises(ValueError, match="'tool_calls', which this model's chat template does not"):
+        generate.read_prompts(said_before, load_tokenizer(TINY), False, 256, 1, Notes())
+
+
+UNUSED = {**PAIR, "tools": TOOLS, "chat_template_kwargs": {"brief": True, "deep": 1}, "source": "x"}
+
+
+def test_columns_that_are_not_used_are_named_once(model, tmp_path, capsys):
+    file = file_of(tmp_path / "rows.jsonl", [UNUSED, {**PAIR, "score": 3}])
+    base = ["--model", str(TINY), "--data", str(file), "--device", "cpu"]
+    names = "tools, chat_template_kwargs.brief, chat_template_kwargs.deep"
+    out = tmp_path / "run"
+    more = ["--eval-data", str(file), "--max-steps", "1", "--out", str(out)]
+    to_file = ["--out", str(tmp_path / "o.jsonl"), "--max-new-tokens", "2"]
+    for main, arguments, extra in (
+        (train.main, more, "source, "),
+        (evaluate.main, [], "source, "),
+        (generate.main, to_file, "chosen, rejected, source, "),
+    ):
+        assert main([*base, *arguments]) == 0
+        lines = [x.strip() for x in capsys.readouterr().out.splitlines() if "not used" in x]
+        assert lines == [f"columns not used: {extra}{names}, score"]
+    notes = json.loads((out / "config.json").read_text())["facts"]["notes"]
+    assert notes == [f"columns not used: source, {names}, score"]
+
+
+def test_a_template_that_reads_a_variable_uses_its_column(model, tmp_path):
+    notes, file = Notes(), file_of(tmp_path / "rows.jsonl", [UNUSED])
+    generate.read_prompts(file, load_tokenizer(model), False, 256, 1, notes)
+    wanted = "columns not used: chosen, rejected, source, chat_template_kwargs.deep"
+    assert notes.lines() == [wanted]
+    text = Notes()  # a text prompt goes through no template
+    read_examples(file_of(file, [GOOD | {"tools": TOOLS}]), load_tokenizer(model), 256, notes=text)
+    assert text.lines() == ["columns not used: tools"]
+
+
+def test_a_prompt_repeated_in_text_responses_is_named_once_with_its_first_line(tmp_path):
+    twice = {"prompt": "Q: a\nA:", "chosen": "Q: a\nA: b", "rejected": "Q: a\nA: c"}
+    file, notes = file_of(tmp_path / "rows.jsonl", [GOOD, twice, twice]), Notes()
+    read_examples(file, load_tokenizer(TINY), 256, notes=notes)
+    (line,) = notes.lines()
+    assert line.startswith("2 rows repeat the prompt") and line.endswith(f"{file}, line 2")
+
+
+def test_what_generate_was_given_stands_in_what_it_writes(model, tmp_path):
+    row = {"prompt": ASKED, "system": "Be kind.", "tools": TOOLS, "id": 3}
+    out = tmp_path / "out.jsonl"
+    command = ["--model", model, "--data", file_of(tmp_path / "rows.jsonl", [row]), "--out", out]
+    assert generate.main([*map(str, command), "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    written = json.loads(out.read_text())
+    assert {k: written[k] for k in ("prompt", "system", "tools")} == {
+        k: row[k] for k in row if k != "id"
+    }
+    assert written["completion"][0]["role"] == "assistant"
+
+
+# ------------------------------------------------------------------------- folders of models
+
+
+@pytest.mark.parametrize("name", ["org--name", "name", "org--a--b"])
+def test_a_hubs_cache_is_named_as_the_repository(tmp_path, name, monkeypatch, capsys):
+    top = tmp_path / f"models--{name}"
+    folder = top / "snapshots" / "0a1b2c"
+    folder.mkdir(parents=True)
+    for file in TINY.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    file, out = file_of(tmp_path / "rows.jsonl", [PAIR]), tmp_path / "run"
+    command = ["--data", str(file), "--out", str(out), "--device", "cpu", "--max-steps", "1"]
+    assert train.main([*command, "--model", str(top)]) == 1
+    error = capsys.readouterr().err
+    assert "the top folder of a hub's cache" in error and str(folder) in error
+    assert train.main([*command, "--model", str(folder)]) == 0
+    card = (out / "model" / "README.md").read_text()
+    repository = name.replace("--", "/", 1)
+    assert f"base_model: {repository}\n" in card and f"# {repository}, trained" in card
+    kept = out / "model" / "additional_chat_templates" / "rag.jinja"
+    assert kept.read_text() == "{{ messages }}"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "check"])
+def test_the_name_of_a_model_on_a_hub_is_told_from_a_folder(tmp_path, command, capsys):
+    from minibnf import check
+
+    file = str(file_of(tmp_path / "rows.jsonl", [PAIR]))
+    options = ["--model", "org/name", "--data", file, "--out", str(tmp_path / "out")]
+    mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
+    done = check.main(["org/name"]) if command == "check" else mains[command](options)
+    error = capsys.readouterr().err
+    assert done == 1 and "org/name is no folder here" in error and "downloaded first" in error
+
+
+# ----------------------------------------------------------------------- small inputs that failed
+
+CASES = Path(__file__).parents[2] / "shared" / "cases" / "data"
+REFUSED = {
+    "rejected_list.jsonl": "field 'rejected' is a list of 2",
+    "system_column_text.jsonl": "field 'system' stands beside a prompt that is text",
+    "toolcall_null.jsonl": "'tool_calls'",
+    "gen_system.jsonl": "field 'chosen' is missing",
+}
+NOTED = {"tools.jsonl": "columns not used: tools", "hh_prompt_repeated.jsonl": "1 row repeats"}
+LIKE_PAIR = "array eos_as_messages message_dict messages_prompt_repeated mixed_nulls parts pretty"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the small inputs ../shared/cases are not here")
+@pytest.mark.parametrize("name", sorted(p.name for p in CASES.glob("*")))
+def test_small_inputs_that_failed_once(name, tmp_path, capsys):
+    base = ["--model", str(TINY), "--data", str(CASES / name), "--device", "cpu"]
+    trained = train.main([*base, "--max-steps", "2", "--out", str(tmp_path / "run")])
+    found = capsys.readouterr()
+    if name in REFUSED:
+        assert trained == 1 and REFUSED[name] in found.err and "line 1" in found.err
+    else:
+        assert trained == 0 and NOTED.get(name, "data ") in found.out
+        assert ("not used" in found.out) == (name == "tools.jsonl")
+    if name != "gen_system.jsonl":
+        assert evaluate.main(base) == trained
+        assert (REFUSED if name in REFUSED else NOTED).get(name, "") in "".join(capsys.readouterr())
+    stem, tokenizer = name.split(".")[0], load_tokenizer(TINY)
+    if stem in LIKE_PAIR.split() or name == "ok.parquet":
+        example = read_examples(CASES / name, tokenizer, 256)[0][0]
+        sides = [tokenizer.encode_response(ASKED, PAIR[k]) for k in ("chosen", "rejected")]
+        assert example.prompt == tuple(sides[0][0])
+        assert example.responses == tuple(tuple(response) for _, response in sides)
+    if stem == "hh":
+        example = read_examples(CASES / name, tokenizer, 256)[0][0]
+        assert tokenizer.decode(example.prompt) == "\n\nHuman: What is 3 + 4?\n\nAssistant:"
+    if stem == "gen_system":
+        notes, pirate = Notes(), said("system", "Answer as a pirate.")
+        ((_, _, ids),) = generate.read_prompts(CASES / name, tokenizer, True, 256, 1, notes)
+        assert (
+            ids == tokenizer.encode_chat(pirate + ASKED, True) != tokenizer.encode_chat(ASKED, True)
+        )
+    if stem == "system_column":
+        example = read_examples(CASES / name, tokenizer, 256)[0][0]
+        pirate = said("system", "Answer as a pirate.")
+        assert list(example.prompt) == tokenizer.encode_chat(pirate + ASKED, True)
