@@ -171,7 +171,7 @@ def test_what_is_no_file_of_rows_is_told(tmp_path):
             read_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]])
+@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]], ids=["no archive", "cut"])
 def test_a_broken_archive_is_named(tmp_path, content):
     (tmp_path / "rows.jsonl.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: cannot be read to its end"):
