@@ -95,12 +95,24 @@ class Side:
                 said += piece
                 yield printable(piece)
         finally:
-            self.history = [*asked, {"role": "assistant", "content": said}]
+            self.history = [*asked, self.answer(said)]
             self.turn += 1
         if not ended:
             yield f" [stopped after {limit} tokens: " + (
                 "--max-new-tokens]" if limit == a.max_new_tokens else "the context is full]"
             )
+
+
+    def answer(self, said: str) -> dict:
+        """The message of an answer. Templates read thoughts apart from what was said, in a field of
+        their own: markup such as </think> within a message would be text to the model."""
+        thought, end, rest = said.rpartition("</think>")
+        if not end or end not in self.tokenizer.control:
+            return {"role": "assistant", "content": said}
+        thought = thought.partition("<think>")[2] or thought
+        return {
+            "role": "assistant", "reasoning_content": thought.strip(), "content": rest.lstrip(),
+        }  # fmt: skip
 
 
 def show(sides: list[Side], message: str) -> None:

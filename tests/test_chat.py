@@ -46,6 +46,17 @@ def side(*flags):
     return Side(TINY, parse(["--model", TINY, *flags]))
 
 
+def test_a_thought_goes_back_to_the_model_in_a_field_of_its_own():
+    """Qwen3's template would cut it out of a message, and control text in messages is refused."""
+    mine = side()
+    assert mine.answer("a</think>b") == {"role": "assistant", "content": "a</think>b"}  # no markup here
+    mine.tokenizer.control = {"<think>": 1, "</think>": 2}
+    thought = {"role": "assistant", "reasoning_content": "3 + 4", "content": "It is 7."}
+    assert mine.answer("<think>\n3 + 4\n</think>\n\nIt is 7.") == thought
+    assert mine.answer("3 + 4</think>It is 7.") == thought  # where the template itself opens the thought
+    assert mine.answer("It is 7.") == {"role": "assistant", "content": "It is 7."}
+
+
 def test_an_answer_is_what_generate_gives_and_is_kept_in_the_history():
     mine = side("--temperature", "0")
     questions = ["What is 3 + 4?", "Which city is Will's home?"]
