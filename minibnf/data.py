@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minibnf.losses import Responses
 from minibnf.attention import Group, to_device
-from minibnf.rows import Notes, Place, Record, each_row, parse_row, scan_rows
+from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, scan_rows
 
 
 class Example(NamedTuple):

@@ -45,17 +45,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.checkpoint import check_output, load, memory_advice
-from minibnf.checkpoint import resolve_device_and_dtype, write_json
-from minibnf.config import announce_ignored
+from minibnf.run import check_output, load, memory_advice
+from minibnf.run import resolve_device_and_dtype, write_json
+from minibnf.files.config import announce_ignored
 from minibnf.data import Example, digest, pairs_of, read_examples, token_ids
-from minibnf.exam import LABELS, exam, small_world
-from minibnf.forward import read_responses
+from minibnf.lab.exam import LABELS, exam, small_world
+from minibnf.step import read_responses
 from minibnf.generate import generate
-from minibnf.messages import text_or_messages
-from minibnf.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
-from minibnf.smallworld import sampler
-from minibnf.tokenizer import Tokenizer, load_tokenizer
+from minibnf.files.messages import text_or_messages
+from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
+from minibnf.lab.smallworld import sampler
+from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- reading
 

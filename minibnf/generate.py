@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.checkpoint import DTYPES, check_output, load, memory_advice
-from minibnf.checkpoint import resolve_device_and_dtype, write_json
-from minibnf.config import announce_ignored, read_json
+from minibnf.run import DTYPES, check_output, load, memory_advice
+from minibnf.run import resolve_device_and_dtype, write_json
+from minibnf.files.config import announce_ignored, read_json
 from minibnf.data import encode_prompt
-from minibnf.forward import fingerprint
+from minibnf.step import fingerprint
 from minibnf.model import Cache, Transformer
-from minibnf.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
+from minibnf.files.tokenizer import load_tokenizer
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass

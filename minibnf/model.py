@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minibnf.attention import Group, additive, attend, attention_dtype, masks
-from minibnf.config import Config, Rope
-from minibnf.fused import gated, rotate
+from minibnf.files.config import Config, Rope
+from minibnf.kernels import gated, rotate
 from minibnf.linear import linear
 
 

@@ -30,16 +30,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.checkpoint import DTYPES, delete_run, fresh, holds_run, inside, keep_metrics, load
-from minibnf.checkpoint import load_training, memory_advice, model_card, read_json, refuse_foreign
-from minibnf.checkpoint import replacing, resolve_device_and_dtype, save, save_training, write_json
-from minibnf.config import announce_ignored
+from minibnf.run import DTYPES, delete_run, fresh, holds_run, inside, keep_metrics, load
+from minibnf.run import load_training, memory_advice, model_card, read_json, refuse_foreign
+from minibnf.run import replacing, resolve_device_and_dtype, save, save_training, write_json
+from minibnf.files.config import announce_ignored
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.losses import LOSSES, Loss
 from minibnf.model import Transformer
-from minibnf.forward import fingerprint, kl_estimate, metrics, reference, run_batches
-from minibnf.rows import Notes
-from minibnf.tokenizer import load_tokenizer
+from minibnf.step import fingerprint, kl_estimate, metrics, reference, run_batches
+from minibnf.files.rows import Notes
+from minibnf.files.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -439,7 +439,7 @@ def finish(run: Run) -> None:
         run.tokenizer.save(temporary)
         (temporary / "README.md").write_text(model_card(args, run.facts, run.hyper, table), encoding="utf-8")
     try:
-        from minibnf.plots import training_curves
+        from minibnf.lab.figures import training_curves
     except ImportError:
         figure = "none: pip install 'minibnf[plots]' draws one"
     else:

@@ -14,7 +14,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 @pytest.fixture(scope="session")
 def tiny():
     """A tiny random Transformer in float64: 3 layers, 4 query heads on 2 key/value heads, weights large enough to matter."""
-    from minibnf.config import parse_config
+    from minibnf.files.config import parse_config
     from minibnf.model import Transformer
 
     raw = dict(

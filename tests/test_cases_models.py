@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minibnf import chat, check, evaluate, generate, train
-from minibnf.checkpoint import load
-from minibnf.smallworld import sampler
-from minibnf.tokenizer import load_tokenizer
+from minibnf.run import load
+from minibnf.lab.smallworld import sampler
+from minibnf.files.tokenizer import load_tokenizer
 from tests.test_train import rows, write
 
 ROOT = Path(__file__).parents[1]

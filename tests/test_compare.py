@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from minibnf import compare as module
-from minibnf.compare import chosen_settings, collapsed, compare, finals, main, objective, settings, slug, sweep
-from minibnf.plots import comparison
-from minibnf.verdicts import (
+from minibnf.lab import compare as module
+from minibnf.lab.compare import chosen_settings, collapsed, compare, finals, main, objective, settings, slug, sweep
+from minibnf.lab.figures import comparison
+from minibnf.lab.verdicts import (
     CUSTOMARY,
     NOT,
     REPRODUCED,
@@ -156,8 +156,8 @@ def test_the_weights_of_real_tokens_lie_on_bnfs_curve(tmp_path):
     """Autograd through the soft-max of a model that was changed at random, on real rows: w = min(1, o(p)/o(r))."""
     import torch
 
-    from minibnf.checkpoint import load, save
-    from minibnf.tokenizer import load_tokenizer
+    from minibnf.run import load, save
+    from minibnf.files.tokenizer import load_tokenizer
 
     spec = SPEC | {"sets": {"qa": {"kind": "qa", "count": 8}}}
     files = module.prepare(spec, "qa", tmp_path / "data")
@@ -336,9 +336,9 @@ def test_good_rates_have_no_holes():
 
 
 def odd_results():
-    """Made up for the spec of evidence/small.json, with all that may happen: methods of the first stage alone, runs that broke
+    """Made up for the spec of tutorials/evidence/small.json, with all that may happen: methods of the first stage alone, runs that broke
     off, and a method that always does."""
-    spec = json.loads(Path("evidence/small.json").read_text())
+    spec = json.loads(Path("tutorials/evidence/small.json").read_text())
     made = {"spec": spec, "runs": [], "facts": {"response_tokens": dict.fromkeys(spec["on"], 10.0)}}
     for stage in (lambda: sweep(spec), lambda: finals(spec, made["runs"])):
         for k, job in enumerate(stage()):

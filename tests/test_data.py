@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minibnf.data import Example, _first_fit, digest, mismatched, order_of_epoch, pack, pair, pairs_of, read_examples
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
-from minibnf.forward import loss_and_logps
+from minibnf.step import loss_and_logps
 from tests.strategies import FEW, examples
 from tests.test_losses import published_bnf
 

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.checkpoint import fresh, load, save
+from minibnf.run import fresh, load, save
 from minibnf.data import Example, pair, read_examples
 from minibnf.evaluate import Figure, Measured, Row, figures, interval, last_number, main, measure, paired_interval
 from minibnf.evaluate import per_token, share, table_of, task_of, tokenised
-from minibnf.exam import exam, mean_and_error, small_world, win_rates
-from minibnf.forward import read_responses
+from minibnf.lab.exam import exam, mean_and_error, small_world, win_rates
+from minibnf.step import read_responses
 from minibnf.feedback import gini, target_logits
-from minibnf.rows import scan_rows
-from minibnf.smallworld import problems, write_base
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.rows import scan_rows
+from minibnf.lab.smallworld import problems, write_base
+from minibnf.files.tokenizer import load_tokenizer
 from tests.strategies import FEW, examples
 from tests.test_train import rows, write
 
@@ -79,7 +79,7 @@ def test_what_is_scored_by_family(monkeypatch):
     known = {p.prompt: p.answer for p in problems(("add",), "test", 5, seed=0)}
     greedy = lambda prompts, n, seed: [[known.get(prompt, "?")] * n for prompt in prompts]
     sampled = lambda prompts, n, seed: [["?"] * n for _ in prompts]
-    monkeypatch.setattr("minibnf.exam.sampler", lambda *_, temperature=1.0: sampled if temperature else greedy)
+    monkeypatch.setattr("minibnf.lab.exam.sampler", lambda *_, temperature=1.0: sampled if temperature else greedy)
     found = small_world(None, None, exam(None, None, count=5))
     assert {name: mean for name, (mean, _) in found.items()} == {
         "win_rate": 0.5, "judge_score": 0, "degenerate": 1, "accuracy": 0.25, "accuracy/add": 1, "accuracy/sub": 0,

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minibnf.checkpoint import fresh, load_training, memory_advice, out_of_memory, save_training
+from minibnf.run import fresh, load_training, memory_advice, out_of_memory, save_training
 from minibnf.evaluate import main as evaluate
 from minibnf.generate import main as generate
-from minibnf.smallworld import main as smallworld
+from minibnf.lab.smallworld import main as smallworld
 from minibnf.train import main, optimizers, parse
 from tests.strategies import FEW
 from tests.test_train import arguments, logged, rows, same, weights, write
@@ -136,7 +136,7 @@ def test_overwrite_interrupted_anywhere_leaves_a_run_that_goes_on(
 
     Then --resume ends as the old run did (or the new one), and --overwrite as the new one.
     """
-    monkeypatch.setattr("minibnf.plots.training_curves", lambda *_: "none")  # it takes its time
+    monkeypatch.setattr("minibnf.lab.figures.training_curves", lambda *_: "none")  # it takes its time
     new = arguments(world, tmp_path / "new", "--lr", 1e-3, "--max-steps", 1, *CPU)
     assert main(new) == 0
     ends = [weights(finished), weights(tmp_path / "new")]
@@ -445,6 +445,6 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(saved, monkeypa
     def refused(*_, **__):
         raise PermissionError("Permission denied")
 
-    monkeypatch.setattr("minibnf.checkpoint.safe_open", refused)
+    monkeypatch.setattr("minibnf.run.safe_open", refused)
     with pytest.raises(OSError, match=r"step-0000003: the checkpoint cannot be read: Permission"):
         saved[0]()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf import linear
-from minibnf.fused import gated, rotate
+from minibnf.kernels import gated, rotate
 
 
 def plain_rotation(x, cos, sin):

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf import generate as module
-from minibnf.checkpoint import load, save
-from minibnf.config import parse_config
+from minibnf.run import load, save
+from minibnf.files.config import parse_config
 from minibnf.generate import Reader, generate, main, sample, stream
 from minibnf.model import Transformer
-from minibnf.rows import Notes
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.rows import Notes
+from minibnf.files.tokenizer import load_tokenizer
 from tests.strategies import FEW
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)  # many share a beginning
@@ -346,7 +346,7 @@ def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(
     assert command(questions, whole, *flags) == 0
     assert command(questions, torn, *flags) == 0
     torn.write_bytes(torn.read_bytes().splitlines(keepends=True)[0])
-    monkeypatch.setattr("minibnf.tokenizer.datetime", NextYear)
+    monkeypatch.setattr("minibnf.files.tokenizer.datetime", NextYear)
     assert command(questions, torn, *flags, "--resume") == 0
     assert torn.read_bytes() == whole.read_bytes()
     assert command(questions, torn, *flags, "--overwrite") == 0

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibnf import checkpoint
-from minibnf.checkpoint import fresh, load, save
-from minibnf.config import Rope, announce_ignored, ignored_fields, parse_config
-from minibnf.fused import rotate
+from minibnf import run as checkpoint
+from minibnf.run import fresh, load, save
+from minibnf.files.config import Rope, announce_ignored, ignored_fields, parse_config
+from minibnf.kernels import rotate
 from minibnf.attention import attend, block_mask, masks
 from minibnf.model import rotary
 

@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibnf import attention
-from minibnf.checkpoint import load
+from minibnf.run import load
 from minibnf.data import mismatched, pack, pair
-from minibnf.forward import Reference, kl_estimate, run_batches
+from minibnf.step import Reference, kl_estimate, run_batches
 from minibnf.losses import LOSSES
 
 EXAMPLES = [

@@ -10,9 +10,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minibnf.config import READS
+from minibnf.files.config import READS
 from minibnf.losses import bnf_loss
-from minibnf.verdicts import concentration, figure, rivals, table, verdict_table
+from minibnf.lab.verdicts import concentration, figure, rivals, table, verdict_table
 from tests.loss_table import table as loss_table
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def test_the_examples_in_python_run(capsys):
 RESULTS = ROOT / "evidence" / "small-results.json"
 
 
-@pytest.mark.skipif(not RESULTS.is_file(), reason="evidence/small-results.json is not there: make compare-full makes it")
+@pytest.mark.skipif(not RESULTS.is_file(), reason="tutorials/evidence/small-results.json is not there: make compare-full makes it")
 def test_the_verdicts_are_drawn_from_the_committed_results():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert results["spec"] == json.loads((ROOT / "evidence" / "small.json").read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ def test_the_verdicts_are_drawn_from_the_committed_results():
 REAL = ROOT / "evidence" / "real-results.json"
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="evidence/real-results.json is not there: make compare-real makes it")
+@pytest.mark.skipif(not REAL.is_file(), reason="tutorials/evidence/real-results.json is not there: make compare-real makes it")
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
     results = json.loads(REAL.read_text(encoding="utf-8"))
     assert results["spec"] == json.loads((ROOT / "evidence" / "real.json").read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def test_the_real_models_tables_are_drawn_from_the_committed_results():
         assert table(results, name) in README, table(results, name)
 
 
-@pytest.mark.skipif(not RESULTS.is_file(), reason="evidence/small-results.json is not there: make compare-full makes it")
+@pytest.mark.skipif(not RESULTS.is_file(), reason="tutorials/evidence/small-results.json is not there: make compare-full makes it")
 def test_the_figures_quoted_under_read_honestly_are_the_files():
     """Every number in that list, recomputed and formatted as the prose has it."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))

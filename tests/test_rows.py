@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from minibnf import evaluate, generate, train
 from minibnf.data import read_examples
-from minibnf.messages import without_prompt
-from minibnf.rows import Notes, Place, each_row, parse_prompt, parse_row, present
-from minibnf.rows import read_rows, scan_rows
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.messages import without_prompt
+from minibnf.files.rows import Notes, Place, each_row, parse_prompt, parse_row, present
+from minibnf.files.rows import read_rows, scan_rows
+from minibnf.files.tokenizer import load_tokenizer
 from tests.strategies import FEW
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"

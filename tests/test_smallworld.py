@@ -14,7 +14,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minibnf import smallworld as sw
+from minibnf.lab import smallworld as sw
 
 seeds = st.integers(0, 2**32)
 a_few = settings(max_examples=30, deadline=None)
@@ -188,7 +188,7 @@ def test_the_same_in_every_process(tmp_path):
             ["rows", "--count", "500", "--seed", "3", "--out", tmp_path / hash_seed / "rows.jsonl"],
         ):
             subprocess.run(
-                [sys.executable, "-m", "minibnf.smallworld", *command],
+                [sys.executable, "-m", "minibnf.lab.smallworld", *command],
                 check=True,
                 env=os.environ | {"PYTHONHASHSEED": hash_seed},
                 cwd=Path(sw.__file__).parents[1],
@@ -372,8 +372,8 @@ def test_the_sampler_keeps_the_order(monkeypatch):
     "flags, fields", [([], {"prompt", "chosen", "rejected"}), (["--unpaired", "chosen"], {"prompt", "completion", "label"})]
 )
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
-    monkeypatch.setattr("minibnf.checkpoint.load", Path)
-    monkeypatch.setattr("minibnf.tokenizer.load_tokenizer", Path)
+    monkeypatch.setattr("minibnf.run.load", Path)
+    monkeypatch.setattr("minibnf.files.tokenizer.load_tokenizer", Path)
     monkeypatch.setattr(sw, "sampler", lambda model, tokenizer: imitate)
     out = tmp_path / "new" / "pairs.jsonl"
     sw.main(["pairs", "--model", "base", "--kind", "qa", "--count", "5", "--out", str(out), *flags])

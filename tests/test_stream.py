@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.tokenizer import load_tokenizer
 from tests.test_tokenizer import CORPUS, ROLES, SPECIAL, byte_level, sentence_piece, write_config
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")

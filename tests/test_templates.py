@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.templates import BUDGET, SOURCE, compile_template
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.templates import BUDGET, SOURCE, compile_template
+from minibnf.files.tokenizer import load_tokenizer
 from tests.test_stream import byte_fallback
 from tests.test_tokenizer import (
     CHATML,
@@ -117,7 +117,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_in_an_error(name, monkeypatch):
-    monkeypatch.setattr("minibnf.templates.SECONDS", 0.5)
+    monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.5)
     template, message = HOSTILE[name]
     with pytest.raises(ValueError, match=f"the template of x.*({message})"):
         compile_template(template, "the template of x")(messages=[{"role": "user", "content": "Hi"}])

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 pytest.importorskip("jinja2", reason="needs minibnf[hf]")

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from minibnf.checkpoint import fresh, load, save
+from minibnf.run import fresh, load, save
 from minibnf.data import mismatched, pack, pair
 from minibnf.losses import LOSSES, bnf_weight
-from minibnf.forward import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
-from minibnf.smallworld import QUESTIONS, grammar, write_base
-from minibnf.tokenizer import load_tokenizer
+from minibnf.step import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
+from minibnf.lab.smallworld import QUESTIONS, grammar, write_base
+from minibnf.files.tokenizer import load_tokenizer
 from minibnf import train
 from minibnf.train import AHEAD, learning_rate, loss_hyper, main, optimizers
 from tests.strategies import FEW, examples, hypers
@@ -261,7 +261,7 @@ def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(world,
     ref = reference(model, examples, steps, file, "key", torch.float32)
     (batch,) = pack(examples, [4, 1, 3], 1000)
     torch.testing.assert_close(ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("minibnf.forward.read_batches", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("minibnf.step.read_batches", lambda *a, **k: pytest.fail("computed again"))
     assert torch.equal(reference(model, examples, steps, file, "key", torch.float32).logps, ref.logps)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         reference(model, examples, steps, file, "another model's key", torch.float32)
@@ -479,7 +479,7 @@ def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(world, tmp_p
     assert main(arguments(world, out, *more)) == 0
     first = weights(out)
     shutil.rmtree(out / "model")  # as if interrupted before it was written
-    monkeypatch.setattr("minibnf.tokenizer.datetime", NextYear)
+    monkeypatch.setattr("minibnf.files.tokenizer.datetime", NextYear)
     assert main(["--resume", "--out", str(out)]) == 0
     assert same(weights(out), first)
     assert main([*arguments(world, out, *more), "--overwrite"]) == 0
@@ -585,7 +585,7 @@ def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("minibnf.checkpoint.save_file", full)
+    monkeypatch.setattr("minibnf.run.save_file", full)
     assert main(arguments(world, tmp_path / "run", "--max-steps", 1, "--loss", "nll")) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and "model.safetensors cannot be written" in errors and "No space left" in errors

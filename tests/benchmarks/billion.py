@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from minibnf.check import memory
-from minibnf.config import parse_config
+from minibnf.files.config import parse_config
 from minibnf.train import main as train
 from tests.benchmarks import DEVICE, machine, peak_bytes
 from tests.benchmarks.training import first_rows

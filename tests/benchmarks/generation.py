@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from minibnf.checkpoint import DTYPES, load
+from minibnf.run import DTYPES, load
 from minibnf.generate import generate
-from minibnf.smallworld import QA, REASONING, problems
-from minibnf.tokenizer import load_tokenizer
+from minibnf.lab.smallworld import QA, REASONING, problems
+from minibnf.files.tokenizer import load_tokenizer
 from tests.benchmarks import DEVICE, machine, wait
 
 

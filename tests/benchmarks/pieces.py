@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minibnf.checkpoint import load
+from minibnf.run import load
 from minibnf.data import Example, mismatched, order_of_epoch, pack, read_examples
-from minibnf.forward import run_batches
+from minibnf.step import run_batches
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
-from minibnf.smallworld import main as smallworld
-from minibnf.tokenizer import load_tokenizer
+from minibnf.lab.smallworld import main as smallworld
+from minibnf.files.tokenizer import load_tokenizer
 from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 
 

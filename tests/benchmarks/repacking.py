@@ -10,12 +10,12 @@ import argparse
 
 import torch
 
-from minibnf.checkpoint import load
+from minibnf.run import load
 from minibnf.data import order_of_epoch, pack, read_examples
-from minibnf.forward import read_batches
+from minibnf.step import read_batches
 from minibnf.logprob import token_logps
 from minibnf.losses import bnf_weight
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.tokenizer import load_tokenizer
 from tests.benchmarks import DEVICE, machine
 
 

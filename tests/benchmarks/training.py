@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from minibnf.checkpoint import DTYPES, load
+from minibnf.run import DTYPES, load
 from minibnf.data import pack, read_examples
-from minibnf.rows import read_rows
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.rows import read_rows
+from minibnf.files.tokenizer import load_tokenizer
 from minibnf.train import main as train
 from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 
@@ -133,7 +133,7 @@ def first_rows(data: str, count: int, folder: Path) -> Path:
         rows = [row for _, row in read_rows(data)][:count]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
-        from minibnf.smallworld import main as smallworld
+        from minibnf.lab.smallworld import main as smallworld
 
         print(f"{data} is not there: pairs of the small world instead")
         smallworld(["pairs", "--model", "weights/tiny", "--kind", "math", "--count", str(count), "--out", str(file)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minibnf.config import parse_config
+from minibnf.files.config import parse_config
 from minibnf.model import Transformer, masks
 
 TINY = json.loads((Path(__file__).parents[2] / "weights" / "tiny" / "config.json").read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from minibnf.exam import win_rates
+from minibnf.lab.exam import win_rates
 
 
 def test_win_rate_by_hand(exercise):

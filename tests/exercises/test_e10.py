@@ -1,6 +1,6 @@
 import torch
 
-from minibnf.rows import parse_row
+from minibnf.files.rows import parse_row
 
 
 def test_rows_of_votes(exercise):

@@ -15,10 +15,10 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the parity extra is not installed: make parity")
 
-from minibnf.checkpoint import load, save  # noqa: E402
-from minibnf.config import READS, SHAPE, ignored_fields, parse_config  # noqa: E402
+from minibnf.run import load, save  # noqa: E402
+from minibnf.files.config import READS, SHAPE, ignored_fields, parse_config  # noqa: E402
 from minibnf.data import Example, pack, pair  # noqa: E402
-from minibnf.forward import loss_and_logps  # noqa: E402
+from minibnf.step import loss_and_logps  # noqa: E402
 from minibnf.generate import generate  # noqa: E402
 from minibnf.losses import LOSSES  # noqa: E402
 from minibnf.responses import Responses  # noqa: E402

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs transfor
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 pytest.importorskip("google.protobuf", reason="protobuf is not installed: make parity")
 
-from minibnf.tokenizer import load_tokenizer  # noqa: E402
+from minibnf.files.tokenizer import load_tokenizer  # noqa: E402
 from tests import test_templates  # noqa: E402
 from tests.parity.test_tokenizer import strings  # noqa: E402
 from tests.test_tokenizer import controls  # noqa: E402

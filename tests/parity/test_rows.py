@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minibnf.data import read_examples
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.tokenizer import load_tokenizer
 from tests.test_rows import file_of, said
 from tests.test_tokenizer import byte_level
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.tokenizer import load_tokenizer
 from tests.test_stream import byte_fallback
 from tests.test_templates import strings
 from tests.test_tokenizer import byte_level, controls

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minibnf.messages import text_or_messages, without_prompt
+from minibnf.files.messages import text_or_messages, without_prompt
 
 OPTIONS = ("system", "tools", "chat_template_kwargs")
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space

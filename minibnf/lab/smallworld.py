@@ -8,9 +8,9 @@ Reasoning (families add sub sort word): a short chain of thought and an exact fi
 Problems never run out. Splits are by a hash of the prompt.
 Everything is a function of its seed alone: the same in every process, whatever PYTHONHASHSEED says.
 
-    python -m minibnf.smallworld base --out DIR                                  config and tokenizer of a fresh model
-    python -m minibnf.smallworld rows --count 120000 --seed 0 --out FILE.jsonl   what it is pretrained on
-    python -m minibnf.smallworld pairs --model DIR --kind qa --count 1024 --seed 0 --out FILE.jsonl
+    python -m minibnf.lab.smallworld base --out DIR                                  config and tokenizer of a fresh model
+    python -m minibnf.lab.smallworld rows --count 120000 --seed 0 --out FILE.jsonl   what it is pretrained on
+    python -m minibnf.lab.smallworld pairs --model DIR --kind qa --count 1024 --seed 0 --out FILE.jsonl
 """
 
 import argparse
@@ -402,7 +402,7 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: see the top of the file."""
-    parser = argparse.ArgumentParser(prog="python -m minibnf.smallworld", description="Make the small world's files.")
+    parser = argparse.ArgumentParser(prog="python -m minibnf.lab.smallworld", description="Make the small world's files.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text, out in (
         ("base", "config and tokenizer of a fresh tiny model", "the folder to write"),
@@ -438,8 +438,8 @@ def _make(args: argparse.Namespace) -> None:
     if args.command == "rows":
         made = pretrain_rows(args.count, args.seed)
     else:
-        from minibnf.checkpoint import inside, load
-        from minibnf.tokenizer import load_tokenizer
+        from minibnf.run import inside, load
+        from minibnf.files.tokenizer import load_tokenizer
         if inside(args.out, Path(args.model)):
             raise ValueError(f"--out {args.out} lies in --model {args.model}; name another file")
         made = pairs(args.kind, sampler(load(args.model), load_tokenizer(args.model)), args.count, args.seed, args.split)

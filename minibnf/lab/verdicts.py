@@ -1,4 +1,4 @@
-"""Is it true? Tables and a verdict a claim, drawn from the results.json of minibnf/compare.py alone.
+"""Is it true? Tables and a verdict a claim, drawn from the results.json of minibnf/lab/compare.py alone.
 
 A figure of a method on a set is its mean over the seeds; its error joins the spread over seeds with the error over prompts:
 e² = (standard deviation over seeds)² / seeds + (mean standard error over prompts)². One figure is as good as another unless it
@@ -11,7 +11,7 @@ import json
 import math
 from statistics import correlation, mean, median, stdev
 
-from minibnf.compare import chosen_settings, collapsed, objective
+from minibnf.lab.compare import chosen_settings, collapsed, objective
 
 CONTROLS = ("nll", "unlikelihood")
 OURS = ("bnf", "rbnf")

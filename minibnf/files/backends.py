@@ -6,7 +6,7 @@ import struct
 import warnings
 from itertools import groupby
 
-from minibnf.spelling import any_of
+from minibnf.files.spelling import any_of
 
 # Control tokens are all that are special, and all other added ones with markup in them, such as
 # <think> or <tool_call>: templates and parsers trust those as much. Letters, digits and white

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minibnf.config import read_config, read_json
+from minibnf.files.config import read_config, read_json
 from minibnf.model import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -17,10 +17,10 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from minibnf.backends import HuggingFace, SentencePiece
-from minibnf.config import no_model
-from minibnf.spelling import Spelling, any_of, words
-from minibnf.templates import compile_template, variables_read
+from minibnf.files.backends import HuggingFace, SentencePiece
+from minibnf.files.config import no_model
+from minibnf.files.spelling import Spelling, any_of, words
+from minibnf.files.templates import compile_template, variables_read
 
 FILES = (
     "tokenizer.json",

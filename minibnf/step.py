@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.attention import to_device
-from minibnf.checkpoint import write_tensors
+from minibnf.run import write_tensors
 from minibnf.data import Batch, Example, pack
 from minibnf.feedback import target_logits
 from minibnf.logprob import one_sweep, token_logps

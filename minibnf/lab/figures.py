@@ -172,7 +172,7 @@ def _frontier(results: dict, name: str):
 
 def _rates(results: dict, name: str):
     """What settings are chosen by, against the learning rate: at customary hyper-parameters, and at each rate's best."""
-    from minibnf.compare import objective
+    from minibnf.lab.compare import objective
 
     lines = _lines(results, name)
     if not lines:
@@ -195,7 +195,7 @@ def _rates(results: dict, name: str):
 
 def _likelihoods(results: dict, name: str):
     """Log-likelihood of chosen and rejected in training against the step, each method at its best setting."""
-    from minibnf.verdicts import tests
+    from minibnf.lab.verdicts import tests
 
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
     for method in results["spec"]["on"][name]:
@@ -215,7 +215,7 @@ def _likelihoods(results: dict, name: str):
 
 def _weights(results: dict, name: str):
     """The weight of real tokens by autograd, against the shift of their log odds, and BNF's curve w = min(1, o(p)/o(r))."""
-    from minibnf.verdicts import tests
+    from minibnf.lab.verdicts import tests
 
     methods = [m for m in ("bnf", "rbnf", "dpo", "kto", "simpo", "unlikelihood") if m in results["spec"]["on"][name]]
     if not methods:
@@ -246,5 +246,5 @@ def _smooth(y) -> list[float]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m minibnf.plots FILE.svg    draws the feedback curves")
+        sys.exit("usage: python -m minibnf.lab.figures FILE.svg    draws the feedback curves")
     print(feedback_curves(Path(sys.argv[1])))

@@ -1,7 +1,7 @@
 """Many runs of the trainer from one base: methods x settings x seeds, into one JSON, a table and figures.
 
-    python -m minibnf.compare SPEC.json --out runs/compare
-    python -m minibnf.compare --tables results.json --figures DIR       # of what was measured before
+    python -m minibnf.lab.compare SPEC.json --out runs/compare
+    python -m minibnf.lab.compare --tables results.json --figures DIR       # of what was measured before
 
 The spec names a base, sets of data, methods with the settings to try, and which methods run on which set:
 
@@ -39,16 +39,17 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from minibnf import smallworld, train
-from minibnf.checkpoint import load, read_json, write_json, write_text
-from minibnf.config import read_config
+from minibnf.lab import smallworld
+from minibnf import train
+from minibnf.run import load, read_json, write_json, write_text
+from minibnf.files.config import read_config
 from minibnf.data import read_examples
-from minibnf.forward import fingerprint
+from minibnf.step import fingerprint
 from minibnf.evaluate import tokenised
-from minibnf.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
+from minibnf.lab.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
 from minibnf.losses import LOSSES
-from minibnf.rows import read_rows, scan_rows
-from minibnf.tokenizer import load_tokenizer
+from minibnf.files.rows import read_rows, scan_rows
+from minibnf.files.tokenizer import load_tokenizer
 
 TRACE_POINTS = 32  # of a run's metrics that its result keeps
 FEEDBACK_TOKENS = 100  # real tokens whose push is kept
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         "minibnf compare", description="Many runs from one base: a table and figures.", allow_abbrev=False
     )
-    p.add_argument("spec", nargs="?", metavar="SPEC.json", help="what to run; see the top of minibnf/compare.py")
+    p.add_argument("spec", nargs="?", metavar="SPEC.json", help="what to run; see the top of minibnf/lab/compare.py")
     p.add_argument("--out", metavar="DIR", help="folder of the runs; what is finished there is not run again")
     p.add_argument("--workers", type=int, default=2, metavar="N", help="runs at once, each with the spec's threads; default 2")
     p.add_argument("--tables", metavar="FILE", help="a results.json: print its tables, run nothing")
@@ -376,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     if bool(args.tables) == bool(args.spec) or (args.spec and not args.out) or args.workers < 1:
         p.error("give SPEC.json and --out, or --tables FILE; --workers must be 1 or more")
     try:
-        from minibnf import plots, verdicts
+        from minibnf.lab import figures as plots, verdicts
 
         spec = read_json(Path(args.tables or args.spec))
         results = spec if args.tables else compare(spec, Path(args.out), args.workers)
