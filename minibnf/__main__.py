@@ -1,4 +1,4 @@
-"""`minibnf COMMAND ...`, or `python -m minibnf COMMAND ...`: hands over to minibnf/COMMAND.py, which also runs by itself."""
+"""`minibnf COMMAND ...`, or `python -m minibnf COMMAND ...`: hands over to the module of that name, which also runs by itself."""
 
 import sys
 from importlib import import_module
@@ -13,13 +13,14 @@ COMMANDS = {
     "check": "what a checkpoint is, and the memory to train it",
     "convert": "a GGUF file to Hugging Face layout",
 }
+MODULES = {"compare": "lab.compare"}  # where a command's module has another name
 
 
 def main(argv: list[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] and argv[0] in COMMANDS:
         try:
-            return import_module(f"minibnf.{argv[0]}").main(argv[1:])
+            return import_module(f"minibnf.{MODULES.get(argv[0], argv[0])}").main(argv[1:])
         except KeyboardInterrupt:  # while it was still starting
             print("interrupted", file=sys.stderr)
             return 130

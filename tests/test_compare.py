@@ -369,7 +369,7 @@ def test_what_broke_off_is_worst_in_every_respect():
 
 
 def test_every_committed_spec_can_be_run():
-    for file in Path("evidence").glob("*.json"):
+    for file in Path("tutorials/evidence").glob("*.json"):
         if not file.stem.endswith("-results"):
             module.check(json.loads(file.read_text()))
 

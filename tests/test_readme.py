@@ -71,25 +71,25 @@ def test_the_examples_in_python_run(capsys):
     assert "7" in capsys.readouterr().out
 
 
-RESULTS = ROOT / "evidence" / "small-results.json"
+RESULTS = ROOT / "tutorials" / "evidence" / "small-results.json"
 
 
 @pytest.mark.skipif(not RESULTS.is_file(), reason="tutorials/evidence/small-results.json is not there: make compare-full makes it")
 def test_the_verdicts_are_drawn_from_the_committed_results():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads((ROOT / "evidence" / "small.json").read_text(encoding="utf-8"))
+    assert results["spec"] == json.loads((ROOT / "tutorials" / "evidence" / "small.json").read_text(encoding="utf-8"))
     assert all(len(revision) == 40 for revision in results["facts"]["revision"])  # of committed code alone
     assert verdict_table(results) in README
     assert table(results, "qa") in README
 
 
-REAL = ROOT / "evidence" / "real-results.json"
+REAL = ROOT / "tutorials" / "evidence" / "real-results.json"
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="tutorials/evidence/real-results.json is not there: make compare-real makes it")
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
     results = json.loads(REAL.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads((ROOT / "evidence" / "real.json").read_text(encoding="utf-8"))
+    assert results["spec"] == json.loads((ROOT / "tutorials" / "evidence" / "real.json").read_text(encoding="utf-8"))
     assert all(len(revision) == 40 for revision in results["facts"]["revision"])
     assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
     for name in results["spec"]["on"]:
@@ -151,7 +151,7 @@ def test_the_figures_quoted_under_read_honestly_are_the_files():
 
 def test_the_table_of_speed_is_the_committed_benchmarks():
     """Medians of the rounds, and the ratio's median and range."""
-    found = json.loads((ROOT / "evidence" / "bench-results.json").read_text(encoding="utf-8"))["training"]
+    found = json.loads((ROOT / "tutorials" / "evidence" / "bench-results.json").read_text(encoding="utf-8"))["training"]
     for data, dtype in sorted({(x["data"], x["dtype"]) for x in found}):
         rounds = {x["side"]: x["rounds"] for x in found if (x["data"], x["dtype"]) == (data, dtype)}
         (theirs,) = (side for side in rounds if side.startswith("TRL"))
