@@ -1,4 +1,4 @@
-"""`minibnf COMMAND ...`, or `python -m minibnf COMMAND ...`: hands over to the module of that name, which also runs by itself."""
+"""`minibnf COMMAND ...`: hands over to the module of that name, which also runs by itself."""
 
 import sys
 from importlib import import_module

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from minibnf.files.config import Config
+from minibnf.machine import to_device
 
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
 LONG = 256  # tokens of a group from which attention by parts pays: most of what a mask would hide is then not computed
@@ -115,11 +116,6 @@ def additive(mask, dtype: torch.dtype):
     if isinstance(mask, list):
         return [part._replace(masks=[additive(m, dtype) for m in part.masks]) for part in mask]
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if isinstance(mask, Tensor) else mask
-
-
-def to_device(x: Tensor, device) -> Tensor:
-    """From pinned memory, so that nothing waits for the copy."""
-    return x if x.device.type == torch.device(device).type else x.pin_memory().to(device, non_blocking=True)
 
 
 def block_mask(layout: list[Group], window: int | None, device) -> BlockMask:

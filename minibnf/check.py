@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from minibnf.run import FLOATS, tensors_of, tensors_stored
 from minibnf.files.config import Config, announce_ignored, read_config
-from minibnf.model import Transformer
+from minibnf.files.safetensors import FLOATS, tensors_of
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.model import Transformer, tensors_stored
 
 MAX_TOKENS = 2048  # train's default on a CPU
 EXAMPLE = 512  # tokens of an example, prompt and responses; counts where attention keeps something of its square

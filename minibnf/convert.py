@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minibnf.run import replacing, write_tensors
+from minibnf.files.disk import replacing
+from minibnf.files.safetensors import write_tensors
 
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minibnf.losses import Responses
-from minibnf.attention import Group, to_device
+from minibnf.attention import Group
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, scan_rows
+from minibnf.losses import Responses
+from minibnf.machine import to_device
 
 
 class Example(NamedTuple):

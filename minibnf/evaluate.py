@@ -45,17 +45,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.run import check_output, load, memory_advice
-from minibnf.run import resolve_device_and_dtype, write_json
-from minibnf.files.config import announce_ignored
 from minibnf.data import Example, digest, pairs_of, read_examples, token_ids
-from minibnf.lab.exam import LABELS, exam, small_world
-from minibnf.step import read_responses
-from minibnf.generate import generate
+from minibnf.files.config import announce_ignored
+from minibnf.files.disk import check_output, write_json
 from minibnf.files.messages import text_or_messages
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
-from minibnf.lab.smallworld import sampler
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
+from minibnf.generate import generate
+from minibnf.lab.exam import LABELS, exam, small_world
+from minibnf.lab.smallworld import sampler
+from minibnf.machine import memory_advice, resolve_device_and_dtype
+from minibnf.model import load
+from minibnf.step import read_responses
 
 # ------------------------------------------------------------------------------------------------------------- reading
 

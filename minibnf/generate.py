@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.run import DTYPES, check_output, load, memory_advice
-from minibnf.run import resolve_device_and_dtype, write_json
-from minibnf.files.config import announce_ignored, read_json
 from minibnf.data import encode_prompt
-from minibnf.step import fingerprint
-from minibnf.model import Cache, Transformer
+from minibnf.files.config import announce_ignored
+from minibnf.files.disk import check_output, read_json, write_json
 from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
+from minibnf.model import Cache, Transformer, load
+from minibnf.step import fingerprint
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minibnf.linear import product, weight_gradient
+from minibnf.kernels import product, weight_gradient
 
 
 def token_logps(hidden, unembed, targets, *, chunk: int | None = None, softcap: float | None = None) -> Tensor:

@@ -10,7 +10,9 @@ packed tokens, a Cache for new tokens after those it holds.
 """
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minibnf.attention import Group, additive, attend, attention_dtype, masks
-from minibnf.files.config import Config, Rope
-from minibnf.kernels import gated, rotate
-from minibnf.linear import linear
+from minibnf.files.config import Config, Rope, read_config
+from minibnf.files.disk import replacing, write_json
+from minibnf.files.safetensors import FLOATS, Stored, headers, tensors_of, write_sharded
+from minibnf.kernels import gated, linear, rotate
 
 
 class Linear(nn.Module):
@@ -258,3 +261,71 @@ class Transformer(nn.Module):
             shrink = math.sqrt(2 * self.config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             p.copy_(torch.empty(p.shape).normal_(0, 0.02 / shrink, generator=generator))
         return self
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None) -> Transformer:
+    """A Transformer from a checkpoint directory; dtype by default as stored.
+
+    Raises ValueError for a tensor that is missing, unexpected or of another shape than config.json says.
+    """
+    config, raw = read_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config, raw)
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors_of(tensors_stored(directory, model))}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str, Stored]:
+    """{name: Stored} of exactly the model's parameters, from the headers of the directory's files.
+
+    No weights are read, but for an unembedding that config.json ties and the files hold
+    nevertheless. Rotary frequencies, which old files hold, are passed over: config.json decides
+    them. Raises as load does.
+    """
+    wanted, found = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
+    for name, header in headers(Path(directory)).items():
+        if not name.endswith(".rotary_emb.inv_freq"):
+            found[name] = header
+    if model.config.tie_word_embeddings and (twin := found.pop("lm_head.weight", None)) is not None:
+        pair = {"lm_head.weight": twin} | {k: v for k, v in found.items() if k == "model.embed_tokens.weight"}
+        if len(values := list(tensors_of(pair))) < 2 or not torch.equal(values[0][1], values[1][1]):
+            raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens")
+    if missing := sorted(set(wanted) - set(found)):
+        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)")
+    if unexpected := sorted(set(found) - set(wanted)):
+        raise ValueError(f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name]:
+            raise ValueError(f"{directory}: tensor '{name}' is {tensor.shape}, but config.json says {wanted[name]}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported")
+    return found
+
+
+def fresh(directory: str | os.PathLike, seed: int, dtype: torch.dtype = torch.float32, device=None) -> Transformer:
+    """A Transformer with the directory's config.json and random weights."""
+    config, raw = read_config(directory)
+    return Transformer(config, raw).init_weights(seed).to(device=device, dtype=dtype)
+
+
+def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors (sharded past 5 GB) into a directory; its other files stay.
+
+    dtype: what to store, by default the parameters' own. All files are written elsewhere first and moved at the end, so
+    that an interruption while writing leaves what was there.
+    """
+    directory = Path(directory)
+    state = {name: p.detach().to(device="cpu", dtype=dtype).contiguous() for name, p in model.named_parameters()}
+    stored = next(iter(state.values())).dtype
+    with replacing(directory / ".saving") as temporary:
+        write_sharded(temporary, state)
+        raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"} | {"dtype": str(stored).removeprefix("torch.")}
+        write_json(temporary / "config.json", raw)
+    new = {file.name: file.replace(directory / file.name) for file in (directory / ".saving").iterdir()}
+    (directory / ".saving").rmdir()
+    for stale in set(directory.glob("model*.safetensors*")) - set(new.values()):
+        stale.unlink()

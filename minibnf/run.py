@@ -1,234 +1,18 @@
-"""Checkpoints in the Hugging Face layout: config.json and one or more safetensors files. Strict in, atomic out.
+"""A run's folder: config.json, checkpoints and resuming, metrics, the model's card, the figure."""
 
-Every tensor is accounted for by name and shape; a tied unembedding is stored once. Nothing is pickled.
-"""
-
+import itertools
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from minibnf.files.config import read_config, read_json
+from minibnf.files.disk import read_json, replacing, write_json, write_text
+from minibnf.files.safetensors import write_tensors
 from minibnf.model import Transformer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors names them
-
-SHARD_BYTES = 5 * 10**9
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies, and what its file's header says of it; dtype as safetensors writes it: F32, BF16, ..."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None) -> Transformer:
-    """A Transformer from a checkpoint directory; dtype by default as stored.
-
-    Raises ValueError for a tensor that is missing, unexpected or of another shape than config.json says.
-    """
-    config, raw = read_config(directory)
-    with torch.device("meta"):
-        model = Transformer(config, raw)
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors_of(tensors_stored(directory, model))}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model
-
-
-def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str, Stored]:
-    """{name: Stored} of exactly the model's parameters, from the headers of the directory's files.
-
-    No weights are read, but for an unembedding that config.json ties and the files hold
-    nevertheless. Rotary frequencies, which old files hold, are passed over: config.json decides
-    them. Raises as load does.
-    """
-    wanted, found = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
-    for file in _weight_files(Path(directory)):
-        with opened(file) as tensors:
-            for name in tensors.keys():
-                if name.endswith(".rotary_emb.inv_freq"):
-                    continue
-                if name in found:
-                    raise ValueError(f"{file}: tensor '{name}' stands in more than one file")
-                header = tensors.get_slice(name)
-                found[name] = Stored(file, tuple(header.get_shape()), header.get_dtype())
-    if model.config.tie_word_embeddings and (twin := found.pop("lm_head.weight", None)) is not None:
-        pair = {"lm_head.weight": twin} | {k: v for k, v in found.items() if k == "model.embed_tokens.weight"}
-        if len(values := list(tensors_of(pair))) < 2 or not torch.equal(values[0][1], values[1][1]):
-            raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens")
-    if missing := sorted(set(wanted) - set(found)):
-        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)")
-    if unexpected := sorted(set(found) - set(wanted)):
-        raise ValueError(f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names")
-    for name, tensor in found.items():
-        if tensor.shape != wanted[name]:
-            raise ValueError(f"{directory}: tensor '{name}' is {tensor.shape}, but config.json says {wanted[name]}")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported")
-    return found
-
-
-def tensors_of(stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of each, file by file."""
-    for file in sorted({x.file for x in stored.values()}):
-        with opened(file) as tensors:
-            for name in (name for name, x in stored.items() if x.file == file):
-                yield name, tensors.get_tensor(name)
-
-
-@contextmanager
-def opened(file: Path):
-    """safe_open, whose own exception (no ValueError) becomes one that names the file."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
-
-
-def fresh(directory: str | os.PathLike, seed: int, dtype: torch.dtype = torch.float32, device=None) -> Transformer:
-    """A Transformer with the directory's config.json and random weights."""
-    config, raw = read_config(directory)
-    return Transformer(config, raw).init_weights(seed).to(device=device, dtype=dtype)
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        single = directory / "model.safetensors"
-        if not single.is_file():
-            raise FileNotFoundError(f"{directory}: no model.safetensors (nor model.safetensors.index.json) lies there")
-        return [single]
-    found = read_json(index)
-    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
-        raise ValueError(f"{index}: field 'weight_map' is missing; it names the file of each tensor")
-    files = sorted(set(found["weight_map"].values()))
-    for name in files:
-        if Path(name).name != name or not (directory / name).is_file():
-            raise FileNotFoundError(f"{index}: names the file '{name}', which does not lie beside it")
-    return [directory / name for name in files]
-
-
-def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors (sharded past 5 GB) into a directory; its other files stay.
-
-    dtype: what to store, by default the parameters' own. All files are written elsewhere first and moved at the end, so
-    that an interruption while writing leaves what was there.
-    """
-    directory = Path(directory)
-    state = {name: p.detach().to(device="cpu", dtype=dtype).contiguous() for name, p in model.named_parameters()}
-    stored = next(iter(state.values())).dtype
-    shards, size, weight_map = [{}], 0, {}
-    for name, tensor in state.items():
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    with replacing(directory / ".saving") as temporary:
-        for i, shard in enumerate(shards):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(temporary / file, shard)
-            weight_map |= dict.fromkeys(shard, file)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-            write_json(temporary / "model.safetensors.index.json", index)
-        raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"} | {"dtype": str(stored).removeprefix("torch.")}
-        write_json(temporary / "config.json", raw)
-    new = {file.name: file.replace(directory / file.name) for file in (directory / ".saving").iterdir()}
-    (directory / ".saving").rmdir()
-    for stale in set(directory.glob("model*.safetensors*")) - set(new.values()):
-        stale.unlink()
-
-
-def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
-    """A safetensors file, whole or not at all, and readable by whom the umask lets read it (the library's own is not)."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    try:
-        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
-    except SafetensorError as error:  # no OSError, though a full disk is what it mostly means
-        raise OSError(f"{path} cannot be written: {error}") from None
-    temporary.chmod(mode)
-    temporary.replace(path)
-
-
-def inside(path: Path, folder: Path) -> bool:
-    """Does a path, or what it links to, lie in a folder, or is it the folder itself?"""
-    places = path.resolve(), path.parent.resolve() / path.name
-    return any(place.is_relative_to(folder.resolve()) for place in places)
-
-
-def check_output(out: Path, inputs: Iterable[Path]) -> None:
-    """ValueError if out, a file to write, is a folder, an input, or a file of an input's folder.
-
-    Under whatever name: a symbolic or a hard link to an input is that input.
-    """
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file")
-    for place in inputs:
-        for file in place.iterdir() if place.is_dir() else [place]:
-            if out.exists() and file.exists() and out.samefile(file):
-                raise ValueError(f"--out {out} is the input {file}; name another file")
-
-
-OUT_OF_MEMORY = (  # what the text of a RuntimeError says where PyTorch has no class for it
-    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
-    "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED",
-)  # fmt: skip
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Does this exception mean that a device, or the machine, ran out of memory?"""
-    if isinstance(error, RuntimeError):
-        text = str(error).lower()
-        return any(words.lower() in text for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError)
-
-
-@contextmanager
-def memory_advice(advice: str):
-    """Where memory runs out within, a MemoryError of one line that says what to do about it."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        said = str(error).splitlines() or [type(error).__name__]
-        raise MemoryError(f"out of memory; {advice} ({said[0]})") from None
-
-
-def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
-    device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    if dtype == "auto":
-        cuda = device == "cuda"
-        units = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        dtype = "bfloat16" if units and parameters > 20e6 else "float32"
-    return torch.device(device), DTYPES[dtype]
+GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
 
 
 def model_card(args, f: dict, hyper: dict, table: dict) -> str:
@@ -389,24 +173,52 @@ def keep_metrics(file: Path, step: int) -> None:
     write_text(file, "".join(kept))
 
 
-class replacing:
-    """with replacing(directory) as temporary: fill temporary; on success it takes the directory's place by renaming."""
+# ---------------------------------------------------------------------- its figure
 
-    def __init__(self, directory):
-        self.directory = Path(directory)
 
-    def __enter__(self) -> Path:
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir()
-        return self.temporary
+def training_curves(rows: list[dict], file: Path, title: str) -> Path:
+    """Loss, log-likelihoods of chosen and rejected, and the rewards' margin, against the step; held-out points as dots."""
+    import matplotlib
 
-    def __exit__(self, kind, *_):
-        if kind is None:
-            old = self.temporary.with_suffix(".old")
-            if self.directory.exists():
-                self.directory.rename(old)
-            self.temporary.rename(self.directory)
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.temporary, ignore_errors=True)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval_loss" in row]
+    panels = [
+        ("loss (nats)", {"loss": PLAIN}),
+        ("log-likelihood (nats a response)", {"logps/chosen": GOOD, "logps/rejected": BAD}),
+        ("reward: shift against the reference, × β if any (nats)", {"rewards/chosen": GOOD, "rewards/rejected": BAD}),
+    ]
+    panels = [(label, lines) for label, lines in panels if any(name in row for row in steps for name in lines)]
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.alpha": 0.3}):  # fmt: skip
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
+        for axis, (label, lines) in zip(axes[0], panels, strict=True):
+            for name, colour in lines.items():
+                points = [(row["step"], row[name]) for row in steps if name in row]
+                if not points:
+                    continue
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, marker="." if len(x) < 3 else None)
+                axis.plot(x, smooth(y), color=colour, linewidth=1.6, label=name.split("/")[-1])
+                dots = [(row["step"], row[f"eval_{name}"]) for row in held_out if f"eval_{name}" in row]
+                if dots:
+                    axis.plot(
+                        *zip(*dots, strict=True), "o", color=colour, markersize=4, label=f"{name.split('/')[-1]}, held out"
+                    )
+            axis.set_xlabel("step")
+            axis.set_title(label, fontsize=9, loc="left")
+            axis.legend(frameon=False, fontsize=8)
+        figure.suptitle(title, fontsize=10)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+        plt.close(figure)
+    return file
+
+
+def smooth(y) -> list[float]:
+    """A running mean over a tenth of the points, centred."""
+    half, sums = max(1, len(y) // 20), [0, *itertools.accumulate(y)]
+    bounds = [(max(0, i - half), min(len(y), i + half + 1)) for i in range(len(y))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in bounds]

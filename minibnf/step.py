@@ -9,12 +9,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.attention import to_device
-from minibnf.run import write_tensors
 from minibnf.data import Batch, Example, pack
 from minibnf.feedback import target_logits
+from minibnf.files.safetensors import write_tensors
 from minibnf.logprob import one_sweep, token_logps
 from minibnf.losses import Loss
+from minibnf.machine import to_device
 from minibnf.model import Transformer
 
 

@@ -30,16 +30,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.run import DTYPES, delete_run, fresh, holds_run, inside, keep_metrics, load
-from minibnf.run import load_training, memory_advice, model_card, read_json, refuse_foreign
-from minibnf.run import replacing, resolve_device_and_dtype, save, save_training, write_json
-from minibnf.files.config import announce_ignored
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
-from minibnf.losses import LOSSES, Loss
-from minibnf.model import Transformer
-from minibnf.step import fingerprint, kl_estimate, metrics, reference, run_batches
+from minibnf.files.config import announce_ignored
+from minibnf.files.disk import inside, read_json, replacing, write_json
 from minibnf.files.rows import Notes
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.losses import LOSSES, Loss
+from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
+from minibnf.model import Transformer, fresh, load, save
+from minibnf.run import (
+    delete_run,
+    holds_run,
+    keep_metrics,
+    load_training,
+    model_card,
+    refuse_foreign,
+    save_training,
+    training_curves,
+)
+from minibnf.step import fingerprint, kl_estimate, metrics, reference, run_batches
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
@@ -439,11 +448,10 @@ def finish(run: Run) -> None:
         run.tokenizer.save(temporary)
         (temporary / "README.md").write_text(model_card(args, run.facts, run.hyper, table), encoding="utf-8")
     try:
-        from minibnf.lab.figures import training_curves
+        figure = out / "figures" / "training.png"
+        training_curves(rows, figure, f"{args.loss} on {Path(args.data).name}")
     except ImportError:
         figure = "none: pip install 'minibnf[plots]' draws one"
-    else:
-        figure = training_curves(rows, out / "figures" / "training.png", f"{args.loss} on {Path(args.data).name}")
     for name, (first, last) in shown.items():
         print(f"{name:26} {first:10.4f} -> {last:.4f}")
     print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")

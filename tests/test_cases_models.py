@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minibnf import chat, check, evaluate, generate, train
-from minibnf.run import load
-from minibnf.lab.smallworld import sampler
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.lab.smallworld import sampler
+from minibnf.model import load
 from tests.test_train import rows, write
 
 ROOT = Path(__file__).parents[1]

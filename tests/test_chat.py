@@ -8,10 +8,12 @@ import sys
 import unicodedata
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minibnf import chat
-from minibnf.chat import Side, cells, parse, printable, wrap
+from minibnf.chat import Side, cells, parse, wrap
+from minibnf.files.terminal import printable
 from minibnf.generate import generate
 
 TINY = "weights/tiny"

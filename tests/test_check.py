@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minibnf.check import layer_bytes, main, memory
-from minibnf.run import load, save
 from minibnf.files.config import parse_config
-from minibnf.model import Transformer
+from minibnf.model import Transformer, load, save
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 
@@ -43,7 +42,7 @@ def test_what_it_says_of_a_checkpoint(directory, capsys):
 
 def test_another_checkpoint_untied_in_two_dtypes_and_shards_with_windows(directory, capsys, monkeypatch):
     model = load(directory)
-    monkeypatch.setattr("minibnf.run.SHARD_BYTES", 10**6)
+    monkeypatch.setattr("minibnf.files.safetensors.SHARD_BYTES", 10**6)
     change(directory, model_type="mistral", sliding_window=64, tie_word_embeddings=False)
     raw = json.loads((directory / "config.json").read_text())
     raw.pop("attention_bias"), raw.pop("mlp_bias")
@@ -117,7 +116,7 @@ def test_a_number_that_is_not_finite_is_found_where_values_are_asked_for(directo
 
 def test_the_weights_are_not_read(directory, monkeypatch, capsys):
     monkeypatch.setattr("minibnf.check.tensors_of", None)
-    monkeypatch.setattr("minibnf.run.tensors_of", None)
+    monkeypatch.setattr("minibnf.model.tensors_of", None)
     assert main([str(directory)]) == 0
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-
 from pathlib import Path
 
 import pytest
@@ -156,8 +155,8 @@ def test_the_weights_of_real_tokens_lie_on_bnfs_curve(tmp_path):
     """Autograd through the soft-max of a model that was changed at random, on real rows: w = min(1, o(p)/o(r))."""
     import torch
 
-    from minibnf.run import load, save
     from minibnf.files.tokenizer import load_tokenizer
+    from minibnf.model import load, save
 
     spec = SPEC | {"sets": {"qa": {"kind": "qa", "count": 8}}}
     files = module.prepare(spec, "qa", tmp_path / "data")

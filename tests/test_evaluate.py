@@ -10,16 +10,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.run import fresh, load, save
 from minibnf.data import Example, pair, read_examples
-from minibnf.evaluate import Figure, Measured, Row, figures, interval, last_number, main, measure, paired_interval
-from minibnf.evaluate import per_token, share, table_of, task_of, tokenised
-from minibnf.lab.exam import exam, mean_and_error, small_world, win_rates
-from minibnf.step import read_responses
+from minibnf.evaluate import (
+    Figure,
+    Measured,
+    Row,
+    figures,
+    interval,
+    last_number,
+    main,
+    measure,
+    paired_interval,
+    per_token,
+    share,
+    table_of,
+    task_of,
+    tokenised,
+)
 from minibnf.feedback import gini, target_logits
 from minibnf.files.rows import scan_rows
-from minibnf.lab.smallworld import problems, write_base
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.lab.exam import exam, mean_and_error, small_world, win_rates
+from minibnf.lab.smallworld import problems, write_base
+from minibnf.model import fresh, load, save
+from minibnf.step import read_responses
 from tests.strategies import FEW, examples
 from tests.test_train import rows, write
 

@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minibnf.run import fresh, load_training, memory_advice, out_of_memory, save_training
 from minibnf.evaluate import main as evaluate
 from minibnf.generate import main as generate
 from minibnf.lab.smallworld import main as smallworld
+from minibnf.machine import memory_advice, out_of_memory
+from minibnf.model import fresh
+from minibnf.run import load_training, save_training
 from minibnf.train import main, optimizers, parse
 from tests.strategies import FEW
-from tests.test_train import arguments, logged, rows, same, weights, write
-from tests.test_train import world
+from tests.test_train import arguments, logged, rows, same, weights, world, write
 
 CPU = ["--device", "cpu"]
 
@@ -136,7 +137,7 @@ def test_overwrite_interrupted_anywhere_leaves_a_run_that_goes_on(
 
     Then --resume ends as the old run did (or the new one), and --overwrite as the new one.
     """
-    monkeypatch.setattr("minibnf.lab.figures.training_curves", lambda *_: "none")  # it takes its time
+    monkeypatch.setattr("minibnf.train.training_curves", lambda *_: "none")  # it takes its time
     new = arguments(world, tmp_path / "new", "--lr", 1e-3, "--max-steps", 1, *CPU)
     assert main(new) == 0
     ends = [weights(finished), weights(tmp_path / "new")]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf import linear
+from minibnf import kernels as linear
 from minibnf.kernels import gated, rotate
 
 

@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf import generate as module
-from minibnf.run import load, save
 from minibnf.files.config import parse_config
-from minibnf.generate import Reader, generate, main, sample, stream
-from minibnf.model import Transformer
 from minibnf.files.rows import Notes
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.generate import Reader, generate, main, sample, stream
+from minibnf.model import Transformer, load, save
 from tests.strategies import FEW
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)  # many share a beginning

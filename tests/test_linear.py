@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf import linear as module
-from minibnf.linear import linear
+from minibnf import kernels as module
+from minibnf.kernels import linear
 from tests.strategies import FEW
 
 SHAPES = st.sampled_from([(2,), (7,), (1, 5), (2, 3), (1, 1)])

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from minibnf.logprob import _chunks, _empty_gradients, one_sweep, token_logps
 from minibnf.losses import LOSSES, bnf_potential, bnf_weight
 
-
 GOOD = torch.ones(2000, dtype=torch.bool)  # preferred tokens
 
 

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibnf import run as checkpoint
-from minibnf.run import fresh, load, save
+from minibnf.attention import attend, block_mask, masks
+from minibnf.files import safetensors
 from minibnf.files.config import Rope, announce_ignored, ignored_fields, parse_config
 from minibnf.kernels import rotate
-from minibnf.attention import attend, block_mask, masks
-from minibnf.model import rotary
+from minibnf.model import fresh, load, rotary, save
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
@@ -138,13 +137,13 @@ def test_an_untied_model_in_shards(directory, monkeypatch):
     (directory / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": False}))
     model = fresh(directory, seed=1)
     (directory / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(safetensors, "SHARD_BYTES", 5000)
     save(model, directory)
     files = sorted(f.name for f in directory.glob("model*"))
     assert len(files) > 3 and "model.safetensors" not in files and "model.safetensors.index.json" in files
     tokens = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10**9)
+    monkeypatch.setattr(safetensors, "SHARD_BYTES", 10**9)
     save(model, directory)  # the stale shards go, other files stay
     assert [f.name for f in sorted(directory.glob("model*"))] == ["model.safetensors"] and (
         directory / "tokenizer.json"
@@ -266,7 +265,7 @@ def test_files_that_are_not_there_or_broken(directory, tmp_path):
 
 def test_an_interrupted_save_leaves_what_was_there(directory, monkeypatch):
     before = (directory / "model.safetensors").read_bytes()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(safetensors, "save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(fresh(directory, seed=9), directory)
     monkeypatch.undo()

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibnf import attention
-from minibnf.run import load
 from minibnf.data import mismatched, pack, pair
-from minibnf.step import Reference, kl_estimate, run_batches
 from minibnf.losses import LOSSES
+from minibnf.model import load
+from minibnf.step import Reference, kl_estimate, run_batches
 
 EXAMPLES = [
     pair((5, 6, 7), (8, 9), (10,), 1),

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from minibnf import evaluate, generate, train
 from minibnf.data import read_examples
 from minibnf.files.messages import without_prompt
-from minibnf.files.rows import Notes, Place, each_row, parse_prompt, parse_row, present
-from minibnf.files.rows import read_rows, scan_rows
+from minibnf.files.rows import Notes, Place, each_row, parse_prompt, parse_row, present, read_rows, scan_rows
 from minibnf.files.tokenizer import load_tokenizer
 from tests.strategies import FEW
 

@@ -372,7 +372,7 @@ def test_the_sampler_keeps_the_order(monkeypatch):
     "flags, fields", [([], {"prompt", "chosen", "rejected"}), (["--unpaired", "chosen"], {"prompt", "completion", "label"})]
 )
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
-    monkeypatch.setattr("minibnf.run.load", Path)
+    monkeypatch.setattr("minibnf.model.load", Path)
     monkeypatch.setattr("minibnf.files.tokenizer.load_tokenizer", Path)
     monkeypatch.setattr(sw, "sampler", lambda model, tokenizer: imitate)
     out = tmp_path / "new" / "pairs.jsonl"

@@ -422,7 +422,7 @@ def test_loading_errors(tmp_path):
     with pytest.raises(ValueError, match="an eos_token_id is 4000"):
         load_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a tokenizer"):

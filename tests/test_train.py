@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from minibnf.run import fresh, load, save
-from minibnf.data import mismatched, pack, pair
-from minibnf.losses import LOSSES, bnf_weight
-from minibnf.step import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
-from minibnf.lab.smallworld import QUESTIONS, grammar, write_base
-from minibnf.files.tokenizer import load_tokenizer
 from minibnf import train
+from minibnf.data import mismatched, pack, pair
+from minibnf.files.tokenizer import load_tokenizer
+from minibnf.lab.smallworld import QUESTIONS, grammar, write_base
+from minibnf.losses import LOSSES, bnf_weight
+from minibnf.model import fresh, load, save
+from minibnf.step import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
 from minibnf.train import AHEAD, learning_rate, loss_hyper, main, optimizers
 from tests.strategies import FEW, examples, hypers
 
@@ -585,7 +585,7 @@ def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("minibnf.run.save_file", full)
+    monkeypatch.setattr("minibnf.files.safetensors.save_file", full)
     assert main(arguments(world, tmp_path / "run", "--max-steps", 1, "--loss", "nll")) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and "model.safetensors cannot be written" in errors and "No space left" in errors

@@ -6,11 +6,12 @@ names it. A field that transformers does not read for the family is ignored, and
 it (announce_ignored). tests/parity holds the lists below against transformers' config classes.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from minibnf.files.disk import read_json
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,6 @@ def no_model(directory, lacks: str) -> FileNotFoundError:
     else:
         what = "is no folder"
     return FileNotFoundError(f"{directory} {what}")
-
-
-def read_json(path: Path):
-    """The JSON of a file. Raises FileNotFoundError, or ValueError that says where the file is broken."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
 def parse_config(raw: dict, path) -> Config:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from minibnf.files.backends import HuggingFace, SentencePiece
 from minibnf.files.config import no_model
+from minibnf.files.disk import optional
 from minibnf.files.spelling import Spelling, any_of, words
 from minibnf.files.templates import compile_template, variables_read
 
@@ -61,7 +62,7 @@ class Tokenizer:
         self.vocab_size, self.control = backend.vocab_size, backend.control
         self.now = datetime.now().replace(microsecond=0)
         config = directory / "tokenizer_config.json"
-        mapped, self.config = read_json(directory / "special_tokens_map.json"), read_json(config)
+        mapped, self.config = optional(directory / "special_tokens_map.json"), optional(config)
         self.special = {}  # {"eos_token": "</s>", ...}; templates may read these
         for key, value in [*backend.special.items(), *mapped.items(), *self.config.items()]:
             text = value.get("content") if isinstance(value, dict) else value
@@ -83,7 +84,7 @@ class Tokenizer:
             if found != int(i):
                 raise ValueError(f"{config}: {text!r} is to have id {i}, in {file} it has {found}")
         self.begin = backend.begin(self.config, self.bos_id)
-        rows = read_json(directory / "config.json").get("vocab_size")
+        rows = optional(directory / "config.json").get("vocab_size")
         self.limit = rows if type(rows) is int else self.vocab_size
         self._known([self.eos_id])
         # A program that stops at generation_config.json's tokens looks nowhere else; where that
@@ -285,7 +286,7 @@ class Tokenizer:
 
     def _ends_of(self, file):
         """The eos_token_id of a file, as a list."""
-        value = read_json(self.directory / file).get("eos_token_id")
+        value = optional(self.directory / file).get("eos_token_id")
         ends = value if isinstance(value, list) else [] if value is None else [value]
         for i in ends:
             if type(i) is not int or not 0 <= i < self.vocab_size:
@@ -376,12 +377,3 @@ class Tokenizer:
         return ids
 
 
-def read_json(path):
-    """A JSON object from a file, {} where there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value

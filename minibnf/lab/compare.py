@@ -39,17 +39,18 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from minibnf.lab import smallworld
 from minibnf import train
-from minibnf.run import load, read_json, write_json, write_text
-from minibnf.files.config import read_config
 from minibnf.data import read_examples
-from minibnf.step import fingerprint
 from minibnf.evaluate import tokenised
-from minibnf.lab.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
-from minibnf.losses import LOSSES
+from minibnf.files.config import read_config
+from minibnf.files.disk import read_json, write_json, write_text
 from minibnf.files.rows import read_rows, scan_rows
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.lab import smallworld
+from minibnf.lab.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
+from minibnf.losses import LOSSES
+from minibnf.model import load
+from minibnf.step import fingerprint
 
 TRACE_POINTS = 32  # of a run's metrics that its result keeps
 FEEDBACK_TOKENS = 100  # real tokens whose push is kept
@@ -377,7 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     if bool(args.tables) == bool(args.spec) or (args.spec and not args.out) or args.workers < 1:
         p.error("give SPEC.json and --out, or --tables FILE; --workers must be 1 or more")
     try:
-        from minibnf.lab import figures as plots, verdicts
+        from minibnf.lab import figures as plots
+        from minibnf.lab import verdicts
 
         spec = read_json(Path(args.tables or args.spec))
         results = spec if args.tables else compare(spec, Path(args.out), args.workers)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from minibnf.data import Example, pack, pairs_of
 from minibnf.feedback import gini
-from minibnf.step import logps_and_logits, read_responses
-from minibnf.model import Transformer
 from minibnf.lab.smallworld import QA, REASONING, Problem, problems, sampler, score
+from minibnf.model import Transformer
+from minibnf.step import logps_and_logits, read_responses
 
 
 def mean_and_error(x: Tensor) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Every figure, from metrics and comparison JSON alone. Needs matplotlib (extra `plots`); draws without a display."""
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -11,45 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from minibnf.feedback import feedback
-
-GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"
-
-
-def training_curves(rows: list[dict], file: Path, title: str) -> Path:
-    """Loss, log-likelihoods of chosen and rejected, and the rewards' margin, against the step; held-out points as dots."""
-    steps = [row for row in rows if "loss" in row]
-    held_out = [row for row in rows if "eval_loss" in row]
-    panels = [
-        ("loss (nats)", {"loss": PLAIN}),
-        ("log-likelihood (nats a response)", {"logps/chosen": GOOD, "logps/rejected": BAD}),
-        ("reward: shift against the reference, × β if any (nats)", {"rewards/chosen": GOOD, "rewards/rejected": BAD}),
-    ]
-    panels = [(label, lines) for label, lines in panels if any(name in row for row in steps for name in lines)]
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.3}):  # fmt: skip
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
-        for axis, (label, lines) in zip(axes[0], panels, strict=True):
-            for name, colour in lines.items():
-                points = [(row["step"], row[name]) for row in steps if name in row]
-                if not points:
-                    continue
-                x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, marker="." if len(x) < 3 else None)
-                axis.plot(x, _smooth(y), color=colour, linewidth=1.6, label=name.split("/")[-1])
-                dots = [(row["step"], row[f"eval_{name}"]) for row in held_out if f"eval_{name}" in row]
-                if dots:
-                    axis.plot(
-                        *zip(*dots, strict=True), "o", color=colour, markersize=4, label=f"{name.split('/')[-1]}, held out"
-                    )
-            axis.set_xlabel("step")
-            axis.set_title(label, fontsize=9, loc="left")
-            axis.legend(frameon=False, fontsize=8)
-        figure.suptitle(title, fontsize=10)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-        plt.close(figure)
-    return file
-
+from minibnf.run import BAD, GOOD, PLAIN, smooth
 
 CURVES = {  # loss: (colour, line style, hyper-parameters)
     "bnf": (GOOD, "-", {}),
@@ -204,7 +165,7 @@ def _likelihoods(results: dict, name: str):
             for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
                 if f"logps/{side}" in trace:
                     y = [a - trace[f"logps/{side}"][0] for a in trace[f"logps/{side}"]]
-                    axis.plot(trace["step"], _smooth(y), color=colour, linewidth=2.4 if method == "bnf" else 1.2, label=method)
+                    axis.plot(trace["step"], smooth(y), color=colour, linewidth=2.4 if method == "bnf" else 1.2, label=method)
     for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
         axis.set(xlabel="step", ylabel="nats a response, from the first step")
         axis.set_title(f"{name}: log-likelihood of {side} responses, best settings", fontsize=10, loc="left")
@@ -235,13 +196,6 @@ def _weights(results: dict, name: str):
     axes[0][0].set_ylabel("weight of a token, 1 at the base")
     axes[0][0].legend(frameon=False, fontsize=7)
     return figure
-
-
-def _smooth(y) -> list[float]:
-    """A running mean over a tenth of the points, centred."""
-    half, sums = max(1, len(y) // 20), [0, *itertools.accumulate(y)]
-    bounds = [(max(0, i - half), min(len(y), i + half + 1)) for i in range(len(y))]
-    return [(sums[b] - sums[a]) / (b - a) for a, b in bounds]
 
 
 if __name__ == "__main__":

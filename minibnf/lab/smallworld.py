@@ -438,8 +438,9 @@ def _make(args: argparse.Namespace) -> None:
     if args.command == "rows":
         made = pretrain_rows(args.count, args.seed)
     else:
-        from minibnf.run import inside, load
+        from minibnf.files.disk import inside
         from minibnf.files.tokenizer import load_tokenizer
+        from minibnf.model import load
         if inside(args.out, Path(args.model)):
             raise ValueError(f"--out {args.out} lies in --model {args.model}; name another file")
         made = pairs(args.kind, sampler(load(args.model), load_tokenizer(args.model)), args.count, args.seed, args.split)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from minibnf.run import DTYPES, load
+from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate
 from minibnf.lab.smallworld import QA, REASONING, problems
-from minibnf.files.tokenizer import load_tokenizer
+from minibnf.machine import DTYPES
+from minibnf.model import load
 from tests.benchmarks import DEVICE, machine, wait
 
 

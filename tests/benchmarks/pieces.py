@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minibnf.run import load
 from minibnf.data import Example, mismatched, order_of_epoch, pack, read_examples
-from minibnf.step import run_batches
+from minibnf.files.tokenizer import load_tokenizer
+from minibnf.lab.smallworld import main as smallworld
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
-from minibnf.lab.smallworld import main as smallworld
-from minibnf.files.tokenizer import load_tokenizer
+from minibnf.model import load
+from minibnf.step import run_batches
 from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 
 

@@ -10,12 +10,12 @@ import argparse
 
 import torch
 
-from minibnf.run import load
 from minibnf.data import order_of_epoch, pack, read_examples
-from minibnf.step import read_batches
+from minibnf.files.tokenizer import load_tokenizer
 from minibnf.logprob import token_logps
 from minibnf.losses import bnf_weight
-from minibnf.files.tokenizer import load_tokenizer
+from minibnf.model import load
+from minibnf.step import read_batches
 from tests.benchmarks import DEVICE, machine
 
 

@@ -28,10 +28,11 @@ from pathlib import Path
 
 import torch
 
-from minibnf.run import DTYPES, load
 from minibnf.data import pack, read_examples
 from minibnf.files.rows import read_rows
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.machine import DTYPES
+from minibnf.model import load
 from minibnf.train import main as train
 from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 

@@ -15,13 +15,13 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the parity extra is not installed: make parity")
 
-from minibnf.run import load, save  # noqa: E402
-from minibnf.files.config import READS, SHAPE, ignored_fields, parse_config  # noqa: E402
 from minibnf.data import Example, pack, pair  # noqa: E402
-from minibnf.step import loss_and_logps  # noqa: E402
+from minibnf.files.config import READS, SHAPE, ignored_fields, parse_config  # noqa: E402
 from minibnf.generate import generate  # noqa: E402
 from minibnf.losses import LOSSES  # noqa: E402
+from minibnf.model import load, save  # noqa: E402
 from minibnf.responses import Responses  # noqa: E402
+from minibnf.step import loss_and_logps  # noqa: E402
 from tests.parity.conftest import REAL, ROWS, promised  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -8,9 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the parity extra is not installed: make parity")
 
-from minibnf.run import load, save  # noqa: E402
-from minibnf.generate import generate  # noqa: E402
 from minibnf.files.tokenizer import load_tokenizer  # noqa: E402
+from minibnf.generate import generate  # noqa: E402
+from minibnf.model import load, save  # noqa: E402
 from tests.parity.conftest import REAL  # noqa: E402
 from tests.parity.test_families import difference_of_gradients  # noqa: E402
 

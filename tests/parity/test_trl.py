@@ -21,11 +21,11 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
-from minibnf.run import load  # noqa: E402
 from minibnf.data import Example, pack, pair  # noqa: E402
-from minibnf.step import Reference, forward_logps, kl_estimate, metrics, run_batches  # noqa: E402
 from minibnf.logprob import token_logps  # noqa: E402
 from minibnf.losses import LOSSES, Responses  # noqa: E402
+from minibnf.model import load  # noqa: E402
+from minibnf.step import Reference, forward_logps, kl_estimate, metrics, run_batches  # noqa: E402
 from tests.parity.bnf_in_trl import BNFTrainer  # noqa: E402
 
 datasets.disable_progress_bars()

@@ -1,0 +1,50 @@
+"""The machine: which device, which numbers to compute in, and what to say when memory runs out."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    if dtype == "auto":
+        cuda = device == "cuda"
+        units = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        dtype = "bfloat16" if units and parameters > 20e6 else "float32"
+    return torch.device(device), DTYPES[dtype]
+
+
+def to_device(x: Tensor, device) -> Tensor:
+    """From pinned memory, so that nothing waits for the copy."""
+    return x if x.device.type == torch.device(device).type else x.pin_memory().to(device, non_blocking=True)
+
+
+OUT_OF_MEMORY = (  # what the text of a RuntimeError says where PyTorch has no class for it
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
+    "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Does this exception mean that a device, or the machine, ran out of memory?"""
+    if isinstance(error, RuntimeError):
+        text = str(error).lower()
+        return any(words.lower() in text for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+@contextmanager
+def memory_advice(advice: str):
+    """Where memory runs out within, a MemoryError of one line that says what to do about it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        said = str(error).splitlines() or [type(error).__name__]
+        raise MemoryError(f"out of memory; {advice} ({said[0]})") from None
