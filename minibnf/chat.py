@@ -15,8 +15,10 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 
+from minibnf.checkpoint import memory_advice
 from minibnf.generate import Reader, add_sampling, check_settings, load_for_sampling, stream
 
+ADVICE = "a shorter conversation (/reset) or --dtype bfloat16 takes less"
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
@@ -78,9 +80,11 @@ class Side:
             yield f"[the conversation has {len(ids)} tokens and the model reads {context}: /reset starts a new one]"
             return
         limit = min(a.max_new_tokens, context - len(ids))
-        how = {"temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k, "seed": a.seed}
-        how |= {"row": self.turn, "stop_ids": self.tokenizer.end_ids}
-        how |= {"vocab_size": self.tokenizer.vocab_size}
+        how = {
+            "temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k, "seed": a.seed,
+            "row": self.turn, "stop_ids": self.tokenizer.end_ids,
+            "vocab_size": self.tokenizer.vocab_size,
+        }  # fmt: skip
         ended, said = [], ""
 
         def new() -> Iterator[int]:
@@ -162,8 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
-        sides = [Side(directory, args) for directory in (args.model, args.compare) if directory]
-    except (ValueError, OSError, ImportError) as error:
+        with memory_advice(ADVICE):
+            sides = [Side(directory, args) for directory in (args.model, args.compare) if directory]
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     with suppress(ImportError):
@@ -194,10 +199,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no such command: {HELP}\n")
         elif message:
             try:
-                show(sides, message)
+                with memory_advice(ADVICE):
+                    show(sides, message)
             except KeyboardInterrupt:
                 print(" [stopped]\n")
-            except ValueError as error:  # a chat template that refuses, such as two messages of one role in a row
+            except (ValueError, MemoryError) as error:  # a chat template may refuse two messages of one role in a row
                 print(printable(f"error: {error}\n"))
 
 

@@ -5,6 +5,7 @@ Every tensor is accounted for by name and shape; a tied unembedding is stored on
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from minibnf.config import read_config, read_json
 from minibnf.model import Transformer
+from minibnf.tokenizer import FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors names them
@@ -196,7 +198,7 @@ def check_output(out: Path, inputs: Iterable[Path]) -> None:
 
 OUT_OF_MEMORY = (  # what the text of a RuntimeError says where PyTorch has no class for it
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
-    "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
 
 
@@ -284,8 +286,21 @@ def refuse_foreign(out: Path) -> None:
     for name in RUN_NAMES:
         for path in out.glob(name):
             raise ValueError(
-                f"--out {out} holds {path.relative_to(out)}, which no run of minibnf wrote; "
+                f"--out {out} holds {path.relative_to(out)}, and no config.json of a run of minibnf; "
                 "name another folder"
+            )
+
+
+def refuse_strangers(out: Path) -> None:
+    """ValueError if a folder that a run replaces as a whole holds a file that no run wrote."""
+    weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|optimizer-\d\.safetensors")
+    others = {"config.json", "README.md", "state.json", "additional_chat_templates", *FILES}
+    folders = [folder for folder in [out / "model", *checkpoints(out)] if folder.is_dir()]
+    for path in (path for folder in folders for path in folder.iterdir()):
+        if path.name not in others and not weights.fullmatch(path.name):
+            raise ValueError(
+                f"{path}: no run of minibnf wrote this, and --overwrite would delete it with its folder; "
+                "move it elsewhere first"
             )
 
 
@@ -372,8 +387,15 @@ def _load_training(directory: Path, model: Transformer, optims: list) -> tuple[i
             for key in tensors.keys():
                 index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = tensors.get_tensor(key)
+        params = [p for group in optim.param_groups for p in group["params"]]
+        for index, p in enumerate(params):
+            for name, x in state.get(index, {}).items():
+                if x.dim() and x.shape != p.shape:
+                    raise ValueError(f"optimizer-{i}: '{index}.{name}' is {tuple(x.shape)}, not {tuple(p.shape)}")
         optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
     state = read_json(directory / "state.json")
+    if not isinstance(state, dict):
+        raise ValueError("state.json holds no JSON object")
     return state["step"], state["num_tokens"]
 
 
