@@ -40,8 +40,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMa
     if isinstance(mask, BlockMask):
         return attend_flex(q, k, v, mask, c)
     if isinstance(mask, list):
-        dtype, wide = q.dtype, attention_dtype(q, packed=True)
-        q, k, v = (x.to(wide) for x in (q, k, v))
         outs, sizes = [], [sum(part.sizes) for part in mask]
         for part, *group in zip(mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
             queries, keys, values = (x.split(part.sizes, 2) for x in group)
@@ -49,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMa
                 if i:  # a response, which sees the prompt too
                     k_, v_ = torch.cat([keys[0], k_], 2), torch.cat([values[0], v_], 2)
                 outs.append(attend(q_, k_, v_, seen, c))
-        return torch.cat(outs, 2).to(dtype)
+        return torch.cat(outs, 2)
     gqa = q.shape[1] != k.shape[1]
     if gqa and q.shape[2] == 1 and mask is not None:  # a head's queries as its rows: in bfloat16 five times faster on a CPU
         return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).reshape(q.shape)
@@ -63,11 +61,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMa
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
 
 
-def attention_dtype(x: Tensor, packed: bool) -> torch.dtype:
-    """float32 for packed groups in bfloat16 on a CPU, where the backward pass of bfloat16 takes up to
-    twice as long; else x's own. Without gradients too: the reference must round as the policy does.
+def attention_dtype(x: Tensor, training: bool) -> torch.dtype:
+    """float32 for what training reads in bfloat16 on a CPU, where the backward pass of bfloat16 takes
+    up to twice as long; else x's own. Without gradients too: the reference rounds as the policy does.
     """
-    slow = packed and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    slow = training and x.device.type == "cpu" and x.dtype == torch.bfloat16
     return torch.float32 if slow else x.dtype
 
 

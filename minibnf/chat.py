@@ -17,7 +17,9 @@ from contextlib import suppress
 
 from minibnf.files.terminal import printable
 from minibnf.generate import Reader, add_sampling, check_settings, load_for_sampling, stream
+from minibnf.machine import memory_advice
 
+ADVICE = "a shorter conversation (/reset) or --dtype bfloat16 takes less"
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
@@ -68,9 +70,11 @@ class Side:
             yield f"[the conversation has {len(ids)} tokens and the model reads {context}: /reset starts a new one]"
             return
         limit = min(a.max_new_tokens, context - len(ids))
-        how = {"temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k, "seed": a.seed}
-        how |= {"row": self.turn, "stop_ids": self.tokenizer.end_ids}
-        how |= {"vocab_size": self.tokenizer.vocab_size}
+        how = {
+            "temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k, "seed": a.seed,
+            "row": self.turn, "stop_ids": self.tokenizer.end_ids,
+            "vocab_size": self.tokenizer.vocab_size,
+        }  # fmt: skip
         ended, said = [], ""
 
         def new() -> Iterator[int]:
@@ -152,8 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
-        sides = [Side(directory, args) for directory in (args.model, args.compare) if directory]
-    except (ValueError, OSError, ImportError) as error:
+        with memory_advice(ADVICE):
+            sides = [Side(directory, args) for directory in (args.model, args.compare) if directory]
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     with suppress(ImportError):
@@ -184,10 +189,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no such command: {HELP}\n")
         elif message:
             try:
-                show(sides, message)
+                with memory_advice(ADVICE):
+                    show(sides, message)
             except KeyboardInterrupt:
                 print(" [stopped]\n")
-            except ValueError as error:  # a chat template that refuses, such as two messages of one role in a row
+            except (ValueError, MemoryError) as error:  # a chat template may refuse two messages of one role in a row
                 print(printable(f"error: {error}\n"))
 
 

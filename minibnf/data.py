@@ -29,11 +29,16 @@ class Example(NamedTuple):
     preferred: tuple[bool, ...]  # of each response
     line: int  # in its file, from 1
     pairs: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), which of the responses
+    unit: str = "line"  # or "row", in an array and in Parquet
 
     @property
     def tokens(self) -> int:
         """How many tokens the model reads: nothing follows the last one of a response, so it is predicted but not read."""
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+    @property
+    def place(self) -> str:
+        return f"{self.unit} {self.line}"
 
     @property
     def count(self) -> int:
@@ -73,7 +78,7 @@ def read_examples(
     def example(row: dict, place: Place) -> Example | None:
         record = parse_row(row, place)
         if notes:
-            notes.add(record, place, tokenizer.reads)
+            notes.add(record, place, tokenizer)
         prompt, responses = token_ids(tokenizer, record, place)
         longest = len(prompt) + max(map(len, responses))
         if longest > max_length:
@@ -85,7 +90,7 @@ def read_examples(
             responses = tuple(r[: max_length - len(prompt)] for r in responses)
         same = len(responses) == 2 and responses[0] == responses[1]
         counts["whose chosen and rejected are the same"] += same
-        return Example(prompt, responses, record.preferred, place.number, record.pairs)
+        return Example(prompt, responses, record.preferred, place.number, record.pairs, place.unit)
 
     examples = [e for e in each_row(scan_rows(path), example) if e]
     if not examples:
@@ -107,7 +112,7 @@ def _too_long(prompt: int, longest: int, max_length: int) -> str:
 def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]:
     """The ids of a prompt and of each response to it; ValueError where one has no token."""
     ids = [
-        tokenise(tokenizer, record.prompt, completion, place, field, **record.variables)
+        tokenise(tokenizer, record.prompt, completion, place, field, record.variables)
         for field, completion in record.completions
     ]
     if not ids[0][0]:
@@ -123,14 +128,14 @@ def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]
 
 
 def tokenise(
-    tokenizer, prompt, completion, where, field: str, **variables
+    tokenizer, prompt, completion, where, field: str, variables: dict
 ) -> tuple[list[int], list[int]]:
     """-> the ids of prompt and response, [] for an empty response. variables: of the template."""
     try:
         with _named(where, field):
             return _tokenise(tokenizer, prompt, completion, variables)
     except ValueError:
-        encode_prompt(tokenizer, prompt, where, **variables)  # names its own field, if at fault
+        encode_prompt(tokenizer, prompt, where, variables)  # names its own field, if at fault
         raise
 
 
@@ -143,9 +148,9 @@ def _tokenise(tokenizer, prompt, completion, variables: dict) -> tuple[list[int]
     return tokenizer.encode_response(prompt, completion, **variables)
 
 
-def encode_prompt(tokenizer, prompt, where, field: str = "prompt", **variables) -> list[int]:
+def encode_prompt(tokenizer, prompt, where, variables: dict) -> list[int]:
     """A text as it stands, or messages up to where the model's answer begins; ValueError names where and field."""
-    with _named(where, field):
+    with _named(where, "prompt"):
         if isinstance(prompt, str):
             return tokenizer.encode_text(prompt)
         _check_calls(tokenizer, prompt)
@@ -197,6 +202,7 @@ def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Exa
     counted. KTO estimates its reference point from these. Raises ValueError where nothing fits.
     """
     n, found, equals = len(examples), [], 0
+    answers = {response for e in examples for response in e.responses}
     next_prompt = _next_different([e.prompt for e in examples])
     next_answers = _next_different([frozenset(e.responses) for e in examples])
     for i, example in enumerate(examples):
@@ -207,19 +213,21 @@ def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Exa
             if other.prompt != example.prompt:
                 jump = next_answers  # rows with the same responses would do no better
                 fits = [k for k, response in enumerate(other.responses) if len(response) <= room]
-                new = [k for k in fits if other.responses[k] not in own]
+                new = [k for k in fits if other.responses[k] not in own or own == answers]
                 if new or (fits and match is None):
                     match = other, new or fits
             j += jump[j % n] - j % n
         if match is None:
+            lacks = f"and none fits into the {max_length} tokens that the model reads"
+            if next_prompt[i] >= i + n:
+                lacks = "and all rows here have one prompt"
             raise ValueError(
-                f"{path}, line {example.line}: kto compares with another prompt's response, "
-                "and none fits here"
+                f"{path}, {example.place}: kto compares with a response to another prompt, {lacks}"
             )
         other, kept = match
         responses, preferred = (tuple(x[k] for k in kept) for x in (other.responses, other.preferred))
         found.append(example._replace(responses=responses, preferred=preferred, pairs=()))
-        equals += not new
+        equals += not new or own == answers
     return found, equals
 
 
@@ -310,7 +318,7 @@ def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
         prompt, size = examples[i].prompt, examples[i].tokens
         if size > max_tokens:
             raise ValueError(
-                f"line {examples[i].line}: the example has {size} tokens, more than a micro-batch holds; "
+                f"{examples[i].place}: the example has {size} tokens, more than a micro-batch holds; "
                 f"pass --max-tokens {size} or more"
             )
         g = newest.get(prompt)

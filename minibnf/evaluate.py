@@ -165,7 +165,7 @@ def tokenised(
     def read(row: dict, place: Place) -> Row:
         record, extra = TASKS[task](row, place, tokenizer)
         if notes:
-            notes.add(record, place, tokenizer.reads)
+            notes.add(record, place, tokenizer)
         prompt, responses = token_ids(tokenizer, record, place)
         responses = tuple(r[:-1] if r[-1] in end else r for r in responses)
         if not all(responses):
@@ -174,7 +174,7 @@ def tokenised(
                 f"{place}: field '{field}' is empty; a response needs at least one token"
             )
         pairs = record.pairs
-        return Row(Example(prompt, responses, record.preferred, place.number, pairs), extra)
+        return Row(Example(prompt, responses, record.preferred, place.number, pairs, place.unit), extra)
 
     return task, each_row(scanned, read)
 
@@ -202,7 +202,7 @@ def measure(model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=
         needed = len(e.prompt) + max(*map(len, e.responses), max_new_tokens if task == "gsm8k" else 0)
         if needed > context:
             raise ValueError(
-                f"line {e.line} of the data: prompt and answer need {needed} tokens, and the model reads {context}"
+                f"{e.place} of the data: prompt and answer need {needed} tokens, and the model reads {context}"
             )
     default = max(2048 if model.unembed.device.type == "cpu" else 16384, *(e.tokens for e in examples))
     read = read_responses(model, examples, max_tokens or default)
@@ -333,7 +333,11 @@ def on_data(args: argparse.Namespace) -> None:
     for note in notes.lines():
         print(note)
     data = digest([row.example for row in rows])
-    others = tokenised(scanned, load_tokenizer(args.base), task)[1] if args.base else rows
+    others = rows
+    if args.base:
+        tokenizer_of_base = load_tokenizer(args.base)
+        tokenizer_of_base.now = tokenizer.now  # a template may tell the time
+        others = tokenised(scanned, tokenizer_of_base, task)[1]
     if data != digest([row.example for row in others]):
         raise ValueError(f"the tokenizers of {args.base} and {args.model} make different tokens of {args.data}")
     for directory in filter(None, (args.model, args.base)):

@@ -282,8 +282,8 @@ def read_prompts(
 
     def read(row: dict, place: Place) -> tuple[int, dict, list[int]]:
         record = parse_prompt(row, place, chat)
-        notes.add(record, place, tokenizer.reads)
-        ids = encode_prompt(tokenizer, record.prompt, place, **record.variables)
+        notes.add(record, place, tokenizer)
+        ids = encode_prompt(tokenizer, record.prompt, place, record.variables)
         if len(ids) + max_new_tokens > context:
             raise ValueError(
                 f"{place}: the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones "

@@ -26,7 +26,7 @@ def to_device(x: Tensor, device) -> Tensor:
 
 OUT_OF_MEMORY = (  # what the text of a RuntimeError says where PyTorch has no class for it
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
-    "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
 
 

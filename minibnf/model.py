@@ -131,7 +131,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
 
-    def forward(self, x, turn, mask, cache, keep):
+    def forward(self, x, turn, mask, cache, keep, number):
         heads = lambda y: y.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)  # (B, S, n d) -> (B, n, S, d)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.c.qk_norm:
@@ -142,7 +142,8 @@ class Attention(nn.Module):
             keep.append((k, v))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, mask, self.c).transpose(1, 2).flatten(-2))
+        y = attend(q.to(number), k.to(number), v.to(number), mask, self.c).to(x.dtype)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -233,11 +234,11 @@ class Transformer(nn.Module):
         cache = layout if isinstance(layout, Cache) else None
         if cache is not None:
             cache.begin(x.shape[1])
+        number = attention_dtype(x, training=isinstance(layout, list) and keep is None)
         if c.attention_softcap is None:
-            number = attention_dtype(x, packed=isinstance(layout, list))
             seen = {window: additive(mask, number) for window, mask in seen.items()}
         for layer, block in zip(c.layers, self.model.layers, strict=True):
-            inputs = x, turns.get(layer.rope), seen[layer.window], cache, keep
+            inputs = x, turns.get(layer.rope), seen[layer.window], cache, keep, number
             again = self.recompute and torch.is_grad_enabled()
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         x = self.model.norm(x)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from minibnf.files.disk import read_json, replacing, write_json, write_text
 from minibnf.files.safetensors import write_tensors
+from minibnf.files.tokenizer import FILES
 from minibnf.model import Transformer
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
@@ -68,8 +70,21 @@ def refuse_foreign(out: Path) -> None:
     for name in RUN_NAMES:
         for path in out.glob(name):
             raise ValueError(
-                f"--out {out} holds {path.relative_to(out)}, which no run of minibnf wrote; "
+                f"--out {out} holds {path.relative_to(out)}, and no config.json of a run of minibnf; "
                 "name another folder"
+            )
+
+
+def refuse_strangers(out: Path) -> None:
+    """ValueError if a folder that a run replaces as a whole holds a file that no run wrote."""
+    weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|optimizer-\d\.safetensors")
+    others = {"config.json", "README.md", "state.json", "additional_chat_templates", *FILES}
+    folders = [folder for folder in [out / "model", *checkpoints(out)] if folder.is_dir()]
+    for path in (path for folder in folders for path in folder.iterdir()):
+        if path.name not in others and not weights.fullmatch(path.name):
+            raise ValueError(
+                f"{path}: no run of minibnf wrote this, and --overwrite would delete it with its folder; "
+                "move it elsewhere first"
             )
 
 
@@ -156,8 +171,15 @@ def _load_training(directory: Path, model: Transformer, optims: list) -> tuple[i
             for key in tensors.keys():
                 index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = tensors.get_tensor(key)
+        params = [p for group in optim.param_groups for p in group["params"]]
+        for index, p in enumerate(params):
+            for name, x in state.get(index, {}).items():
+                if x.dim() and x.shape != p.shape:
+                    raise ValueError(f"optimizer-{i}: '{index}.{name}' is {tuple(x.shape)}, not {tuple(p.shape)}")
         optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
     state = read_json(directory / "state.json")
+    if not isinstance(state, dict):
+        raise ValueError("state.json holds no JSON object")
     return state["step"], state["num_tokens"]
 
 

@@ -45,6 +45,7 @@ from minibnf.run import (
     load_training,
     model_card,
     refuse_foreign,
+    refuse_strangers,
     save_training,
     training_curves,
 )
@@ -223,7 +224,9 @@ def setup(args: argparse.Namespace) -> Run | None:
     begun = holds_run(out)
     if not begun:
         refuse_foreign(out)
-    elif not args.resume and not args.overwrite:
+    elif args.overwrite:
+        refuse_strangers(out)
+    elif not args.resume:
         raise ValueError(
             f"{out} holds a run already; --resume goes on with it, --overwrite deletes it"
         )
@@ -243,10 +246,11 @@ def setup(args: argparse.Namespace) -> Run | None:
             continue
         sets[split], counts = read_examples(file, tokenizer, context, args.overlong, notes)
         changed += "".join(f", {n} {split} rows {what}" for what, n in counts.items())
-        lone = [e.line for e in sets[split] if e.count > len(e.pairs)]
+        lone = [e.place for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
+            shown = ", ".join(lone[:10]) + f" and {len(lone) - 10} more" * (len(lone) > 10)
             raise ValueError(
-                f"{file}, line {lone[0]}: loss '{loss.name}' needs pairs and this row is none; --loss bnf needs none"
+                f"{file}: loss '{loss.name}' needs pairs, and these rows are none: {shown}; --loss bnf needs none"
             )
         if "kl" in hyper:
             sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
@@ -430,9 +434,9 @@ def train(run: Run) -> None:
 
 
 def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
-    lines = ", ".join(map(str, sorted(line for b in batches for line in b.lines)))
+    lines, unit = ", ".join(map(str, sorted(line for b in batches for line in b.lines))), run.sets["train"][0].unit
     return f"""stopped at step {step}: {what}; nothing of it was saved.
-Its batch: lines {lines} of {run.args.data}.
+Its batch: {unit}s {lines} of {run.args.data}.
 Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: {run.out / "metrics.jsonl"}"""
 
 
@@ -459,8 +463,8 @@ def finish(run: Run) -> None:
 
 def less_memory(args: argparse.Namespace, max_tokens: int | None) -> str:
     """What to do where memory does not suffice."""
-    tokens, layers = max_tokens or "its default", "on" if args.gradient_checkpointing else "off"
-    return f"lower --max-tokens (now {tokens}) or pass --gradient-checkpointing (now {layers})"
+    advice = f"lower --max-tokens (now {max_tokens or 'its default'})"
+    return advice + " or pass --gradient-checkpointing" * (not args.gradient_checkpointing)
 
 
 def main(argv: list[str] | None = None) -> int:

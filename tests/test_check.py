@@ -70,7 +70,7 @@ def test_the_token_that_closes_turns_is_named_and_told_where_it_is_not_listed(di
     assert main([str(directory)]) == 0
     said = capsys.readouterr().out
     assert "a turn ends at <|end|> (2), <s> (1)\n" in said
-    warning = "warning: the chat template closes turns with <|end|> (2), which generation_config"
+    warning = "warning: the chat template closes turns with <|end|> (2), which no eos_token_id"
     assert warning in said
     (directory / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     assert main([str(directory)]) == 0

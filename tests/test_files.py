@@ -82,7 +82,7 @@ def test_what_a_run_would_write_over_and_no_run_wrote_is_refused(
     before = contents(out)
     assert main(arguments(world, out, "--max-steps", 1, *CPU, *flags)) == 1
     held = name if name.startswith("figures") else name.split("/")[0]
-    said = f"error: --out {out} holds {held}, which no run of minibnf wrote; name another folder\n"
+    said = f"error: --out {out} holds {held}, and no config.json of a run of minibnf; name another folder\n"
     assert capsys.readouterr().err == said
     assert contents(out) == before
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_no_run(world, tmp_path, capsys, flags):
     out = shutil.copytree(world / "model", tmp_path / "checkpoint")
     before = contents(out)
     assert main(arguments(world, out, *CPU, *flags)) == 1
-    assert "holds config.json, which no run of minibnf wrote" in capsys.readouterr().err
+    assert "holds config.json, and no config.json of a run of minibnf" in capsys.readouterr().err
     assert contents(out) == before
 
 
@@ -128,6 +128,19 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(world, run):
     found = {name for name in contents(run) if not name.startswith("model/")}
     assert found == made | set(kept)
     assert main(["--resume", "--out", str(run)]) == 0
+
+
+@pytest.mark.parametrize("name", ["model/mine.gguf", "checkpoints/step-0000004/notes.txt"])
+def test_overwrite_is_refused_where_it_would_delete_what_no_run_wrote(world, run, capsys, name):
+    """In a folder that is replaced as a whole; nothing is deleted, and without it all goes on."""
+    place(run, [name])
+    before = contents(run)
+    flags = ["--max-steps", 1, "--overwrite", *CPU]
+    assert main(arguments(world, run, *flags)) == 1
+    assert f"{name}: no run of minibnf wrote this" in capsys.readouterr().err
+    assert contents(run) == before
+    (run / name).unlink()
+    assert main(arguments(world, run, *flags)) == 0
 
 
 def test_overwrite_interrupted_anywhere_leaves_a_run_that_goes_on(
@@ -321,7 +334,7 @@ def said_once(capsys, *parts):
 @EXHAUSTED
 def test_too_little_memory_for_the_model(world, tmp_path, monkeypatch, capsys, run_out):
     monkeypatch.setattr("minibnf.train.load", run_out)
-    advice = "lower --max-tokens (now {}) or pass --gradient-checkpointing (now off)"
+    advice = "lower --max-tokens (now {}) or pass --gradient-checkpointing"
     assert main(arguments(world, tmp_path / "run", *CPU)) == 1
     assert said_once(capsys, advice.format("its default"))
     assert main(arguments(world, tmp_path / "run", "--max-tokens", 300, *CPU)) == 1
@@ -348,12 +361,12 @@ def test_too_little_memory_for_a_step_or_to_resume(
 
         patch.setattr("minibnf.train.optimizers", few_steps)
         assert main(arguments(world, out, *flags)) == 1
-    assert said_once(capsys, "--max-tokens (now 2048)", "--gradient-checkpointing (now off)")
+    assert said_once(capsys, "--max-tokens (now 2048)", "--gradient-checkpointing")
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Optimizer, "load_state_dict", run_out)
         more = ["--max-tokens", "200", "--gradient-checkpointing"]
         assert main(["--resume", "--out", str(out), *more]) == 1
-    assert said_once(capsys, "--max-tokens (now 200)", "--gradient-checkpointing (now on)")
+    assert said_once(capsys, "--max-tokens (now 200) (")
     assert main(["--resume", "--out", str(out)]) == 0
     assert "resumed  after step 2" in capsys.readouterr().out
     assert same(weights(out), weights(tmp_path / "whole"))
@@ -416,6 +429,25 @@ def test_a_file_that_is_cut_or_missing_is_called_damaged(saved, name, data):
             read()
     finally:
         (folder / name).write_bytes(whole)
+
+
+def test_a_state_that_is_none_is_called_damaged(saved):
+    read, folder = saved
+    whole = (folder / "state.json").read_text()
+    (folder / "state.json").write_text("[1]")
+    with pytest.raises(OSError, match=r"damaged checkpoint \(state.json holds no JSON object\)"):
+        read()
+    (folder / "state.json").write_text(whole)
+    file = folder / "optimizer-0.safetensors"
+    tensors = file.read_bytes()
+    state = load_file(file)
+    name = next(k for k, x in state.items() if x.dim())
+    file.unlink()
+    save_file(state | {name: torch.ones(1)}, file)
+    with pytest.raises(OSError, match=f"damaged checkpoint .*'{name}' is"):
+        read()
+    file.unlink()
+    file.write_bytes(tensors)
 
 
 def test_a_tensor_of_another_shape_is_called_damaged(saved):

@@ -128,6 +128,17 @@ def test_one_text_at_a_time_through_a_reader_is_what_a_batch_gives(tiny, prompts
     assert generate(tiny, prompts[1:], first_row=1, **how) == out[1:]
 
 
+def test_in_bfloat16_a_reader_gives_what_a_prompt_alone_gives():
+    """Both read it by the same arithmetic: real weights, whose answers a rounding can change."""
+    model, tokenizer = load("weights/tiny", dtype=torch.bfloat16), load_tokenizer("weights/tiny")
+    for i in range(30):
+        asked = [{"role": "user", "content": f"What is {i} + {40 - i}?"}]
+        prompt = tokenizer.encode_chat(asked, add_generation_prompt=True)
+        how = {"max_new_tokens": 20, "stop_ids": tokenizer.end_ids, "seed": i}
+        (new,) = generate(model, [prompt], **how)
+        assert list(stream(Reader(model), prompt, **how)) == new
+
+
 @given(prompts=PROMPTS)
 def test_a_shared_beginning_is_read_once_and_every_prompt_keeps_a_token_of_its_own(prompts):
     distinct = sorted({tuple(p) for p in prompts})
@@ -316,7 +327,7 @@ def test_interrupted_anywhere_and_resumed_it_writes_the_same_file(questions, tmp
         ({"question": "?"}, "line 2: field 'prompt' is missing"),
         ({"prompt": ""}, "line 2: field 'prompt' is empty"),
         ({"prompt": 3}, "line 2: field 'prompt' must be text or a list of messages"),
-        ({"prompt": [{"role": "user"}]}, "line 2: field 'prompt', message 0: needs text in 'role' and 'content'"),
+        ({"prompt": [{"role": "user"}]}, "line 2: field 'prompt', message 1: needs text in 'role' and 'content'"),
         ({"prompt": "word " * 2000}, "line 2: the prompt has .* tokens, which with 30 new ones is more than the"),
     ],
 )

@@ -98,7 +98,6 @@ def test_places_are_lines_or_where_there_are_none_rows(tmp_path):
         f"{pretty}, line 6",
     ]
     assert [str(place) for place, _ in read_rows(array)] == [f"{array}, row 1", f"{array}, row 2"]
-    assert len(read_rows(array, limit=1)) == 1
 
 
 def parquet(path, rows):
@@ -284,8 +283,8 @@ def test_evaluate_and_generate_list_them_too(tmp_path, capsys):
         (GOOD | {"chosen": 3}, "field 'chosen' must be text or a list of messages, not int"),
         (PAIR | {"chosen": []}, "line 2: field 'chosen' is empty"),
         (PAIR | {"rejected": "c"}, "fields 'prompt' and 'rejected' must both be text"),
-        (PAIR | {"prompt": [{"role": "user"}]}, "field 'prompt', message 0: needs text in 'role'"),
-        (PAIR | {"prompt": [3]}, "field 'prompt', message 0: needs text in 'role'"),
+        (PAIR | {"prompt": [{"role": "user"}]}, "field 'prompt', message 1: needs text in 'role'"),
+        (PAIR | {"prompt": [3]}, "field 'prompt', message 1: needs text in 'role'"),
         ({"chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is missing; only messages"),
         ({"chosen": said("user", "a"), "rejected": said("user", "b")}, "share no first message"),
         ({"chosen": said("user", "a"), "rejected": said("user", "a")}, "do not differ"),
@@ -300,11 +299,11 @@ def test_evaluate_and_generate_list_them_too(tmp_path, capsys):
         ),
         (
             PAIR | {"chosen": {"from": "gpt", "value": "a"}},
-            "field 'chosen', message 0: 'from' and 'value' are ShareGPT's keys",
+            "field 'chosen', message 1: 'from' and 'value' are ShareGPT's keys",
         ),
         (
             PAIR | {"prompt": said("user", [{"type": "text", "text": "a"}, {"type": "image"}])},
-            "field 'prompt', message 0: content has a part of type 'image'",
+            "field 'prompt', message 1: content has a part of type 'image'",
         ),
         (PAIR | {"prompt": said("user", ["a"])}, "content has a part of type 'str'"),
         (PAIR | {"system": 3}, "field 'system' must be text, not int"),
@@ -564,6 +563,24 @@ def test_columns_that_are_not_used_are_named_once(model, tmp_path, capsys):
         assert lines == [f"columns not used: {extra}{names}, score"]
     notes = json.loads((out / "config.json").read_text())["facts"]["notes"]
     assert notes == [f"columns not used: source, {names}, score"]
+
+
+def test_what_messages_hold_and_the_template_does_not_know_is_named(tmp_path):
+    """weights/tiny's template writes role and content alone."""
+    chosen = said("assistant", "It is 7.", reasoning_content="3 + 4", id=7, tool_calls=[{"a": 1}])
+    file, notes = file_of(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "chosen": chosen}]), Notes()
+    read_examples(file, load_tokenizer(TINY), 256, notes=notes)
+    names = "'reasoning_content' of messages, 'tool_calls' of messages"
+    assert notes.lines() == [f"columns not used: {names}"]
+
+
+def test_any_key_may_be_a_variable_of_the_template(tmp_path):
+    """Also one that is the name of an argument here."""
+    keys = ["prompt", "completion", "where", "field", "tokenizer", "response", "self", "variables"]
+    row = {**PAIR, "chat_template_kwargs": dict.fromkeys(keys, "x"), "tools": ""}
+    notes = Notes()
+    read_examples(file_of(tmp_path / "rows.jsonl", [row]), load_tokenizer(TINY), 256, notes=notes)
+    assert all(f"chat_template_kwargs.{key}" in notes.lines()[0] for key in keys)
 
 
 def test_a_template_that_reads_a_variable_uses_its_column(model, tmp_path):

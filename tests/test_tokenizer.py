@@ -9,6 +9,7 @@ import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from minibnf.data import read_examples
 from minibnf.files.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
@@ -118,6 +119,17 @@ def loaded(tmp_path_factory):
 
 
 each = pytest.mark.parametrize("kind", ["bpe", "sp"])
+
+
+@each
+def test_half_an_emoji_is_an_error_that_names_row_and_field(loaded, kind, tmp_path):
+    row = {"prompt": "a \ud83d b", "completion": "c", "label": True}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    tokenizer = next(tokenizer for (k, _), tokenizer in loaded.items() if k == kind)
+    with pytest.raises(ValueError, match="line 1, field 'prompt': text that is not valid Unicode"):
+        read_examples(tmp_path / "rows.jsonl", tokenizer, 100)
+
+
 fragments = st.sampled_from(
     [
         *SPECIAL,

@@ -548,7 +548,7 @@ def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
         assert main(["--model", str(out / "model"), *arguments(world, out)[2:], *more]) == 1
         assert f"--model {out / 'model'} lies in --out {out}" in capsys.readouterr().err
     assert main(arguments(world, out)) == 1
-    assert "holds model, which no run of minibnf wrote" in capsys.readouterr().err
+    assert "holds model, and no config.json of a run" in capsys.readouterr().err
     assert torch.equal(load(out / "model").unembed, load(world / "model").unembed)
 
 
@@ -661,7 +661,7 @@ def test_every_option_of_training_does_something(world, tmp_path):
         ("json", ("broken.jsonl, line 3", "not valid JSON")),
         ("empty", ("broken.jsonl, line 3", "field 'rejected' is empty")),
         ("tensor", ("model", "tensor 'model.norm.weight' is missing")),
-        ("unpaired", ("unpaired.jsonl, line 1", "needs pairs")),
+        ("unpaired", ("unpaired.jsonl", "needs pairs", "line 1, line 2,", "and 38 more")),
         ("max_tokens", ("--max-tokens 10", "tokens of the longest example")),
         ("hyper", ("'bnf'", "no hyper-parameter 'beta'")),
     ],

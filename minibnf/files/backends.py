@@ -62,6 +62,7 @@ class HuggingFace:
         return encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]
 
     def encode(self, text, continuation):
+        text.encode()  # half an emoji is a UnicodeEncodeError, which the library does not raise
         if self.unspelt:
             lost = sorted({c for c in set(text) if not self.unspelt.isdisjoint(c.encode())})
             if lost:

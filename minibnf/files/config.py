@@ -131,7 +131,7 @@ def no_model(directory, lacks: str) -> FileNotFoundError:
         what = f"is the top folder of a hub's cache; name the model's own: {snapshots[-1]}"
     elif Path(directory).is_dir():
         what = f"holds {lacks}"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+    elif re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(directory)):
         what = "is no folder here; a model on a hub is downloaded first, "
         what += f"such as by: hf download {directory} --local-dir FOLDER"
     else:

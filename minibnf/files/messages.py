@@ -26,7 +26,7 @@ def text_or_messages(value, where, name: str) -> str | list[dict]:
             f"{where}: field '{name}' is a list of {len(value)} texts or conversations, and a row "
             "holds one; write a row for each"
         )
-    return [_message(m, f"{where}: field '{name}', message {i}") for i, m in enumerate(value)]
+    return [_message(m, f"{where}: field '{name}', message {i}") for i, m in enumerate(value, 1)]
 
 
 def _message(message, where: str) -> dict:

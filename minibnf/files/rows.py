@@ -12,7 +12,8 @@ A row is one of
     {"chosen": C, "rejected": C}                    paired, the prompt implicit
 P and C are texts or messages (see messages.py). Three more columns have a meaning beside messages:
 "system" (a text) becomes the first message; "tools" (a list of schemas) and "chat_template_kwargs"
-(an object) are variables of the chat template, and may be JSON in a text. null means absent.
+(an object) are variables of the chat template, and may be JSON in a text. null means absent, at any
+depth: Arrow writes it for what other rows have.
 """
 
 import gzip
@@ -22,13 +23,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minibnf.files.messages import text_or_messages, without_prompt
+from minibnf.files.messages import COMPARED, text_or_messages, without_prompt
 
 OPTIONS = ("system", "tools", "chat_template_kwargs")
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
@@ -76,7 +77,7 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
 
 
 def _json(path: Path) -> Iterator[tuple[Place, object]]:
-    """Which form of JSON a file has, its first line that is not blank tells."""
+    """The first line that is not blank tells which form of JSON a file has."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         first = []
         for line in stream:
@@ -114,7 +115,7 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
 
 
 def _objects(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
-    """JSON objects one after another, each over any number of lines; it counts where it begins."""
+    """JSON objects one after another, each over any number of lines; its place is its first line."""
     with _json_errors(path, whole=True):
         text = data.decode("utf-8-sig")
     space, decode = re.compile(r"\s*"), json.JSONDecoder().raw_decode
@@ -217,9 +218,9 @@ def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) ->
     return results
 
 
-def read_rows(path, limit: int | None = None) -> list[tuple[Place, dict]]:
-    """The first `limit` rows of a file, less their nulls. Raises as scan_rows and each_row do."""
-    return each_row(islice(scan_rows(path), limit), _placed)
+def read_rows(path) -> list[tuple[Place, dict]]:
+    """The rows of a file, less their nulls. Raises as scan_rows and each_row do."""
+    return each_row(scan_rows(path), _placed)
 
 
 def _placed(row: dict, place: Place) -> tuple[Place, dict]:
@@ -335,10 +336,12 @@ def _variables(row: dict, where) -> dict:
 def _from_json(row: dict, name: str, where):
     """A column's value; of a text, the JSON in it: Arrow cannot hold schemas of several shapes."""
     value = row.get(name)
+    if value == "":  # people write it for none
+        return None
     if not isinstance(value, str):
         return value
     with _json_errors(f"{where}: field '{name}'"):
-        return json.loads(value)
+        return present(json.loads(value), where)
 
 
 def _wanted(row: dict, forms: str) -> str:
@@ -358,12 +361,18 @@ class Notes:
     unused: dict[str, None] = field(default_factory=dict)  # columns, in the order they were met
     repeated: list[Place] = field(default_factory=list)  # rows whose responses repeat the prompt
 
-    def add(self, record: Record, place: Place, reads: Callable[[str], bool]) -> None:
-        """reads: whether the model's chat template reads a variable of that name."""
+    def add(self, record: Record, place: Place, tokenizer) -> None:
+        """tokenizer: reads(name) says whether its chat template reads a variable, mentions(key)
+        whether it knows a key of messages."""
         self.unused |= dict.fromkeys(record.unused)
         text = isinstance(record.prompt, str)
+        said = [] if text else [record.prompt, *(messages for _, messages in record.completions)]
+        keys = {key for messages in said for message in messages for key in message}
+        for key in sorted(keys.intersection(COMPARED) - {"role", "content"}):
+            if not tokenizer.mentions(key):
+                self.unused[f"'{key}' of messages"] = None
         for name in record.variables:
-            if text or not reads(name):
+            if text or not tokenizer.reads(name):
                 self.unused[name if name == "tools" else f"chat_template_kwargs.{name}"] = None
         begun = [c.startswith(record.prompt) for _, c in record.completions] if text else []
         if begun and all(begun) and record.prompt:

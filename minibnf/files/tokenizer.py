@@ -86,7 +86,7 @@ class Tokenizer:
         self.begin = backend.begin(self.config, self.bos_id)
         rows = optional(directory / "config.json").get("vocab_size")
         self.limit = rows if type(rows) is int else self.vocab_size
-        self._known([self.eos_id])
+        self._check_rows([self.eos_id])
         # A program that stops at generation_config.json's tokens looks nowhere else; where that
         # names none it takes config.json's, and at last the tokenizer's own.
         generation, config = (self._ends_of(f) for f in ("generation_config.json", "config.json"))
@@ -105,10 +105,10 @@ class Tokenizer:
         of its own does not.
         """
         ids = self.backend.encode(text, continuation)
-        self._known(ids)
+        self._check_rows(ids)
         return ids
 
-    def _known(self, ids):
+    def _check_rows(self, ids):
         """Raise ValueError where the model has no row for one of the ids."""
         for i in ids:
             if i >= self.limit:
@@ -182,7 +182,7 @@ class Tokenizer:
         if piece := decode(before + held)[shown:]:
             yield piece
 
-    def render(self, messages, add_generation_prompt=False, **variables):
+    def render(self, messages, /, add_generation_prompt=False, **variables):
         """The template's text for a list of {"role", "content", ...}.
 
         variables: others that the template reads, such as tools=[...], enable_thinking=False.
@@ -196,7 +196,11 @@ class Tokenizer:
         """Whether the template reads the variable of this name. ValueError: it is malformed."""
         return self.source is not None and name in self._variables
 
-    def encode_chat(self, messages, add_generation_prompt=False, **variables):
+    def mentions(self, word):
+        """Whether the template's source holds a word, such as the key of a message that it reads."""
+        return self.source is not None and word in self.source
+
+    def encode_chat(self, messages, /, add_generation_prompt=False, **variables):
         """The ids of the rendered chat, in which whatever the messages say is ordinary text.
 
         A message with '<|im_end|>' in it yields tokens that spell it, never the control token, and
@@ -207,7 +211,7 @@ class Tokenizer:
         text = self._marked(mark, messages, [], add_generation_prompt, variables)
         return self._encode_marked(mark, text)
 
-    def encode_response(self, messages, response, **variables):
+    def encode_response(self, messages, response, /, **variables):
         """(prompt ids, response ids), split where inference splits.
 
         The prompt is encode_chat(messages, True, ...), the response what follows it: the messages
@@ -281,7 +285,7 @@ class Tokenizer:
         closing = self.decode([self.closing_id], skip_special=False)
         return (
             f"warning: the chat template closes turns with {closing} ({self.closing_id}), which "
-            "generation_config.json does not list: other programs will run on"
+            "no eos_token_id names: other programs will run on"
         )
 
     def _ends_of(self, file):
@@ -299,11 +303,11 @@ class Tokenizer:
         return self.template and variables_read(self.source)  # the template: says what is wrong
 
     @cached_property
-    def _every(self):
-        return Spelling(self.control, self._functional)
+    def _spelt_tokens(self):
+        return Spelling(self.control, self._end_words)
 
     @cached_property
-    def _special(self):
+    def _spelt_special(self):
         """The control tokens that are special: for the library, by name or as an end of a turn."""
         names = {*self.backend.special_texts, *self.special.values()}
         for token in self.config.get("additional_special_tokens") or []:
@@ -311,20 +315,20 @@ class Tokenizer:
         for token in self.config.get("added_tokens_decoder", {}).values():
             names |= {token["content"]} if token.get("special") else set()
         texts = [t for t, i in self.control.items() if t in names or i in self.end_ids]
-        return Spelling(texts, self._functional)
+        return Spelling(texts, self._end_words)
 
     @cached_property
-    def _firsts(self):
-        return Spelling({text[0] for text in self.control}, self._functional)
+    def _spelt_firsts(self):
+        return Spelling({text[0] for text in self.control}, self._end_words)
 
     @cached_property
-    def _functional(self):
+    def _end_words(self):
         """The words in the tokens that begin, end or pad a text, which no role may build."""
         ids = self.end_ids | {self.bos_id, self.pad_id}
         return words(text for text, i in self.control.items() if i in ids)
 
     @cached_property
-    def _texts(self):
+    def _text_of(self):
         """{id: text} of the control tokens, but for what an unknown character becomes."""
         return {i: text for text, i in self.control.items() if i not in self.backend.unknown}
 
@@ -348,18 +352,21 @@ class Tokenizer:
             return self.render(chat, add_generation_prompt, **given)
 
         plain = self.render([*messages, *response], add_generation_prompt, **variables)
-        text = rendered(self._every, self._special)
+        text = rendered(self._spelt_tokens, self._spelt_special)
         # A template can also join what a message says apart: SmolLM3's takes '/think' out of a
         # system message, which makes '<|im_end|>' of '<|im_/thinkend|>'. With every first character
         # of a control token marked none is joined, so then the template's own are left.
-        pattern = (self._special if response else self._every).pattern
-        own = pattern.findall(rendered(self._firsts, self._firsts))
+        pattern = (self._spelt_special if response else self._spelt_tokens).pattern
+        own = pattern.findall(rendered(self._spelt_firsts, self._spelt_firsts))
         if text.replace(mark, "") != plain or pattern.findall(text) != own:
+            remedy = (
+                'What an assistant thought has a field of its own: {"role": "assistant", '
+                '"reasoning_content": "...", "content": "..."}'
+            )
             raise ValueError(
                 f"the chat template of {self.directory} acts on control text inside a message "
                 "(such as '</think>'), which is to be ordinary text: take it out of the message. "
-                'What an assistant thought has a field of its own: {"role": "assistant", '
-                '"reasoning_content": "...", "content": "..."}'
+                + remedy * self.mentions("reasoning_content")
             )
         return text
 
@@ -367,11 +374,11 @@ class Tokenizer:
         """The ids of the pieces between marks, each encoded by itself."""
         pieces = [piece for piece in text.split(mark) if piece]
         ids = [i for k, p in enumerate(pieces) for i in self.encode(p, continuation or k > 0)]
-        made = Counter(i for i in ids if i in self._texts)
+        made = Counter(i for i in ids if i in self._text_of)
         made -= Counter(self.control[found] for found in self._pattern.findall(text))
         if made:  # a normalizer makes '<think>' of full-width '＜think＞', say
             raise ValueError(
-                f"{self.backend.path} makes the control token {self._texts[min(made)]!r} of text "
+                f"{self.backend.path} makes the control token {self._text_of[min(made)]!r} of text "
                 "that only resembles it: take that out of the message"
             )
         return ids
