@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -447,7 +448,8 @@ def test_any_row_is_a_record_or_an_error_that_names_its_place(row):
         else:
             kinds = {isinstance(x, str) for x in (found.prompt, *(c for _, c in found.completions))}
             assert len(kinds) == 1
-            Notes().add(found, Place(Path("here"), "line", 1), lambda name: False)
+            knows_nothing = SimpleNamespace(reads=lambda name: False, mentions=lambda key: False)
+            Notes().add(found, Place(Path("here"), "line", 1), knows_nothing)
 
 
 def test_what_the_prompt_is_split_from_is_left_as_it_was():
