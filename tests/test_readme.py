@@ -30,8 +30,8 @@ def test_the_table_of_families_has_every_model_type():
 
 
 def test_every_file_of_the_package_is_named_and_every_link_leads_somewhere():
-    for file in (ROOT / "minibnf").glob("[a-z]*.py"):
-        assert f"(minibnf/{file.name})" in README, file.name
+    for file in (ROOT / "minibnf").rglob("[a-z]*.py"):
+        assert f"({file.relative_to(ROOT)})" in README, file.name
     for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
         assert (ROOT / link).exists(), link
 
