@@ -35,28 +35,44 @@ class Part(NamedTuple):
     masks: list[Tensor | None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMask | None", c: Config) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMask | None", c: Config
+) -> Tensor:
     """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d). mask: as masks() makes it."""
     if isinstance(mask, BlockMask):
         return attend_flex(q, k, v, mask, c)
     if isinstance(mask, list):
         outs, sizes = [], [sum(part.sizes) for part in mask]
-        for part, *group in zip(mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True):
+        for part, *group in zip(
+            mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True
+        ):
             queries, keys, values = (x.split(part.sizes, 2) for x in group)
-            for i, (q_, k_, v_, seen) in enumerate(zip(queries, keys, values, part.masks, strict=True)):
+            for i, (q_, k_, v_, seen) in enumerate(
+                zip(queries, keys, values, part.masks, strict=True)
+            ):
                 if i:  # a response, which sees the prompt too
                     k_, v_ = torch.cat([keys[0], k_], 2), torch.cat([values[0], v_], 2)
                 outs.append(attend(q_, k_, v_, seen, c))
         return torch.cat(outs, 2)
     gqa = q.shape[1] != k.shape[1]
-    if gqa and q.shape[2] == 1 and mask is not None:  # a head's queries as its rows: in bfloat16 five times faster on a CPU
+    if (
+        gqa and q.shape[2] == 1 and mask is not None
+    ):  # a head's queries as its rows: in bfloat16 five times faster on a CPU
         return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).reshape(q.shape)
     if c.attention_softcap is None:
         causal = mask is None
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=c.query_scale, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=c.query_scale, enable_gqa=gqa
+        )
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = c.attention_softcap * torch.tanh(q @ k.transpose(2, 3) * c.query_scale / c.attention_softcap)
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    scores = c.attention_softcap * torch.tanh(
+        q @ k.transpose(2, 3) * c.query_scale / c.attention_softcap
+    )
+    mask = (
+        torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        if mask is None
+        else mask
+    )
     wide = torch.promote_types(q.dtype, torch.float32)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
 
@@ -74,7 +90,11 @@ def masks(layout, S: int, window: int | None, device) -> "Tensor | list[Part] | 
     plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache; for packed groups parts, or a block mask."""
     if isinstance(layout, list):
         on_cpu = torch.device(device).type == "cpu"
-        return [_part(group, window, device) for group in layout] if on_cpu else block_mask(layout, window, device)
+        return (
+            [_part(group, window, device) for group in layout]
+            if on_cpu
+            else block_mask(layout, window, device)
+        )
     if layout is None:
         position = torch.arange(S, device=device)
         if window is None or S <= window:
@@ -101,10 +121,14 @@ def _group_mask(prompt: int, responses: list[int], window: int | None, device) -
     size = prompt + sum(responses)
     if len(responses) < 2 and (window is None or size <= window):
         return None
-    part = torch.repeat_interleave(torch.tensor([prompt, *responses]))  # 0 for the prompt, then 1, 2, ...
+    part = torch.repeat_interleave(
+        torch.tensor([prompt, *responses])
+    )  # 0 for the prompt, then 1, 2, ...
     mask = ((part[:, None] == part) | (part == 0)).tril()
     if window is not None:
-        position = torch.cat([torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in responses)])
+        position = torch.cat(
+            [torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in responses)]
+        )
         mask &= position > position[:, None] - window
     return mask.to(device)
 
@@ -113,17 +137,29 @@ def additive(mask, dtype: torch.dtype):
     """0 where a mask of masks() is True and -inf elsewhere, as scaled_dot_product_attention would make it in every layer."""
     if isinstance(mask, list):
         return [part._replace(masks=[additive(m, dtype) for m in part.masks]) for part in mask]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf) if isinstance(mask, Tensor) else mask
+    return (
+        torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        if isinstance(mask, Tensor)
+        else mask
+    )
 
 
 def block_mask(layout: list[Group], window: int | None, device) -> BlockMask:
     """Who sees whom among packed groups, for flex_attention: a rule of two places, and the blocks where it holds at all."""
-    lengths = [(g, part, n) for g, (prompt, ns) in enumerate(layout) for part, n in enumerate([prompt, *ns])]
+    lengths = [
+        (g, part, n)
+        for g, (prompt, ns) in enumerate(layout)
+        for part, n in enumerate([prompt, *ns])
+    ]
     sizes = torch.tensor([n for *_, n in lengths])
     starts = [0 if p == 0 else layout[g][0] for g, p, _ in lengths]
-    position = torch.cat([torch.arange(at, at + n) for at, (*_, n) in zip(starts, lengths, strict=True)])
+    position = torch.cat(
+        [torch.arange(at, at + n) for at, (*_, n) in zip(starts, lengths, strict=True)]
+    )
     spread = lambda values: torch.tensor(values).repeat_interleave(sizes)
-    places = torch.stack([spread([g for g, *_ in lengths]), spread([p for _, p, _ in lengths]), position])
+    places = torch.stack(
+        [spread([g for g, *_ in lengths]), spread([p for _, p, _ in lengths]), position]
+    )
     group, part, position = to_device(places, device)
 
     def sees(_b, _h, i, j):

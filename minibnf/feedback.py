@@ -14,7 +14,9 @@ from minibnf.losses import LOSSES
 from minibnf.responses import Responses
 
 
-def feedback(name: str, p: Tensor, r: float, preferred: bool, *, length: int = 1, **hyper) -> Tensor:
+def feedback(
+    name: str, p: Tensor, r: float, preferred: bool, *, length: int = 1, **hyper
+) -> Tensor:
     """|dL/dz_y| (n,) of one token of probability p (n,) whose reference probability is r, everything else held.
 
     The token stands in a response of `length` tokens, chosen if preferred and else rejected; all other tokens of the pair
@@ -28,7 +30,11 @@ def feedback(name: str, p: Tensor, r: float, preferred: bool, *, length: int = 1
     logps = log_r.repeat(n, both, length)  # (n, its response and the other, tokens)
     logps[:, 0, 0] = p.log()
     labels = [preferred, not preferred][:both]
-    pairs = torch.arange(2 * n).reshape(n, 2) if loss.needs_pairs else torch.empty(0, 2, dtype=torch.int64)
+    pairs = (
+        torch.arange(2 * n).reshape(n, 2)
+        if loss.needs_pairs
+        else torch.empty(0, 2, dtype=torch.int64)
+    )
     responses = Responses(
         logps.flatten(),
         log_r.repeat(n * both * length),
@@ -36,11 +42,15 @@ def feedback(name: str, p: Tensor, r: float, preferred: bool, *, length: int = 1
         torch.tensor(labels).repeat(n),
         pairs if preferred else pairs.flip(1),
     )
-    dlogps = loss.gradient(responses, **hyper).reshape(n, both, length)[:, 0, 0] * n  # the mean over n examples undone
+    dlogps = (
+        loss.gradient(responses, **hyper).reshape(n, both, length)[:, 0, 0] * n
+    )  # the mean over n examples undone
     return dlogps.abs() * (1 - p)
 
 
-def target_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+def target_logits(
+    hidden: Tensor, unembed: Tensor, targets: Tensor, softcap: float | None = None
+) -> Tensor:
     """(N,) float32 or wider: the logit of each target token, from its own row of the vocabulary alone.
 
     hidden (N, D), unembed (V, D), targets (N,). A token's logit shift is this under the policy less this under the reference.

@@ -63,8 +63,13 @@ def generate(
     check_settings(max_new_tokens, temperature, top_p, top_k, seed)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {i} is empty; generation needs at least one token to start from")
-    draws = torch.stack([uniform(seed, first_row + i, max_new_tokens) for i in range(len(prompts))] or [torch.empty(0)])
+            raise ValueError(
+                f"prompt {i} is empty; generation needs at least one token to start from"
+            )
+    draws = torch.stack(
+        [uniform(seed, first_row + i, max_new_tokens) for i in range(len(prompts))]
+        or [torch.empty(0)]
+    )
     outputs: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     while by_length:  # the longest ones first, with those at least half as long: attention looks over the longest's places
@@ -73,11 +78,22 @@ def generate(
         rows = min(rows, _rows_that_fit(model, size))
         turn, by_length = by_length[-rows:], by_length[:-rows]
         choose = lambda logits, u: sample(logits[:, :vocab_size], u, temperature, top_p, top_k)
-        _generate_turn(model, prompts, turn, draws.to(model.unembed.device), outputs, max_new_tokens, choose, set(stop_ids))
+        _generate_turn(
+            model,
+            prompts,
+            turn,
+            draws.to(model.unembed.device),
+            outputs,
+            max_new_tokens,
+            choose,
+            set(stop_ids),
+        )
     return outputs
 
 
-def check_settings(max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:
+def check_settings(
+    max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int
+) -> None:
     for name, value, fits, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
@@ -96,7 +112,14 @@ def uniform(seed: int, row: int, n: int) -> Tensor:
 
 def _rows_that_fit(model, capacity: int) -> int:
     c = model.config
-    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * capacity * model.unembed.element_size()
+    row = (
+        2
+        * c.num_hidden_layers
+        * c.num_key_value_heads
+        * c.head_dim
+        * capacity
+        * model.unembed.element_size()
+    )
     return max(1, CACHE_BYTES // row)
 
 
@@ -147,7 +170,9 @@ def _prefill(model: Transformer, prompts: list, room: int) -> tuple[Cache, Tenso
         rows_of.setdefault(tuple(p), []).append(row)
     lengths = [len(p) for p in prompts]
     shape = (len(prompts), c.num_key_value_heads, max(lengths) + room, c.head_dim)
-    keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in c.layers] for _ in range(2))
+    keys, values = (
+        [torch.zeros(shape, dtype=dtype, device=device) for _ in c.layers] for _ in range(2)
+    )
     groups, logits = _groups(sorted(rows_of)), [None] * len(prompts)
     while groups:
         size = sum(len(p) for p in groups[0][1])
@@ -165,13 +190,26 @@ def _prefill(model: Transformer, prompts: list, room: int) -> tuple[Cache, Tenso
         kept: list = []
         head = lambda x, unembed, last=last: model.logits(x[0, last], unembed)
         layout = [(shared, [len(p) - shared for p in members]) for shared, members in turn]
-        found = iter(model(*(torch.tensor([x], device=device) for x in (tokens, positions)), layout, keep=kept, head=head))
+        found = iter(
+            model(
+                *(torch.tensor([x], device=device) for x in (tokens, positions)),
+                layout,
+                keep=kept,
+                head=head,
+            )
+        )
         stores = [
-            (store, new[0]) for store, new in zip(keys + values, [k for k, _ in kept] + [v for _, v in kept], strict=True)
+            (store, new[0])
+            for store, new in zip(
+                keys + values, [k for k, _ in kept] + [v for _, v in kept], strict=True
+            )
         ]
         at = 0  # in the packed tokens
         for shared, members in turn:
-            everyone, beginning = [row for p in members for row in rows_of[p]], slice(at, at + shared)
+            everyone, beginning = (
+                [row for p in members for row in rows_of[p]],
+                slice(at, at + shared),
+            )
             for store, new in stores:
                 store[everyone, :, :shared] = new[:, beginning]
             at += shared
@@ -182,10 +220,19 @@ def _prefill(model: Transformer, prompts: list, room: int) -> tuple[Cache, Tenso
                 at, z = rest.stop, next(found)
                 for row in rows_of[p]:
                     logits[row] = z
-    return Cache(keys, values, torch.tensor(lengths, device=device), max(lengths)), torch.stack(logits)
+    return Cache(keys, values, torch.tensor(lengths, device=device), max(lengths)), torch.stack(
+        logits
+    )
 
 
-def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0, look: int = NUCLEUS) -> Tensor:
+def sample(
+    logits: Tensor,
+    u: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    look: int = NUCLEUS,
+) -> Tensor:
     """One token a row of logits (B, V) by inverting its cumulative distribution at u (B,) in [0, 1).
 
     look: among how many tokens the nucleus is looked for before the row's whole vocabulary is sorted.
@@ -193,16 +240,22 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, to
     if temperature == 0:
         return logits.argmax(-1)
     z, V = logits.float(), logits.shape[-1]
-    p = ((z - z.amax(-1, keepdim=True)) / temperature).softmax(-1)  # so that no temperature makes an infinity of it
+    p = ((z - z.amax(-1, keepdim=True)) / temperature).softmax(
+        -1
+    )  # so that no temperature makes an infinity of it
     if top_p == 1 and not top_k:
         return _invert(p, u)
     kept, order = _most_probable(p, min(top_k or look, V))
     cumulative = kept.cumsum(-1, dtype=torch.float64)
     share = top_p * cumulative[:, -1:] if top_k else top_p
     # the nucleus: tokens before which less than this share has been gathered
-    chosen = order.gather(-1, _invert(kept.masked_fill(cumulative - kept >= share, 0), u)[:, None])[:, 0]
+    chosen = order.gather(-1, _invert(kept.masked_fill(cumulative - kept >= share, 0), u)[:, None])[
+        :, 0
+    ]
     wider = cumulative[:, -1] < top_p
-    if not top_k and look < V and wider.any():  # row by row, so that none depends on what it is batched with
+    if (
+        not top_k and look < V and wider.any()
+    ):  # row by row, so that none depends on what it is batched with
         chosen[wider] = sample(logits[wider], u[wider], temperature, top_p, look=V)
     return chosen
 
@@ -218,7 +271,9 @@ def _invert(p: Tensor, u: Tensor) -> Tensor:
     """(B,): where the running sum of p (B, V) first exceeds u times the whole; never where p is 0. In float64, so that
     u < 1 stays below the whole."""
     cumulative = p.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, u[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(cumulative, u[:, None].double() * cumulative[:, -1:], right=True)[
+        :, 0
+    ]
 
 
 class Reader:
@@ -231,14 +286,20 @@ class Reader:
     def logits(self, ids: list[int]) -> Tensor:
         """(1, V): of the token after ids, which may also go back on what was read before."""
         if not ids:
-            raise ValueError("the prompt is empty; generation needs at least one token to start from")
+            raise ValueError(
+                "the prompt is empty; generation needs at least one token to start from"
+            )
         model, c = self.model, self.model.config
         device, dtype = model.unembed.device, model.unembed.dtype
         limit = min(len(self.ids), len(ids) - 1)
         n = next((k for k in range(limit) if self.ids[k] != ids[k]), limit)
-        if self.cache is None or self.cache.keys[0].shape[2] < len(ids):  # twice as long, with what is kept copied over
+        if self.cache is None or self.cache.keys[0].shape[2] < len(
+            ids
+        ):  # twice as long, with what is kept copied over
             shape = (1, c.num_key_value_heads, 2 * len(ids), c.head_dim)
-            keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in c.layers] for _ in range(2))
+            keys, values = (
+                [torch.zeros(shape, dtype=dtype, device=device) for _ in c.layers] for _ in range(2)
+            )
             if n:
                 for new, old in ((keys, self.cache.keys), (values, self.cache.values)):
                     for new_layer, old_layer in zip(new, old, strict=True):
@@ -248,7 +309,9 @@ class Reader:
         tokens = torch.tensor([ids[n:]], device=device)
         positions = torch.arange(n, len(ids), device=device)[None]
         self.ids = ids[:n]  # what holds if this is interrupted
-        logits = model(tokens, positions, self.cache, head=lambda x, unembed: model.logits(x[:, -1], unembed))
+        logits = model(
+            tokens, positions, self.cache, head=lambda x, unembed: model.logits(x[:, -1], unembed)
+        )
         self.ids = list(ids)
         return logits
 
@@ -296,7 +359,9 @@ def read_prompts(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("minibnf generate", description="Completions of the prompts in a file.", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        "minibnf generate", description="Completions of the prompts in a file.", allow_abbrev=False
+    )
     a = p.add_argument
     a("--model", required=True, metavar="DIR", help="checkpoint in Hugging Face layout")
     a(
@@ -306,9 +371,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help='rows, each with a "prompt", a text or messages: JSON Lines, a JSON array, Parquet',
     )
     a("--out", required=True, metavar="FILE", help=".jsonl to write, one row a completion")
-    a("--chat", action="store_true", help="a prompt that is a text is asked as a user's message, not continued as it stands")
+    a(
+        "--chat",
+        action="store_true",
+        help="a prompt that is a text is asked as a user's message, not continued as it stands",
+    )
     a("--samples", type=int, default=1, metavar="N", help="completions of each prompt; default 1")
-    a("--batch-size", type=int, default=64, metavar="N", help="completions made together and then written; default 64")
+    a(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="completions made together and then written; default 64",
+    )
     add_sampling(a, 256)
     a = p.add_argument_group("an --out that exists").add_argument
     a("--resume", action="store_true", help="go on where an interrupted run stopped")
@@ -324,12 +399,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_sampling(a, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0) -> None:
-    a("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"at most; default {max_new_tokens}")
+    a(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"at most; default {max_new_tokens}",
+    )
     a("--temperature", type=float, default=temperature, metavar="T",
       help=f"0: always the most probable token; default {temperature:g}")  # fmt: skip
     a("--top-p", type=float, default=top_p, metavar="P",
       help=f"of the most probable tokens that together reach P (1: all); default {top_p:g}")  # fmt: skip
-    a("--top-k", type=int, default=0, metavar="K", help="of the K most probable tokens; default 0: all")
+    a(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="of the K most probable tokens; default 0: all",
+    )
     a("--seed", type=int, default=0, help="default 0")
     a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
     a("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 where the device has matrix units for it and "
@@ -340,7 +427,9 @@ def load_for_sampling(directory, device: str, dtype: str):
     """-> (model, tokenizer); device and dtype as resolve_device_and_dtype says."""
     tokenizer, model = load_tokenizer(directory), load(directory)
     announce_ignored(directory, model.raw)
-    device, dtype = resolve_device_and_dtype(device, dtype, sum(p.numel() for p in model.parameters()))
+    device, dtype = resolve_device_and_dtype(
+        device, dtype, sum(p.numel() for p in model.parameters())
+    )
     return model.to(device=device, dtype=dtype), tokenizer
 
 
@@ -364,29 +453,45 @@ def run(args: argparse.Namespace) -> None:
     how = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     settings = how | {k: getattr(args, k) for k in ("chat", "samples", "batch_size")}
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
-    settings |= {"model_sha256": fingerprint(model), "dtype": str(model.unembed.dtype).removeprefix("torch.")}
-    settings["prompts_sha256"] = hashlib.sha256(json.dumps([p for _, _, p in prompts]).encode()).hexdigest()
+    settings |= {
+        "model_sha256": fingerprint(model),
+        "dtype": str(model.unembed.dtype).removeprefix("torch."),
+    }
+    settings["prompts_sha256"] = hashlib.sha256(
+        json.dumps([p for _, _, p in prompts]).encode()
+    ).hexdigest()
     done = 0
     if args.resume and out.exists():
         if changed := [k for k in settings if before.get(k) != settings[k]]:
             was, now = before.get(changed[0]), settings[changed[0]]
             raise ValueError(f"{out}: cannot go on, {changed[0]} was {was!r} and is {now!r} now")
         whole = [place + 1 for place, byte in enumerate(out.read_bytes()) if byte == 10]
-        done = len(whole) // args.batch_size * args.batch_size if len(whole) < len(prompts) * args.samples else len(whole)
-        os.truncate(out, whole[done - 1] if done else 0)  # whole batches only, so that the rest comes out as it would have
+        done = (
+            len(whole) // args.batch_size * args.batch_size
+            if len(whole) < len(prompts) * args.samples
+            else len(whole)
+        )
+        os.truncate(
+            out, whole[done - 1] if done else 0
+        )  # whole batches only, so that the rest comes out as it would have
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("")  # first: rows of other settings must not be taken for rows of these
         write_json(settings_file, settings | {"now": tokenizer.now.isoformat()})
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     stops, written = tokenizer.end_ids, 0
-    with open(out, "a", encoding="utf-8") as lines, tqdm(total=len(wanted), initial=done, unit="row", disable=None) as bar:
+    with (
+        open(out, "a", encoding="utf-8") as lines,
+        tqdm(total=len(wanted), initial=done, unit="row", disable=None) as bar,
+    ):
         for at in range(done, len(wanted), args.batch_size):
             batch = wanted[at : at + args.batch_size]
             drawn = generate(model, [ids for _, _, ids, _ in batch], first_row=at, **how)
             for (line, given, _, k), new in zip(batch, drawn, strict=True):
                 ended = new[-1] in stops
-                text = tokenizer.decode(new[:-1] if ended else new, skip_special=False)  # a stray control token shows
+                text = tokenizer.decode(
+                    new[:-1] if ended else new, skip_special=False
+                )  # a stray control token shows
                 said = [{"role": "assistant", "content": text}]
                 answer = text if isinstance(given["prompt"], str) else said
                 finish = "stop" if ended else "length"

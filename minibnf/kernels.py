@@ -22,8 +22,14 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), with gradients in all three."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias) if _by_onednn(x, weight.numel()) else F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return (
+            _Linear.apply(x, weight, bias)
+            if _by_onednn(x, weight.numel())
+            else F.linear(x, weight, bias)
+        )
     return product(x, weight, bias)
 
 
@@ -43,7 +49,13 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _by_onednn(x: Tensor, weights: int) -> bool:
     """One row alone reads the weights at memory's speed, whichever library does."""
-    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and weights >= LARGE and x.numel() > x.shape[-1]
+    return (
+        ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and weights >= LARGE
+        and x.numel() > x.shape[-1]
+    )
 
 
 class _Linear(torch.autograd.Function):

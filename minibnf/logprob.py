@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from minibnf.kernels import product, weight_gradient
 
 
-def token_logps(hidden, unembed, targets, *, chunk: int | None = None, softcap: float | None = None) -> Tensor:
+def token_logps(
+    hidden, unembed, targets, *, chunk: int | None = None, softcap: float | None = None
+) -> Tensor:
     """(N,) float32 (float64 for float64 input): log softmax(hidden @ unembed.T)[targets], in nats.
 
     hidden (N, D), unembed (V, D), targets (N,) int64 in 0..V-1. chunk: tokens at a time, by default what keeps a chunk's
@@ -55,9 +57,13 @@ def one_sweep(
     the product with the vocabulary is not computed again in backward.
     """
     _check(hidden, unembed, targets, chunk, softcap)
-    if not torch.is_grad_enabled():  # inside a Function a parameter would still ask for its gradient
+    if (
+        not torch.is_grad_enabled()
+    ):  # inside a Function a parameter would still ask for its gradient
         hidden, unembed = hidden.detach(), unembed.detach()
-    return _OneSweep.apply(hidden, unembed, targets, ref_logps, preferred, c, potential, slope, chunk, softcap)
+    return _OneSweep.apply(
+        hidden, unembed, targets, ref_logps, preferred, c, potential, slope, chunk, softcap
+    )
 
 
 # Derivation. With z = hidden @ unembed.T and an upstream g_i = dL/dlogps_i,
@@ -131,7 +137,9 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, unembed, targets)
         ctx.chunk, ctx.softcap = chunk, softcap
         logps = _float_like(hidden, len(targets))
-        for i, _, _, _, logp, _ in _sweep(hidden, unembed.to(hidden.dtype), targets, chunk, softcap):
+        for i, _, _, _, logp, _ in _sweep(
+            hidden, unembed.to(hidden.dtype), targets, chunk, softcap
+        ):
             logps[i] = logp
         return logps
 
@@ -149,7 +157,9 @@ class _TokenLogps(torch.autograd.Function):
 
 class _OneSweep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, unembed, targets, ref_logps, preferred, c, potential, slope_of, chunk, softcap):
+    def forward(
+        ctx, hidden, unembed, targets, ref_logps, preferred, c, potential, slope_of, chunk, softcap
+    ):
         logps, u = _float_like(hidden, len(targets)), unembed.to(hidden.dtype)
         wanted = any(ctx.needs_input_grad[:2])
         dhidden, dunembed = _empty_gradients(hidden, unembed, ctx.needs_input_grad)
@@ -194,7 +204,9 @@ def _accumulate(dhidden, dunembed, i, dlogits, hidden, unembed):
 
 
 def _float_like(x: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    return torch.empty(
+        shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
 
 
 def _check(hidden, unembed, targets, chunk, softcap):
@@ -203,10 +215,16 @@ def _check(hidden, unembed, targets, chunk, softcap):
             f"hidden must be (N, D) and unembed (V, D) of one width D, not {tuple(hidden.shape)} and {tuple(unembed.shape)}"
         )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 ({len(hidden)},), not {targets.dtype} {tuple(targets.shape)}")
-    on_cpu = targets.device.type == "cpu" and targets.numel()  # elsewhere looking would wait for the device
+        raise ValueError(
+            f"targets must be int64 ({len(hidden)},), not {targets.dtype} {tuple(targets.shape)}"
+        )
+    on_cpu = (
+        targets.device.type == "cpu" and targets.numel()
+    )  # elsewhere looking would wait for the device
     if on_cpu and not 0 <= int(targets.min()) <= int(targets.max()) < len(unembed):
-        raise ValueError(f"targets must lie in 0..{len(unembed) - 1}, the vocabulary; found {int(targets.max())}")
+        raise ValueError(
+            f"targets must lie in 0..{len(unembed) - 1}, the vocabulary; found {int(targets.max())}"
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be a number of tokens, 1 or more, not {chunk}")
     if softcap is not None and not softcap > 0:

@@ -125,7 +125,9 @@ def _below_reference(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, 
 def _log1p_over(x: Tensor) -> Tensor:
     """log1p(x)/x with its limits, 1 at 0 and 0 at inf; x > -1."""
     middle = (x != 0) & (x < torch.inf)
-    x_safe = torch.where(middle, x, 1.0)  # autograd makes NaN of the infinite slope of a branch it does not take
+    x_safe = torch.where(
+        middle, x, 1.0
+    )  # autograd makes NaN of the infinite slope of a branch it does not take
     return torch.where(middle, torch.log1p(x_safe) / x_safe, torch.where(x == 0, 1.0, 0.0))
 
 
@@ -199,7 +201,9 @@ class Loss:
     def _value(self, responses, hyper):
         if self.couples:
             return self.value_of(responses, **hyper)
-        phi = self.potential(responses.logps, responses.ref_logps, responses.preferred[responses.owner])
+        phi = self.potential(
+            responses.logps, responses.ref_logps, responses.preferred[responses.owner]
+        )
         return (self.token_coefficients(responses, **hyper) * phi).sum()
 
     def _gradient(self, responses, hyper):
@@ -216,10 +220,14 @@ class Loss:
         """The defaults, overridden by what is given. Raises ValueError for what this loss does not have or allow."""
         if unknown := sorted(set(given) - set(self.defaults)):
             has = ", ".join(self.defaults) or "none"
-            raise ValueError(f"loss '{self.name}' has no hyper-parameter '{unknown[0]}' (it has: {has})")
+            raise ValueError(
+                f"loss '{self.name}' has no hyper-parameter '{unknown[0]}' (it has: {has})"
+            )
         merged = {**self.defaults, **given}
         for name, x in merged.items():
-            if name == "kl" and isinstance(x, Tensor) and x.numel() == 1:  # a trainer leaves it on its device
+            if (
+                name == "kl" and isinstance(x, Tensor) and x.numel() == 1
+            ):  # a trainer leaves it on its device
                 continue
             if name == "length" and x in ("shorter", "own", "batch"):
                 continue
@@ -236,10 +244,18 @@ class Loss:
         if len(responses.preferred) == 0:
             raise ValueError(f"loss '{self.name}': the batch holds no response")
         if self.needs_ref and ref is None:
-            raise ValueError(f"loss '{self.name}' needs ref_logps, the reference model's log-probabilities of the tokens")
-        lone = 2 * len(responses.pairs) < len(responses.preferred)  # enough for pairs that share no response
-        if self.needs_pairs and (lone or (logps.device.type == "cpu" and bool(responses.unpaired().any()))):
-            raise ValueError(f"loss '{self.name}' needs every response in a pair; unpaired ones: bnf, rbnf, kto, nll")
+            raise ValueError(
+                f"loss '{self.name}' needs ref_logps, the reference model's log-probabilities of the tokens"
+            )
+        lone = 2 * len(responses.pairs) < len(
+            responses.preferred
+        )  # enough for pairs that share no response
+        if self.needs_pairs and (
+            lone or (logps.device.type == "cpu" and bool(responses.unpaired().any()))
+        ):
+            raise ValueError(
+                f"loss '{self.name}' needs every response in a pair; unpaired ones: bnf, rbnf, kto, nll"
+            )
         dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
         ref = None if ref is None else ref.detach().to(dtype)
         if logps.dtype != dtype or ref is not responses.ref_logps:
@@ -275,19 +291,36 @@ _FREE = dict(needs_ref=False, needs_pairs=True)  # without one
 
 
 def _rival(name: str) -> dict:
-    return dict(value_of=getattr(rivals, f"{name}_value"), gradient_of=getattr(rivals, f"{name}_gradient"))
+    return dict(
+        value_of=getattr(rivals, f"{name}_value"), gradient_of=getattr(rivals, f"{name}_gradient")
+    )
 
 
 _FAMILY = [
     Loss("bnf", dict(length="shorter"), **_BNF, potential=bnf_potential, slope=bnf_weight),
     Loss("rbnf", dict(length="batch"), **_BNF, potential=rbnf_potential, slope=rbnf_weight),
     Loss("nll", {}, False, False, learning_rate=4e-5, potential=nll_potential, slope=nll_weight),
-    Loss("unlikelihood", {}, False, False, 1e-5, potential=unlikelihood_potential, slope=unlikelihood_weight),
+    Loss(
+        "unlikelihood",
+        {},
+        False,
+        False,
+        1e-5,
+        potential=unlikelihood_potential,
+        slope=unlikelihood_weight,
+    ),
     Loss("dpo", dict(beta=0.1, lam=0.0), **_PAIRED, **_rival("dpo")),
     Loss("rdpo", dict(beta=0.1, alpha=0.01), **_PAIRED, **_rival("rdpo")),
     Loss("ipo", dict(beta=0.1), **_PAIRED, **_rival("ipo")),
     Loss("slic", dict(delta=1.0, lam=0.1), **_FREE, learning_rate=2e-5, **_rival("slic")),
-    Loss("kto", dict(beta=0.1, lam_d=1.0, lam_u=1.0, kl=None), True, False, learning_rate=2e-5, **_rival("kto")),
+    Loss(
+        "kto",
+        dict(beta=0.1, lam_d=1.0, lam_u=1.0, kl=None),
+        True,
+        False,
+        learning_rate=2e-5,
+        **_rival("kto"),
+    ),
     Loss("orpo", dict(lam=0.1), **_FREE, learning_rate=2e-5, **_rival("orpo")),
     Loss("simpo", dict(beta=2.0, gamma=1.0), **_FREE, learning_rate=2e-5, **_rival("simpo")),
     Loss("cpo", dict(beta=0.1, lam=1.0), **_FREE, learning_rate=2e-5, **_rival("cpo")),

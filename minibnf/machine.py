@@ -8,20 +8,32 @@ from torch import Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve_device_and_dtype(device: str, dtype: str, parameters: int) -> tuple[torch.device, torch.dtype]:
+def resolve_device_and_dtype(
+    device: str, dtype: str, parameters: int
+) -> tuple[torch.device, torch.dtype]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
-    device = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    device = (
+        "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    )
     if dtype == "auto":
         cuda = device == "cuda"
-        units = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        units = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if cuda
+            else torch.cpu._is_avx512_bf16_supported()
+        )
         dtype = "bfloat16" if units and parameters > 20e6 else "float32"
     return torch.device(device), DTYPES[dtype]
 
 
 def to_device(x: Tensor, device) -> Tensor:
     """From pinned memory, so that nothing waits for the copy."""
-    return x if x.device.type == torch.device(device).type else x.pin_memory().to(device, non_blocking=True)
+    return (
+        x
+        if x.device.type == torch.device(device).type
+        else x.pin_memory().to(device, non_blocking=True)
+    )
 
 
 OUT_OF_MEMORY = (  # what the text of a RuntimeError says where PyTorch has no class for it

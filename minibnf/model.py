@@ -61,7 +61,9 @@ def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[T
     half of sin has a minus, for rotate()."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # as transformers writes it, so that float32 rounds alike: SmolLM2's logits are then equal bit for bit
-    frequency = 1.0 / rope.theta ** (torch.arange(0, d, 2, device=positions.device, dtype=wide) / d)  # (d/2,)
+    frequency = 1.0 / rope.theta ** (
+        torch.arange(0, d, 2, device=positions.device, dtype=wide) / d
+    )  # (d/2,)
     if rope.llama3 is not None:
         # Llama 3: waves longer than context/low are slowed by factor, those shorter than context/high kept, the rest mixed
         factor, low, high, context = rope.llama3
@@ -132,7 +134,9 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
 
     def forward(self, x, turn, mask, cache, keep, number):
-        heads = lambda y: y.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)  # (B, S, n d) -> (B, n, S, d)
+        heads = lambda y: y.unflatten(-1, (-1, self.c.head_dim)).transpose(
+            1, 2
+        )  # (B, S, n d) -> (B, n, S, d)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -167,7 +171,10 @@ class Block(nn.Module):
         super().__init__()
         self.gemma = c.gemma
         self.self_attn, self.mlp = Attention(c, layer), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c.hidden_size, c), RMSNorm(c.hidden_size, c)
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(c.hidden_size, c),
+            RMSNorm(c.hidden_size, c),
+        )
         if c.gemma:
             self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
@@ -196,7 +203,9 @@ class Transformer(nn.Module):
         self.config, self.raw, self.recompute = config, raw, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Module()
-        self.model.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.model.embed_tokens.weight = nn.Parameter(
+            torch.empty(config.vocab_size, config.hidden_size)
+        )
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
@@ -205,7 +214,11 @@ class Transformer(nn.Module):
     @property
     def unembed(self) -> Tensor:
         """(V, D): the matrix that turns hidden states into logits; the embedding itself where they are tied."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return (
+            self.model.embed_tokens.weight
+            if self.config.tie_word_embeddings
+            else self.lm_head.weight
+        )
 
     def forward(
         self,
@@ -229,7 +242,11 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if c.gemma:
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
-        turns = {rope: rotary(positions[:, None], c.head_dim, rope, x.dtype) for _, rope in layer_kinds(c) if rope}  # (B,1,S,d)
+        turns = {
+            rope: rotary(positions[:, None], c.head_dim, rope, x.dtype)
+            for _, rope in layer_kinds(c)
+            if rope
+        }  # (B,1,S,d)
         seen = {window: masks(layout, x.shape[1], window, x.device) for window, _ in layer_kinds(c)}
         cache = layout if isinstance(layout, Cache) else None
         if cache is not None:
@@ -259,7 +276,11 @@ class Transformer(nn.Module):
             if p.dim() == 1:  # biases 0, norms neutral
                 p.fill_(0.0 if name.endswith(".bias") or self.config.gemma else 1.0)
                 continue
-            shrink = math.sqrt(2 * self.config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            shrink = (
+                math.sqrt(2 * self.config.num_hidden_layers)
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 1
+            )
             p.copy_(torch.empty(p.shape).normal_(0, 0.02 / shrink, generator=generator))
         return self
 
@@ -267,7 +288,9 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------- checkpoints
 
 
-def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None) -> Transformer:
+def load(
+    directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None
+) -> Transformer:
     """A Transformer from a checkpoint directory; dtype by default as stored.
 
     Raises ValueError for a tensor that is missing, unexpected or of another shape than config.json says.
@@ -275,7 +298,10 @@ def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, device=
     config, raw = read_config(directory)
     with torch.device("meta"):
         model = Transformer(config, raw)
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors_of(tensors_stored(directory, model))}
+    state = {
+        name: tensor.to(device=device, dtype=dtype)
+        for name, tensor in tensors_of(tensors_stored(directory, model))
+    }
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
@@ -292,41 +318,64 @@ def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str
         if not name.endswith(".rotary_emb.inv_freq"):
             found[name] = header
     if model.config.tie_word_embeddings and (twin := found.pop("lm_head.weight", None)) is not None:
-        pair = {"lm_head.weight": twin} | {k: v for k, v in found.items() if k == "model.embed_tokens.weight"}
+        pair = {"lm_head.weight": twin} | {
+            k: v for k, v in found.items() if k == "model.embed_tokens.weight"
+        }
         if len(values := list(tensors_of(pair))) < 2 or not torch.equal(values[0][1], values[1][1]):
-            raise ValueError(f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens")
+            raise ValueError(
+                f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens"
+            )
     if missing := sorted(set(wanted) - set(found)):
-        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)")
+        raise ValueError(
+            f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)"
+        )
     if unexpected := sorted(set(found) - set(wanted)):
-        raise ValueError(f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names")
+        raise ValueError(
+            f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names"
+        )
     for name, tensor in found.items():
         if tensor.shape != wanted[name]:
-            raise ValueError(f"{directory}: tensor '{name}' is {tensor.shape}, but config.json says {wanted[name]}")
+            raise ValueError(
+                f"{directory}: tensor '{name}' is {tensor.shape}, but config.json says {wanted[name]}"
+            )
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported")
+            raise ValueError(
+                f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported"
+            )
     return found
 
 
-def fresh(directory: str | os.PathLike, seed: int, dtype: torch.dtype = torch.float32, device=None) -> Transformer:
+def fresh(
+    directory: str | os.PathLike, seed: int, dtype: torch.dtype = torch.float32, device=None
+) -> Transformer:
     """A Transformer with the directory's config.json and random weights."""
     config, raw = read_config(directory)
     return Transformer(config, raw).init_weights(seed).to(device=device, dtype=dtype)
 
 
-def save(model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+def save(
+    model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None
+) -> None:
     """Write config.json and model.safetensors (sharded past 5 GB) into a directory; its other files stay.
 
     dtype: what to store, by default the parameters' own. All files are written elsewhere first and moved at the end, so
     that an interruption while writing leaves what was there.
     """
     directory = Path(directory)
-    state = {name: p.detach().to(device="cpu", dtype=dtype).contiguous() for name, p in model.named_parameters()}
+    state = {
+        name: p.detach().to(device="cpu", dtype=dtype).contiguous()
+        for name, p in model.named_parameters()
+    }
     stored = next(iter(state.values())).dtype
     with replacing(directory / ".saving") as temporary:
         write_sharded(temporary, state)
-        raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"} | {"dtype": str(stored).removeprefix("torch.")}
+        raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"} | {
+            "dtype": str(stored).removeprefix("torch.")
+        }
         write_json(temporary / "config.json", raw)
-    new = {file.name: file.replace(directory / file.name) for file in (directory / ".saving").iterdir()}
+    new = {
+        file.name: file.replace(directory / file.name) for file in (directory / ".saving").iterdir()
+    }
     (directory / ".saving").rmdir()
     for stale in set(directory.glob("model*.safetensors*")) - set(new.values()):
         stale.unlink()

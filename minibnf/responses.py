@@ -32,15 +32,21 @@ class Responses:
     def __post_init__(self):
         N, ref = self.logps.shape, self.ref_logps
         if self.logps.dim() != 1 or not self.logps.is_floating_point():
-            raise ValueError(f"logps must be a flat floating-point tensor (N,), not {_describe(self.logps)}")
+            raise ValueError(
+                f"logps must be a flat floating-point tensor (N,), not {_describe(self.logps)}"
+            )
         if ref is not None and (ref.shape != N or not ref.is_floating_point()):
             raise ValueError(f"ref_logps must be like logps {tuple(N)}, not {_describe(ref)}")
         if self.owner.shape != N or self.owner.dtype != torch.int64:
-            raise ValueError(f"owner must be int64 {tuple(N)}, one response index a token, not {_describe(self.owner)}")
+            raise ValueError(
+                f"owner must be int64 {tuple(N)}, one response index a token, not {_describe(self.owner)}"
+            )
         if self.preferred.dim() != 1 or self.preferred.dtype != torch.bool:
             raise ValueError(f"preferred must be bool (R,), not {_describe(self.preferred)}")
         if self.pairs.dim() != 2 or self.pairs.shape[1] != 2 or self.pairs.dtype != torch.int64:
-            raise ValueError(f"pairs must be int64 (P, 2), (0, 2) where nothing is paired, not {_describe(self.pairs)}")
+            raise ValueError(
+                f"pairs must be int64 (P, 2), (0, 2) where nothing is paired, not {_describe(self.pairs)}"
+            )
         if self.logps.device.type == "cpu":
             self._check_values()
 
@@ -50,12 +56,22 @@ class Responses:
             if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < R:
                 raise ValueError(f"{name} holds a response index outside 0..{R - 1}")
         if R and not (counts := torch.bincount(self.owner, minlength=R)).all():
-            raise ValueError(f"response {int(counts.argmin())} has no tokens; a loss needs at least one")
-        if not bool(self.preferred[self.pairs[:, 0]].all()) or bool(self.preferred[self.pairs[:, 1]].any()):
-            raise ValueError("each row of pairs must be (a preferred response, a dispreferred response)")
+            raise ValueError(
+                f"response {int(counts.argmin())} has no tokens; a loss needs at least one"
+            )
+        if not bool(self.preferred[self.pairs[:, 0]].all()) or bool(
+            self.preferred[self.pairs[:, 1]].any()
+        ):
+            raise ValueError(
+                "each row of pairs must be (a preferred response, a dispreferred response)"
+            )
         for name, x in (("logps", self.logps), ("ref_logps", self.ref_logps)):
-            if x is not None and x.numel() and float(x.detach().max()) > 1e-2:  # below that it is rounding
-                raise ValueError(f"{name} holds {float(x.detach().max()):.4g}: a log-probability is at most 0")
+            if (
+                x is not None and x.numel() and float(x.detach().max()) > 1e-2
+            ):  # below that it is rounding
+                raise ValueError(
+                    f"{name} holds {float(x.detach().max()):.4g}: a log-probability is at most 0"
+                )
 
     @classmethod
     def from_padded(cls, logps, ref_logps, mask, preferred, pairs=None) -> "Responses":
@@ -65,11 +81,19 @@ class Responses:
         """
         for name, x in (("logps", logps), ("ref_logps", ref_logps)):
             if x is not None and (x.dim() != 2 or x.shape != mask.shape):
-                raise ValueError(f"{name} {tuple(x.shape)} and mask {tuple(mask.shape)} must both be (B, T)")
+                raise ValueError(
+                    f"{name} {tuple(x.shape)} and mask {tuple(mask.shape)} must both be (B, T)"
+                )
         if preferred.shape != mask.shape[:1]:
-            raise ValueError(f"preferred must be ({mask.shape[0]},), one a response, not {tuple(preferred.shape)}")
-        tokens = mask.bool().flatten().nonzero()[:, 0]  # where the response tokens stand; the one wait for the device
-        pairs = torch.empty(0, 2, dtype=torch.int64, device=logps.device) if pairs is None else pairs
+            raise ValueError(
+                f"preferred must be ({mask.shape[0]},), one a response, not {tuple(preferred.shape)}"
+            )
+        tokens = (
+            mask.bool().flatten().nonzero()[:, 0]
+        )  # where the response tokens stand; the one wait for the device
+        pairs = (
+            torch.empty(0, 2, dtype=torch.int64, device=logps.device) if pairs is None else pairs
+        )
         ref = None if ref_logps is None else ref_logps.flatten()[tokens]
         return cls(logps.flatten()[tokens], ref, tokens // mask.shape[1], preferred, pairs)
 

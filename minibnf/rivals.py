@@ -33,7 +33,9 @@ def _means(responses: Responses, against_reference: bool = False) -> tuple[Tenso
 def _spread(responses: Responses, chosen: Tensor, rejected: Tensor, mean: bool = False) -> Tensor:
     """(P,) dL_pair/dS_w and dL_pair/dS_l (mean: by a_w, a_l) -> (N,) dlogps of the mean over pairs."""
     both = torch.stack([chosen, rejected], 1).flatten() / len(responses.pairs)
-    g = both.new_zeros(len(responses.preferred)).index_add(0, responses.pairs.flatten(), both)  # shared ones add up
+    g = both.new_zeros(len(responses.preferred)).index_add(
+        0, responses.pairs.flatten(), both
+    )  # shared ones add up
     return (g / responses.lengths() if mean else g)[responses.owner]
 
 
@@ -55,7 +57,9 @@ def dpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
     """
     S_w, S_l = _sums(responses, against_reference=True)
     push = beta * torch.sigmoid(-beta * (S_w - S_l))
-    return _spread(responses, -push, push) + lam * _spread(responses, -torch.ones_like(S_w), torch.zeros_like(S_l), mean=True)
+    return _spread(responses, -push, push) + lam * _spread(
+        responses, -torch.ones_like(S_w), torch.zeros_like(S_l), mean=True
+    )
 
 
 def rdpo_value(responses: Responses, beta: float, alpha: float) -> Tensor:
@@ -74,7 +78,10 @@ def rdpo_gradient(responses: Responses, beta: float, alpha: float) -> Tensor:
 
 
 def _rdpo_margin(responses, beta, alpha):
-    (S_w, S_l), (n_w, n_l) = _sums(responses, against_reference=True), _of_pair(responses, responses.lengths())
+    (S_w, S_l), (n_w, n_l) = (
+        _sums(responses, against_reference=True),
+        _of_pair(responses, responses.lengths()),
+    )
     return beta * (S_w - S_l) + alpha * (n_w - n_l)
 
 
@@ -132,14 +139,18 @@ def orpo_gradient(responses: Responses, lam: float) -> Tensor:
     """
     a_w, a_l = _means(responses)
     k, q_w, q_l = torch.exp(a_w - a_l), -torch.expm1(a_w), -torch.expm1(a_l)
-    return _spread(responses, -1 - lam / (q_w + k * q_l), lam / (q_l + k * q_l * (q_l / q_w)), mean=True)
+    return _spread(
+        responses, -1 - lam / (q_w + k * q_l), lam / (q_l + k * q_l * (q_l / q_w)), mean=True
+    )
 
 
 def _logit(a: Tensor) -> Tensor:
     """log o(e^a) = a - log(1 - e^a), a <= 0, by whichever of two forms of log(1 - e^a) keeps its accuracy."""
     near = a > -0.6931
     return a - torch.where(
-        near, torch.log(-torch.expm1(torch.where(near, a, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, a)))
+        near,
+        torch.log(-torch.expm1(torch.where(near, a, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, a))),
     )
 
 
@@ -174,13 +185,17 @@ def cpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
     """∓β σ(-β (S_w - S_l)), and -λ/|y_w| for a chosen token."""
     S_w, S_l = _sums(responses)
     push = beta * torch.sigmoid(-beta * (S_w - S_l))
-    return _spread(responses, -push, push) + lam * _spread(responses, -torch.ones_like(S_w), torch.zeros_like(S_l), mean=True)
+    return _spread(responses, -push, push) + lam * _spread(
+        responses, -torch.ones_like(S_w), torch.zeros_like(S_l), mean=True
+    )
 
 
 # --------------------------------------------------------------------------------- and one that couples a response's own
 
 
-def kto_value(responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor) -> Tensor:
+def kto_value(
+    responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor
+) -> Tensor:
     """Mean over responses of λ_d (1 - σ(β (R - z0))) if preferred, λ_u (1 - σ(β (z0 - R))) if not;  R = S - S_ref, z0 = kl.
 
     Ethayarajh et al. 2024, arXiv 2402.01306, equation 7. Pairs are ignored: each response is an example.
@@ -192,7 +207,9 @@ def kto_value(responses: Responses, beta: float, lam_d: float, lam_u: float, kl:
     return (lam * torch.sigmoid(-sign * x)).mean()
 
 
-def kto_gradient(responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor) -> Tensor:
+def kto_gradient(
+    responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor
+) -> Tensor:
     """With x = β (R - z0), d/dx λ σ(-s x) = -s λ σ(x) σ(-x) and dx/dlog p = β: largest at x = 0, the reference point.
 
     Every token of a response is pushed alike, by where the whole response stands.

@@ -33,7 +33,9 @@ computed in {f["dtype"]}.
 Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
 """
     if table:
-        rows = "".join(f"| {k} | {first:.4f} | {last:.4f} |\n" for k, (first, last) in table.items())
+        rows = "".join(
+            f"| {k} | {first:.4f} | {last:.4f} |\n" for k, (first, last) in table.items()
+        )
         card += f"\n| held-out | before | after |\n|---|---|---|\n{rows}"
     return card
 
@@ -77,7 +79,9 @@ def refuse_foreign(out: Path) -> None:
 
 def refuse_strangers(out: Path) -> None:
     """ValueError if a folder that a run replaces as a whole holds a file that no run wrote."""
-    weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|optimizer-\d\.safetensors")
+    weights = re.compile(
+        r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|optimizer-\d\.safetensors"
+    )
     others = {"config.json", "README.md", "state.json", "additional_chat_templates", *FILES}
     folders = [folder for folder in [out / "model", *checkpoints(out)] if folder.is_dir()]
     for path in (path for folder in folders for path in folder.iterdir()):
@@ -126,9 +130,16 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
     if directory.exists():  # nothing has changed since it was made
         return
     with replacing(directory) as temporary:
-        write_tensors(temporary / "model.safetensors", {n: p.detach().cpu() for n, p in model.named_parameters()})
+        write_tensors(
+            temporary / "model.safetensors",
+            {n: p.detach().cpu() for n, p in model.named_parameters()},
+        )
         for i, optim in enumerate(optims):
-            state = {f"{k}.{name}": x for k, s in optim.state_dict()["state"].items() for name, x in s.items()}
+            state = {
+                f"{k}.{name}": x
+                for k, s in optim.state_dict()["state"].items()
+                for name, x in s.items()
+            }
             write_tensors(temporary / f"optimizer-{i}.safetensors", state)
         write_json(temporary / "state.json", {"step": step, "num_tokens": tokens})
     others = [*checkpoints(out), *directory.parent.glob(".step-*.tmp")]
@@ -175,7 +186,9 @@ def _load_training(directory: Path, model: Transformer, optims: list) -> tuple[i
         for index, p in enumerate(params):
             for name, x in state.get(index, {}).items():
                 if x.dim() and x.shape != p.shape:
-                    raise ValueError(f"optimizer-{i}: '{index}.{name}' is {tuple(x.shape)}, not {tuple(p.shape)}")
+                    raise ValueError(
+                        f"optimizer-{i}: '{index}.{name}' is {tuple(x.shape)}, not {tuple(p.shape)}"
+                    )
         optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
     state = read_json(directory / "state.json")
     if not isinstance(state, dict):
@@ -210,24 +223,41 @@ def training_curves(rows: list[dict], file: Path, title: str) -> Path:
     panels = [
         ("loss (nats)", {"loss": PLAIN}),
         ("log-likelihood (nats a response)", {"logps/chosen": GOOD, "logps/rejected": BAD}),
-        ("reward: shift against the reference, × β if any (nats)", {"rewards/chosen": GOOD, "rewards/rejected": BAD}),
+        (
+            "reward: shift against the reference, × β if any (nats)",
+            {"rewards/chosen": GOOD, "rewards/rejected": BAD},
+        ),
     ]
-    panels = [(label, lines) for label, lines in panels if any(name in row for row in steps for name in lines)]
+    panels = [
+        (label, lines)
+        for label, lines in panels
+        if any(name in row for row in steps for name in lines)
+    ]
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.3}):  # fmt: skip
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained"
+        )
         for axis, (label, lines) in zip(axes[0], panels, strict=True):
             for name, colour in lines.items():
                 points = [(row["step"], row[name]) for row in steps if name in row]
                 if not points:
                     continue
                 x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, marker="." if len(x) < 3 else None)
+                axis.plot(
+                    x, y, color=colour, alpha=0.3, linewidth=0.8, marker="." if len(x) < 3 else None
+                )
                 axis.plot(x, smooth(y), color=colour, linewidth=1.6, label=name.split("/")[-1])
-                dots = [(row["step"], row[f"eval_{name}"]) for row in held_out if f"eval_{name}" in row]
+                dots = [
+                    (row["step"], row[f"eval_{name}"]) for row in held_out if f"eval_{name}" in row
+                ]
                 if dots:
                     axis.plot(
-                        *zip(*dots, strict=True), "o", color=colour, markersize=4, label=f"{name.split('/')[-1]}, held out"
+                        *zip(*dots, strict=True),
+                        "o",
+                        color=colour,
+                        markersize=4,
+                        label=f"{name.split('/')[-1]}, held out",
                     )
             axis.set_xlabel("step")
             axis.set_title(label, fontsize=9, loc="left")

@@ -20,7 +20,9 @@ from minibnf.model import Transformer
 
 def forward_logps(model: Transformer, batch: Batch, dtype) -> Tensor:
     """(N,): log-probabilities of a batch's response tokens."""
-    head = lambda x, unembed: token_logps(x[0, batch.predictors], unembed, batch.targets, softcap=model.config.final_softcap)
+    head = lambda x, unembed: token_logps(
+        x[0, batch.predictors], unembed, batch.targets, softcap=model.config.final_softcap
+    )
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 
 
@@ -41,7 +43,9 @@ def read_batches(model, steps, total: int, dtype, read, desc: str):
     with tqdm(total=total, desc=desc, unit="row", disable=None, leave=False) as bar:
         for batch in chain.from_iterable(steps):
             batch = batch.to(device)
-            head = lambda x, unembed, b=batch: read(x[0, b.predictors], unembed, b.targets, softcap=cap)
+            head = lambda x, unembed, b=batch: read(
+                x[0, b.predictors], unembed, b.targets, softcap=cap
+            )
             x = model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head).cpu()
             yield from zip(batch.order, x.split(torch.bincount(batch.owner).tolist()), strict=True)
             bar.update(len(batch.lines))
@@ -49,7 +53,10 @@ def read_batches(model, steps, total: int, dtype, read, desc: str):
 
 def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:
     """(N, 2): log-probability and logit of each target."""
-    both = token_logps(hidden, unembed, targets, softcap=softcap), target_logits(hidden, unembed, targets, softcap=softcap)
+    both = (
+        token_logps(hidden, unembed, targets, softcap=softcap),
+        target_logits(hidden, unembed, targets, softcap=softcap),
+    )
     return torch.stack(both, -1)
 
 
@@ -65,7 +72,10 @@ class Reference:
 
     def of(self, batch: Batch) -> Tensor:
         """(N,): the reference log-probabilities of a batch's response tokens."""
-        return to_device(torch.cat([self.logps[slice(*self.start[place])] for place in batch.order]), batch.targets.device)
+        return to_device(
+            torch.cat([self.logps[slice(*self.start[place])] for place in batch.order]),
+            batch.targets.device,
+        )
 
 
 def reference(model, examples: list[Example], steps, file: Path, key: str, dtype) -> Reference:
@@ -111,10 +121,15 @@ def batch_hyper(loss: Loss, hyper: dict, batches: list[Batch]) -> dict:
     """length="batch" means the whole batch's mean response length, whatever a micro-batch holds."""
     if hyper.get("length") != "batch":
         return hyper
-    return {**hyper, "length": sum(len(b.targets) for b in batches) / sum(len(b.preferred) for b in batches)}
+    return {
+        **hyper,
+        "length": sum(len(b.targets) for b in batches) / sum(len(b.preferred) for b in batches),
+    }
 
 
-def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | None, dtype) -> tuple[Tensor, Tensor]:
+def loss_and_logps(
+    model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | None, dtype
+) -> tuple[Tensor, Tensor]:
     """The micro-batch's loss (scalar, differentiable) and its response log-probabilities (N,), detached."""
 
     def head(x, unembed):
@@ -123,14 +138,28 @@ def loss_and_logps(model, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | N
             logps = token_logps(hidden, unembed, batch.targets, softcap=cap)
             return loss(batch.responses(logps, ref), **hyper), logps.detach()
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        shape = batch.responses(torch.zeros(len(batch.targets), device=hidden.device, dtype=wide), ref)
+        shape = batch.responses(
+            torch.zeros(len(batch.targets), device=hidden.device, dtype=wide), ref
+        )
         c, preferred = loss.token_coefficients(shape, **hyper), batch.preferred[batch.owner]
-        return one_sweep(hidden, unembed, batch.targets, ref, preferred, c, loss.potential, loss.slope, softcap=cap)
+        return one_sweep(
+            hidden,
+            unembed,
+            batch.targets,
+            ref,
+            preferred,
+            c,
+            loss.potential,
+            loss.slope,
+            softcap=cap,
+        )
 
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 
 
-def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, device, *, backward: bool) -> tuple[Tensor, Tensor]:
+def run_batches(
+    model, batches, loss, hyper, ref: Reference | None, dtype, device, *, backward: bool
+) -> tuple[Tensor, Tensor]:
     """The loss over all micro-batches (a scalar, gradients accumulated if backward) and their R responses' log-likelihoods
     (1, R), with a reference also how far these have shifted from it (2, R), in nats. Nothing here waits for the device.
 
@@ -150,7 +179,9 @@ def run_batches(model, batches, loss, hyper, ref: Reference | None, dtype, devic
             value.backward()
         values.append(value.detach())
         r = batch.responses(logps, ref_logps)
-        sums.append(torch.stack([r.sums(logps)] + ([] if ref is None else [r.sums(logps - ref_logps)])))
+        sums.append(
+            torch.stack([r.sums(logps)] + ([] if ref is None else [r.sums(logps - ref_logps)]))
+        )
     return torch.stack(values).sum(), torch.cat(sums, 1)
 
 
@@ -161,13 +192,22 @@ def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict:
     logps, *shift = sums
     preferred = torch.cat([b.preferred for b in batches])
     names = {"chosen": preferred, "rejected": ~preferred}
-    found = {f"logps/{name}": logps[which].mean().item() for name, which in names.items() if which.any()}
+    found = {
+        f"logps/{name}": logps[which].mean().item() for name, which in names.items() if which.any()
+    }
     if shift:
         rewards = beta * shift[0]
-        found |= {f"rewards/{name}": rewards[which].mean().item() for name, which in names.items() if which.any()}
+        found |= {
+            f"rewards/{name}": rewards[which].mean().item()
+            for name, which in names.items()
+            if which.any()
+        }
         starts = accumulate((len(b.preferred) for b in batches), initial=0)
         pairs = torch.cat([b.pairs + at for at, b in zip(starts, batches, strict=False)])
         margins = beta * (shift[0][pairs[:, 0]] - shift[0][pairs[:, 1]])
         if len(margins):
-            found |= {"rewards/margins": margins.mean().item(), "rewards/accuracies": (margins > 0).float().mean().item()}
+            found |= {
+                "rewards/margins": margins.mean().item(),
+                "rewards/accuracies": (margins > 0).float().mean().item(),
+            }
     return found

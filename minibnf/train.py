@@ -54,39 +54,109 @@ from minibnf.step import fingerprint, kl_estimate, metrics, reference, run_batch
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-AHEAD = {"cpu": 0, "cuda": 1}  # steps launched before an earlier one's numbers are read, so that a GPU never waits for that
+AHEAD = {
+    "cpu": 0,
+    "cuda": 1,
+}  # steps launched before an earlier one's numbers are read, so that a GPU never waits for that
 WIDTH = 576  # the default learning rates are for this hidden size; Adam's steps must shrink as layers widen
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     rates = ", ".join(f"{loss.name} {loss.learning_rate:g}" for loss in LOSSES.values())
-    known = {loss.name: "".join(f" {k}={v}" for k, v in loss.defaults.items() if k != "kl") for loss in LOSSES.values()}
+    known = {
+        loss.name: "".join(f" {k}={v}" for k, v in loss.defaults.items() if k != "kl")
+        for loss in LOSSES.values()
+    }
     hypers = "; ".join(name + values for name, values in known.items() if values)
-    p = argparse.ArgumentParser("minibnf train", description="Align a checkpoint on preference data.", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        "minibnf train", description="Align a checkpoint on preference data.", allow_abbrev=False
+    )
     a = p.add_argument_group("what to train").add_argument
-    a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: the start, and the reference")
-    a("--from-scratch", action="store_true", help="random weights; DIR needs only config.json and a tokenizer")
+    a(
+        "--model",
+        metavar="DIR",
+        help="checkpoint in Hugging Face layout: the start, and the reference",
+    )
+    a(
+        "--from-scratch",
+        action="store_true",
+        help="random weights; DIR needs only config.json and a tokenizer",
+    )
     a("--data", metavar="FILE", help="preference rows: JSON Lines, a JSON array or Parquet")
-    a("--eval-data", metavar="FILE", help="held-out rows, evaluated before the first step, after the last and between")
-    a("--eval-every", type=int, default=0, metavar="N", help="also evaluate every N steps (0: only at both ends)")
+    a(
+        "--eval-data",
+        metavar="FILE",
+        help="held-out rows, evaluated before the first step, after the last and between",
+    )
+    a(
+        "--eval-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also evaluate every N steps (0: only at both ends)",
+    )
     a("--out", metavar="DIR", help="folder of the run")
-    a("--overlong", choices=["error", "truncate", "skip"], default="error", help="rows longer than the model's context")
+    a(
+        "--overlong",
+        choices=["error", "truncate", "skip"],
+        default="error",
+        help="rows longer than the model's context",
+    )
     a = p.add_argument_group("the loss").add_argument
     a("--loss", choices=list(LOSSES), default="bnf", help="default: bnf")
-    a("--loss-args", nargs="*", default=[], metavar="NAME=X", help=f"hyper-parameters of the loss, by default {hypers}")
+    a(
+        "--loss-args",
+        nargs="*",
+        default=[],
+        metavar="NAME=X",
+        help=f"hyper-parameters of the loss, by default {hypers}",
+    )
     a = p.add_argument_group("how long and how fast").add_argument
     a("--epochs", type=int, metavar="N", help="passes over the data (default: 1)")
-    a("--max-steps", type=int, metavar="N", help="stop after N steps instead, repeating the data if need be")
-    a("--batch-size", type=int, default=32, metavar="N", help="examples (pairs, unpaired responses) a step; default 32")
+    a(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop after N steps instead, repeating the data if need be",
+    )
+    a(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="examples (pairs, unpaired responses) a step; default 32",
+    )
     a("--lr", type=float, help=f"peak learning rate; default {WIDTH}/hidden_size times the loss's own, which was found "
       f"by trying on SmolLM2-135M (hidden_size {WIDTH}) and the small world: {rates}")  # fmt: skip
-    a("--warmup", type=float, default=0.1, metavar="X", help="share of the steps over which it rises; default 0.1")
-    a("--decay", type=float, default=0.9, metavar="X", help="share of the steps over which it falls to 0; default 0.9")
-    a("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for matrices, with adamw for the rest")
+    a(
+        "--warmup",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of the steps over which it rises; default 0.1",
+    )
+    a(
+        "--decay",
+        type=float,
+        default=0.9,
+        metavar="X",
+        help="share of the steps over which it falls to 0; default 0.9",
+    )
+    a(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon: for matrices, with adamw for the rest",
+    )
     a("--weight-decay", type=float, default=0.0, metavar="X",
       help="decoupled, of the layers' matrices (not of norms, biases and embeddings); default 0")  # fmt: skip
     a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
-    a("--seed", type=int, default=0, help="of the order of the data (and of fresh weights); default 0")
+    a(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the order of the data (and of fresh weights); default 0",
+    )
     a = p.add_argument_group("the machine").add_argument
     a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
     a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights stay float32. auto: "
@@ -95,12 +165,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
       "on a CPU, 16384 on CUDA, and at least the longest example")  # fmt: skip
     a("--gradient-checkpointing", action="store_true", help="keep each layer's input alone for the backward pass and run the "
       "layer again: less memory, a third more work, the same result")  # fmt: skip
-    a("--save-every", type=int, default=200, metavar="N", help="steps between checkpoints; default 200")
-    a("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of OUT/model; default float32")
+    a(
+        "--save-every",
+        type=int,
+        default=200,
+        metavar="N",
+        help="steps between checkpoints; default 200",
+    )
+    a(
+        "--save-dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of OUT/model; default float32",
+    )
     a = p.add_argument_group("a folder that holds a run").add_argument
     a("--resume", action="store_true", help="go on from its newest checkpoint")
     a("--overwrite", action="store_true", help="delete what that run wrote and start anew")
-    a("--config", metavar="FILE", help="take arguments from the config.json of an earlier run; flags override it")
+    a(
+        "--config",
+        metavar="FILE",
+        help="take arguments from the config.json of an earlier run; flags override it",
+    )
 
     args = p.parse_args(argv)
     config = args.config
@@ -111,7 +196,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         earlier = earlier.get("arguments") if isinstance(earlier, dict) else None
         if not isinstance(earlier, dict) or set(earlier) - set(vars(args)):
             raise ValueError(f"{config}: not the config.json that a run of this version wrote")
-        for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):  # a flag overrides its alternative too
+        for one, other in (
+            ("epochs", "max_steps"),
+            ("max_steps", "epochs"),
+        ):  # a flag overrides its alternative too
             if getattr(args, one) is not None:
                 earlier[other] = None
         p.set_defaults(**earlier)
@@ -127,11 +215,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--resume and --overwrite exclude each other")
     if args.epochs is not None and args.max_steps is not None:
         p.error("--epochs and --max-steps exclude each other")
-    for name in ("epochs", "max_steps", "batch_size", "lr", "max_tokens", "save_every", "grad_clip"):
+    for name in (
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "lr",
+        "max_tokens",
+        "save_every",
+        "grad_clip",
+    ):
         if (x := getattr(args, name)) is not None and not 0 < x < math.inf:
             p.error(f"--{name.replace('_', '-')} must be a number above 0, not {x}")
-    if not (0 <= args.warmup <= 1 and 0 <= args.decay <= 1 and args.weight_decay >= 0 and args.eval_every >= 0):
-        p.error("--warmup and --decay must lie in 0..1, --weight-decay and --eval-every be 0 or more")
+    if not (
+        0 <= args.warmup <= 1
+        and 0 <= args.decay <= 1
+        and args.weight_decay >= 0
+        and args.eval_every >= 0
+    ):
+        p.error(
+            "--warmup and --decay must lie in 0..1, --weight-decay and --eval-every be 0 or more"
+        )
     if args.eval_every and not args.eval_data:
         p.error("--eval-every needs --eval-data")
     return args
@@ -143,7 +246,10 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or name == "kl":
-            raise ValueError(f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1" + " (kl is computed)" * (name == "kl"))
+            raise ValueError(
+                f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1"
+                + " (kl is computed)" * (name == "kl")
+            )
         if name in given:
             raise ValueError(f"--loss-args {text}: {name} is given twice")
         try:
@@ -198,7 +304,9 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     max_tokens: int
-    sets: dict[str, list[Example]]  # "train", where asked for "eval"; for kto also what is mismatched, "train-kl", "eval-kl"
+    sets: dict[
+        str, list[Example]
+    ]  # "train", where asked for "eval"; for kto also what is mismatched, "train-kl", "eval-kl"
     steps_per_epoch: int
     steps: int
     facts: dict  # what config.json and the first lines printed say of all this
@@ -234,7 +342,9 @@ def setup(args: argparse.Namespace) -> Run | None:
     earlier = read_json(out / "config.json") if args.resume and begun else {}
     if "now" in earlier.get("facts", {}):  # a template may have put the first run's date into rows
         tokenizer.now = datetime.fromisoformat(earlier["facts"]["now"])
-    model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
+    model = (
+        fresh(args.model, args.seed) if args.from_scratch else load(args.model, dtype=torch.float32)
+    )
     announce_ignored(args.model, model.raw)
     model.recompute = args.gradient_checkpointing
     parameters = sum(p.numel() for p in model.parameters())
@@ -255,12 +365,16 @@ def setup(args: argparse.Namespace) -> Run | None:
         if "kl" in hyper:
             sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
             if equals:
-                changed += f", {equals} {split} rows for which other prompts have only equal responses"
+                changed += (
+                    f", {equals} {split} rows for which other prompts have only equal responses"
+                )
     examples, lr = sets["train"], args.lr or loss.learning_rate * WIDTH / model.config.hidden_size
     longest = max(e.tokens for part in sets.values() for e in part)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
-        raise ValueError(f"--max-tokens {max_tokens} is less than the {longest} tokens of the longest example")
+        raise ValueError(
+            f"--max-tokens {max_tokens} is less than the {longest} tokens of the longest example"
+        )
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     pairs = sum(len(e.pairs) for e in examples)
     facts = {
@@ -278,7 +392,9 @@ def setup(args: argparse.Namespace) -> Run | None:
         before, now = earlier["arguments"] | earlier["facts"], vars(args) | facts
         for key in RESUME_NEEDS:
             if before[key] != now[key]:
-                raise ValueError(f"{out}: cannot resume, {key} was {before[key]} and is {now[key]} now")
+                raise ValueError(
+                    f"{out}: cannot resume, {key} was {before[key]} and is {now[key]} now"
+                )
         if (out / "model").exists():
             return None
     return Run(args, out, loss, hyper, tokenizer, model.to(device), device, dtype, max_tokens, sets,
@@ -299,21 +415,38 @@ def first_packs(run: Run, name: str) -> Iterator[list[Batch]]:
 def announce(run: Run) -> None:
     f, args = run.facts, run.args
     hyper = "".join(f" {k}={v}" for k, v in run.hyper.items() if k != "kl")
-    print(f"model    {args.model}: {f['parameters'] / 1e6:.1f} M parameters" + (", fresh" if args.from_scratch else ""))
-    print(f"data     {args.data}: {f['pairs']} pairs, {f['unpaired']} unpaired, {f['tokens_per_epoch']:,} tokens an epoch")
+    print(
+        f"model    {args.model}: {f['parameters'] / 1e6:.1f} M parameters"
+        + (", fresh" if args.from_scratch else "")
+    )
+    print(
+        f"data     {args.data}: {f['pairs']} pairs, {f['unpaired']} unpaired, {f['tokens_per_epoch']:,} tokens an epoch"
+    )
     if f["changed"]:
         print(f"         {f['changed']}")
     notes = [run.tokenizer.closing_warning] * bool(run.tokenizer.closing_warning)
     for note in [*notes, *f["notes"]]:
         print(f"         {note}")
     print(f"loss     {run.loss.name}{hyper}, lr {f['lr']:.3g}, {args.optimizer}")
-    print(f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most")
-    print(f"steps    {run.steps} of {f['batch']} examples: {run.steps / run.steps_per_epoch:.3g} epochs", flush=True)
+    print(
+        f"machine  {run.device}, {f['dtype']}, {f['threads']} threads, {run.max_tokens} tokens a micro-batch at most"
+    )
+    print(
+        f"steps    {run.steps} of {f['batch']} examples: {run.steps / run.steps_per_epoch:.3g} epochs",
+        flush=True,
+    )
 
 
 def train(run: Run) -> None:
     """Run to the end. FloatingPointError at a number that is not finite; KeyboardInterrupt when interrupted, and saved."""
-    args, out, model, loss, hyper, sets = run.args, run.out, run.model, run.loss, run.hyper, run.sets
+    args, out, model, loss, hyper, sets = (
+        run.args,
+        run.out,
+        run.model,
+        run.loss,
+        run.hyper,
+        run.sets,
+    )
     on_gpu, beta = run.device.type == "cuda", hyper.get("beta", 1.0)
     if args.overwrite and holds_run(out):
         delete_run(out)
@@ -341,12 +474,18 @@ def train(run: Run) -> None:
 
     held_out = {name: next(first_packs(run, name)) for name in sets if name.startswith("eval")}
 
-    def forward(batches: list[Batch], others: list[Batch], split: str, backward: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        batches: list[Batch], others: list[Batch], split: str, backward: bool
+    ) -> tuple[Tensor, Tensor]:
         """run_batches, for kto with the reference point that its mismatched batches give."""
         now = hyper
         if others:
-            now = hyper | {"kl": kl_estimate(model, refs[f"{split}-kl"], others, run.dtype, run.device)}
-        return run_batches(model, batches, loss, now, refs[split], run.dtype, run.device, backward=backward)
+            now = hyper | {
+                "kl": kl_estimate(model, refs[f"{split}-kl"], others, run.dtype, run.device)
+            }
+        return run_batches(
+            model, batches, loss, now, refs[split], run.dtype, run.device, backward=backward
+        )
 
     def evaluate():
         batches = held_out["eval"]
@@ -356,7 +495,11 @@ def train(run: Run) -> None:
 
     def mark():
         """Now; on CUDA, when the device will have come so far."""
-        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if on_gpu else time.perf_counter()
+        return (
+            torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+            if on_gpu
+            else time.perf_counter()
+        )
 
     launched: list[tuple] = []  # steps whose numbers have not been read
 
@@ -369,12 +512,19 @@ def train(run: Run) -> None:
             seconds = began.elapsed_time(ended) / 1e3 if on_gpu else ended - began
             value, norm = numbers[:2].tolist()
             if not (math.isfinite(value) and math.isfinite(norm)):
-                raise FloatingPointError(not_finite(run, row["step"], batches, f"loss {value}, gradient norm {norm}"))
-            counts = {"examples": sum(b.examples for b in batches), "tokens": sum(b.tokens.numel() for b in batches)}
+                raise FloatingPointError(
+                    not_finite(run, row["step"], batches, f"loss {value}, gradient norm {norm}")
+                )
+            counts = {
+                "examples": sum(b.examples for b in batches),
+                "tokens": sum(b.tokens.numel() for b in batches),
+            }
             rates = {f"{what}_per_s": n / seconds for what, n in counts.items()}
             sums = numbers[2:].view(-1, sum(len(b.order) for b in batches))
             log(row | {"loss": value, "grad_norm": norm} | metrics(batches, sums, beta) | rates)
-            bar.set_postfix({"loss": f"{value:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}, refresh=False)
+            bar.set_postfix(
+                {"loss": f"{value:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}, refresh=False
+            )
             bar.update()
 
     interrupted: list[int] = []
@@ -409,18 +559,29 @@ def train(run: Run) -> None:
                 optim.step()
                 optim.zero_grad(set_to_none=True)
             step, tokens = step + 1, tokens + sum(b.tokens.numel() for b in batches)
-            row = {"step": step, "epoch": step / run.steps_per_epoch, "learning_rate": rate, "num_tokens": tokens}
-            numbers = torch.cat([torch.stack([value, norm]), sums.flatten()]).to("cpu", non_blocking=True)
+            row = {
+                "step": step,
+                "epoch": step / run.steps_per_epoch,
+                "learning_rate": rate,
+                "num_tokens": tokens,
+            }
+            numbers = torch.cat([torch.stack([value, norm]), sums.flatten()]).to(
+                "cpu", non_blocking=True
+            )
             launched.append((row, batches, numbers, began, mark()))
             settle(AHEAD[run.device.type])
             stop = bool(interrupted)
-            if args.eval_data and (step == run.steps or (args.eval_every and step % args.eval_every == 0)):
+            if args.eval_data and (
+                step == run.steps or (args.eval_every and step % args.eval_every == 0)
+            ):
                 settle()
                 evaluate()
             if step % args.save_every == 0 or step == run.steps or stop:
                 settle()
                 if not all(p.isfinite().all() for p in model.parameters()):
-                    raise FloatingPointError(not_finite(run, step, batches, "the weights after it are not finite"))
+                    raise FloatingPointError(
+                        not_finite(run, step, batches, "the weights after it are not finite")
+                    )
                 save_training(out, step, tokens, model, optims)
         if step < run.steps:
             bar.close()
@@ -434,7 +595,10 @@ def train(run: Run) -> None:
 
 
 def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
-    lines, unit = ", ".join(map(str, sorted(line for b in batches for line in b.lines))), run.sets["train"][0].unit
+    lines, unit = (
+        ", ".join(map(str, sorted(line for b in batches for line in b.lines))),
+        run.sets["train"][0].unit,
+    )
     return f"""stopped at step {step}: {what}; nothing of it was saved.
 Its batch: {unit}s {lines} of {run.args.data}.
 Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: {run.out / "metrics.jsonl"}"""
@@ -443,14 +607,27 @@ Look at those rows, or start anew (--overwrite) with a lower --lr. What went bef
 def finish(run: Run) -> None:
     """Write OUT/model and the figure, and say where everything lies."""
     args, out = run.args, run.out
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     held_out = [row for row in rows if "eval_loss" in row]
-    table = {k: (held_out[0][k], held_out[-1][k]) for k in (held_out[0] if held_out else ()) if k != "step"}
-    shown = table or {f"train {k}": (rows[0][k], rows[-1][k]) for k in rows[0] if k in rows[-1] and (k == "loss" or "/" in k)}
+    table = {
+        k: (held_out[0][k], held_out[-1][k])
+        for k in (held_out[0] if held_out else ())
+        if k != "step"
+    }
+    shown = table or {
+        f"train {k}": (rows[0][k], rows[-1][k])
+        for k in rows[0]
+        if k in rows[-1] and (k == "loss" or "/" in k)
+    }
     with replacing(out / "model") as temporary:
         save(run.model, temporary, DTYPES[args.save_dtype])
         run.tokenizer.save(temporary)
-        (temporary / "README.md").write_text(model_card(args, run.facts, run.hyper, table), encoding="utf-8")
+        (temporary / "README.md").write_text(
+            model_card(args, run.facts, run.hyper, table), encoding="utf-8"
+        )
     try:
         figure = out / "figures" / "training.png"
         training_curves(rows, figure, f"{args.loss} on {Path(args.data).name}")
@@ -489,7 +666,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"To go on:\n  {shlex.quote(sys.executable)} -m minibnf.train --resume --out {shlex.quote(args.out)}")
+        print(
+            f"To go on:\n  {shlex.quote(sys.executable)} -m minibnf.train --resume --out {shlex.quote(args.out)}"
+        )
         return 130
 
 

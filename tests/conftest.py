@@ -4,10 +4,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)  # tensors here are small; threads that wait for each other cost more than they bring
-settings.register_profile("test", max_examples=200, deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+torch.set_num_threads(
+    1
+)  # tensors here are small; threads that wait for each other cost more than they bring
+settings.register_profile(
+    "test", max_examples=200, deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
+)
 settings.register_profile("all", settings.get_profile("test"), max_examples=2000)  # make test-all
-settings.register_profile("mutants", settings.get_profile("test"), max_examples=8, derandomize=True, database=None)
+settings.register_profile(
+    "mutants", settings.get_profile("test"), max_examples=8, derandomize=True, database=None
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 

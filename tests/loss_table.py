@@ -29,10 +29,16 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, loss in LOSSES.items():
-        hyper = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in loss.defaults.items() if k != "kl")
+        hyper = " ".join(
+            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in loss.defaults.items()
+            if k != "kl"
+        )
         needs = ["yes" if x else "no" for x in (loss.needs_ref, loss.needs_pairs)]
         judges = ", ".join(["autograd", *([PEERS[name]] if name in PEERS else [])])
-        rows.append(f"| {name} | {WHAT[name]} | {needs[0]} | {needs[1]} | {hyper} | {loss.learning_rate:g} | {judges} |")
+        rows.append(
+            f"| {name} | {WHAT[name]} | {needs[0]} | {needs[1]} | {hyper} | {loss.learning_rate:g} | {judges} |"
+        )
     return "\n".join(rows)
 
 

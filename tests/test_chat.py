@@ -20,18 +20,30 @@ TINY = "weights/tiny"
 SEVERAL = st.text(st.characters(codec="utf-8"), max_size=60)
 
 
-@given(SEVERAL | st.text(st.sampled_from("\x1b\x07\x08\r\n\t\x9b\x85\u2028\u202e\u2066\u200d[2Jé"), max_size=40))
+@given(
+    SEVERAL
+    | st.text(
+        st.sampled_from("\x1b\x07\x08\r\n\t\x9b\x85\u2028\u202e\u2066\u200d[2Jé"), max_size=40
+    )
+)
 def test_nothing_that_is_shown_controls_a_terminal(text):
     shown = printable(text)
-    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in "\n\t"]
+    assert not [
+        c for c in shown if unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in "\n\t"
+    ]
     assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
     if not any(unicodedata.category(c).startswith(("C", "Z")) for c in text):
         assert shown == text
 
 
 def test_escapes_by_hand():
-    assert printable("a\x1b[31mb\r\n\tc\x7f\x9b \u202eevil") == "a\\x1b[31mb\\r\n\tc\\x7f\\x9b \\u202eevil"
-    assert printable("naïve 日本 👩\u200d🔬") == "naïve 日本 👩\u200d🔬"  # joiners make one emoji of two
+    assert (
+        printable("a\x1b[31mb\r\n\tc\x7f\x9b \u202eevil")
+        == "a\\x1b[31mb\\r\n\tc\\x7f\\x9b \\u202eevil"
+    )
+    assert (
+        printable("naïve 日本 👩\u200d🔬") == "naïve 日本 👩\u200d🔬"
+    )  # joiners make one emoji of two
 
 
 @given(st.text(st.sampled_from("ab \n\t日é"), max_size=80), st.integers(2, 12))
@@ -51,11 +63,16 @@ def side(*flags):
 def test_a_thought_goes_back_to_the_model_in_a_field_of_its_own():
     """Qwen3's template would cut it out of a message, and control text in messages is refused."""
     mine = side()
-    assert mine.answer("a</think>b") == {"role": "assistant", "content": "a</think>b"}  # no markup here
+    assert mine.answer("a</think>b") == {
+        "role": "assistant",
+        "content": "a</think>b",
+    }  # no markup here
     mine.tokenizer.control = {"<think>": 1, "</think>": 2}
     thought = {"role": "assistant", "reasoning_content": "3 + 4", "content": "It is 7."}
     assert mine.answer("<think>\n3 + 4\n</think>\n\nIt is 7.") == thought
-    assert mine.answer("3 + 4</think>It is 7.") == thought  # where the template itself opens the thought
+    assert (
+        mine.answer("3 + 4</think>It is 7.") == thought
+    )  # where the template itself opens the thought
     assert mine.answer("It is 7.") == {"role": "assistant", "content": "It is 7."}
 
 
@@ -68,7 +85,9 @@ def test_an_answer_is_what_generate_gives_and_is_kept_in_the_history():
         assert asked[-1] == {"role": "user", "content": question}
         assert mine.history[-1] == {"role": "assistant", "content": said}
         ids = mine.tokenizer.encode_chat(asked, add_generation_prompt=True)
-        (new,) = generate(mine.model, [ids], max_new_tokens=512, temperature=0, stop_ids=mine.tokenizer.end_ids)
+        (new,) = generate(
+            mine.model, [ids], max_new_tokens=512, temperature=0, stop_ids=mine.tokenizer.end_ids
+        )
         assert new[-1] in mine.tokenizer.end_ids and mine.tokenizer.decode(new[:-1]) == said
     assert len(mine.history) == 4
     mine.reset()
@@ -77,7 +96,9 @@ def test_an_answer_is_what_generate_gives_and_is_kept_in_the_history():
 
 def test_an_answer_that_is_cut_says_so_and_one_that_is_stopped_is_kept():
     mine = side("--temperature", "0", "--max-new-tokens", "3")
-    assert "".join(mine.ask("Which city is Will's home?")).endswith(" [stopped after 3 tokens: --max-new-tokens]")
+    assert "".join(mine.ask("Which city is Will's home?")).endswith(
+        " [stopped after 3 tokens: --max-new-tokens]"
+    )
     assert "stopped" not in mine.history[-1]["content"]
     answer = mine.ask("Which city is Will's home?")
     piece = next(answer)
@@ -93,7 +114,10 @@ def test_a_full_context_is_said_not_cut():
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--temperature", "-1"], "temperature = -1.0: it must be"), (["--compare", "nowhere"], "nowhere is no folder")],
+    [
+        (["--temperature", "-1"], "temperature = -1.0: it must be"),
+        (["--compare", "nowhere"], "nowhere is no folder"),
+    ],
 )
 def test_what_cannot_be_is_said_at_once(flags, message, capsys):
     assert chat.main(["--model", TINY, *flags]) == 1
@@ -102,7 +126,9 @@ def test_what_cannot_be_is_said_at_once(flags, message, capsys):
 
 def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatch, capsys):
     mine = side()
-    monkeypatch.setattr(type(mine.tokenizer), "stream", lambda self, ids, skip_special: iter(["\x1b[2J", "red\x07"]))
+    monkeypatch.setattr(
+        type(mine.tokenizer), "stream", lambda self, ids, skip_special: iter(["\x1b[2J", "red\x07"])
+    )
     assert "".join(mine.ask("hello")).startswith("\\x1b[2Jred\\x07 [stopped")
     assert mine.history[-1]["content"] == "\x1b[2Jred\x07"
 
@@ -110,7 +136,9 @@ def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatc
         raise ValueError("the template says \x1b[2J")
 
     typed = iter(["hello"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError"))
+    monkeypatch.setattr(
+        "builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError")
+    )
     monkeypatch.setattr(Side, "ask", refuses)
     assert chat.main(["--model", TINY]) == 0
     shown = capsys.readouterr().out
@@ -119,14 +147,22 @@ def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatc
 
 def test_a_system_message_and_every_setting_are_handed_on():
     flags = {"temperature": 1.3, "top_p": 0.8, "top_k": 7, "seed": 5, "max_new_tokens": 30}
-    mine = side("--system", "Be brief.", *(word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))))
+    mine = side(
+        "--system",
+        "Be brief.",
+        *(word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))),
+    )
     for row, question in enumerate(("What is 3 + 4?", "What is 3 + 4?")):
         asked = [*mine.history, {"role": "user", "content": question}]
         assert asked[0] == {"role": "system", "content": "Be brief."}
         ids = mine.tokenizer.encode_chat(asked, add_generation_prompt=True)
-        (new,) = generate(mine.model, [ids], stop_ids=mine.tokenizer.end_ids, first_row=row, **flags)
+        (new,) = generate(
+            mine.model, [ids], stop_ids=mine.tokenizer.end_ids, first_row=row, **flags
+        )
         said = "".join(mine.ask(question))
-        assert said.startswith(mine.tokenizer.decode(new[:-1] if new[-1] in mine.tokenizer.end_ids else new, False))
+        assert said.startswith(
+            mine.tokenizer.decode(new[:-1] if new[-1] in mine.tokenizer.end_ids else new, False)
+        )
 
 
 def test_a_slip_at_the_prompt_does_not_lose_the_conversation(monkeypatch, capsys):
@@ -146,7 +182,9 @@ def test_a_slip_at_the_prompt_does_not_lose_the_conversation(monkeypatch, capsys
 
 def test_control_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, capsys):
     typed = iter(["hello", "again"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError"))
+    monkeypatch.setattr(
+        "builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError")
+    )
 
     def interrupted(self, message):
         yield f"heard {message}"
@@ -164,7 +202,12 @@ def talk(keys: list[tuple[str, bytes]], *flags) -> str:
     command = [sys.executable, "-m", "minibnf", "chat", "--model", TINY, *flags]
     environment = os.environ | {"COLUMNS": "60", "TERM": "dumb"}
     process = subprocess.Popen(
-        command, stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=environment,
+        start_new_session=True,
     )
     os.close(follower)
     shown, seen = "", 0
@@ -182,7 +225,11 @@ def talk(keys: list[tuple[str, bytes]], *flags) -> str:
 
 
 def test_a_conversation_at_a_terminal():
-    shown = talk([("> ", b"Which city is Will's home?\n"), ("> ", b"/what\n"), ("> ", b"/reset\n")], "--temperature", "0")
+    shown = talk(
+        [("> ", b"Which city is Will's home?\n"), ("> ", b"/what\n"), ("> ", b"/reset\n")],
+        "--temperature",
+        "0",
+    )
     assert "Dublin" in shown and "no such command" in shown and "a new conversation" in shown
 
 

@@ -40,7 +40,9 @@ def test_what_it_says_of_a_checkpoint(directory, capsys):
         assert part in said, part
 
 
-def test_another_checkpoint_untied_in_two_dtypes_and_shards_with_windows(directory, capsys, monkeypatch):
+def test_another_checkpoint_untied_in_two_dtypes_and_shards_with_windows(
+    directory, capsys, monkeypatch
+):
     model = load(directory)
     monkeypatch.setattr("minibnf.files.safetensors.SHARD_BYTES", 10**6)
     change(directory, model_type="mistral", sliding_window=64, tie_word_embeddings=False)
@@ -104,14 +106,22 @@ def test_what_is_wrong_is_one_line_and_status_1(directory, capsys, spoil, messag
     spoil(directory)
     assert main([str(directory)]) == 1
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err
+    assert (
+        said.out == ""
+        and said.err.startswith("error: ")
+        and said.err.count("\n") == 1
+        and message in said.err
+    )
 
 
 def test_a_number_that_is_not_finite_is_found_where_values_are_asked_for(directory, capsys):
     edit(directory, lambda s: s["model.layers.2.mlp.up_proj.weight"][3, 4:5].fill_(torch.inf))
     assert main([str(directory)]) == 0
     assert main([str(directory), "--values"]) == 1
-    assert "model.safetensors: tensor 'model.layers.2.mlp.up_proj.weight' holds a number" in capsys.readouterr().err
+    assert (
+        "model.safetensors: tensor 'model.layers.2.mlp.up_proj.weight' holds a number"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_weights_are_not_read(directory, monkeypatch, capsys):
@@ -127,7 +137,9 @@ def kept(c, dtype, groups: int, example: int) -> int:
     """Bytes that autograd keeps of a forward of so many packed pairs, the parameters' own aside, counted by PyTorch."""
     model, sizes, found = Transformer(c, {}).init_weights(0), (example - 20, 12, 8), {}
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    positions = torch.cat([torch.arange(sizes[0]), *(torch.arange(sizes[0], sizes[0] + n) for n in sizes[1:])]).repeat(groups)
+    positions = torch.cat(
+        [torch.arange(sizes[0]), *(torch.arange(sizes[0], sizes[0] + n) for n in sizes[1:])]
+    ).repeat(groups)
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -159,7 +171,9 @@ def test_activations_are_what_autograd_keeps(family, fields, dtype, b):
     ) | fields  # fmt: skip
     if not family.startswith("gemma"):
         del raw["query_pre_attn_scalar"], raw["sliding_window"]
-    of = lambda layers, groups: kept(parse_config(raw | {"num_hidden_layers": layers}, "raw"), dtype, groups, 40)
+    of = lambda layers, groups: kept(
+        parse_config(raw | {"num_hidden_layers": layers}, "raw"), dtype, groups, 40
+    )
     # a layer more in twice the tokens, so that neither weights' copies nor what is kept once a model is in the difference
     each = (of(4, 6) - of(2, 6) - of(4, 3) + of(2, 3)) / (2 * 3 * 40)
     config = parse_config(raw | {"num_hidden_layers": 2}, "raw")
@@ -176,16 +190,26 @@ def test_memory_by_hand(tied):
     assert n == sum(p.numel() for p in Transformer(c, raw).parameters())
     found = memory(c, n, 10, "float32", example=5)
     norm = 2 * 4 * 8 + 4 * 8 + 4  # what goes in, what is normed, what comes out, a scale
-    layer = 2 * norm + 2 * 4 * 16 + (3 + 2) * 8 * 4 + 4  # gate and up; q, k, v, the output twice; a sum
+    layer = (
+        2 * norm + 2 * 4 * 16 + (3 + 2) * 8 * 4 + 4
+    )  # gate and up; q, k, v, the output twice; a sum
     kept = 10 * (layer + 2 * 8 * 4 + norm)
-    logits = 10 * 1000 * 4 + 3 * 4 * 8000  # a chunk's logits; gradients of hidden and of the embedding, twice while they add up
+    logits = (
+        10 * 1000 * 4 + 3 * 4 * 8000
+    )  # a chunk's logits; gradients of hidden and of the embedding, twice while they add up
     expected = [4 * n, 4 * n, 8 * n, 0, kept, logits, 0.3 * (kept + logits), 0.3e9]
     assert list(found.values()) == pytest.approx(expected)
     deep = parse_config(raw | {"num_hidden_layers": 3}, "t")
-    again = memory(deep, n, 10, "float32", example=5, recompute=True)  # three layers' inputs, one layer's insides
+    again = memory(
+        deep, n, 10, "float32", example=5, recompute=True
+    )  # three layers' inputs, one layer's insides
     assert again["activations"] == pytest.approx(kept + 10 * 3 * 8 * 4)
-    copy = lambda **how: memory(deep, n, 10, "bfloat16", example=5, **how)["weights in bfloat16, a working copy"]
+    copy = lambda **how: memory(deep, n, 10, "bfloat16", example=5, **how)[
+        "weights in bfloat16, a working copy"
+    ]
     assert copy() == pytest.approx(3 * copy(recompute=True), abs=3)
     half = memory(c, n, 10, "bfloat16", example=5)
     assert half["weights in bfloat16, a working copy"] == 2 * (n - 8000 * (1 if tied else 2))
-    assert half["activations"] < found["activations"] and half["AdamW's two moments, float32"] == 8 * n
+    assert (
+        half["activations"] < found["activations"] and half["AdamW's two moments, float32"] == 8 * n
+    )

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from minibnf.lab import compare as module
-from minibnf.lab.compare import chosen_settings, collapsed, compare, finals, main, objective, settings, slug, sweep
+from minibnf.lab.compare import (
+    chosen_settings,
+    collapsed,
+    compare,
+    finals,
+    main,
+    objective,
+    settings,
+    slug,
+    sweep,
+)
 from minibnf.lab.figures import comparison
 from minibnf.lab.verdicts import (
     CUSTOMARY,
@@ -36,7 +46,18 @@ BASE = {"win_rate": [0.5, 0.01], "accuracy": [0.9, 0.01], "degenerate": [0.1, 0.
         "shift/rejected": [0, 0], "gini": [0, None]}  # fmt: skip
 
 
-def run(name, method, setting, seed=0, win=0.6, accuracy=0.9, degenerate=0.1, shift=(0.1, -1.0), gini=0.4, error=0.01):
+def run(
+    name,
+    method,
+    setting,
+    seed=0,
+    win=0.6,
+    accuracy=0.9,
+    degenerate=0.1,
+    shift=(0.1, -1.0),
+    gini=0.4,
+    error=0.01,
+):
     result = {
         "win_rate": [win, error], "accuracy": [accuracy, error], "degenerate": [degenerate, error],
         "shift/chosen": [shift[0], error], "shift/rejected": [shift[1], error], "gini": [gini, None],
@@ -51,19 +72,36 @@ def run(name, method, setting, seed=0, win=0.6, accuracy=0.9, degenerate=0.1, sh
 
 
 def test_every_combination_is_tried_and_the_best_and_the_customary_one_are_repeated():
-    assert settings(SPEC["methods"]["dpo"]) == [{"lr": lr, "beta": b} for lr in (1e-4, 1e-3) for b in (0.1, 2)]
+    assert settings(SPEC["methods"]["dpo"]) == [
+        {"lr": lr, "beta": b} for lr in (1e-4, 1e-3) for b in (0.1, 2)
+    ]
     jobs = sweep(SPEC)
-    assert len(jobs) == 6 and {job["seed"] for job in jobs} == {0} and len(set(map(slug, jobs))) == 6
+    assert (
+        len(jobs) == 6 and {job["seed"] for job in jobs} == {0} and len(set(map(slug, jobs))) == 6
+    )
     wins = {("bnf", 1e-4, None): 0.6, ("bnf", 1e-3, None): 0.7, ("dpo", 1e-4, 0.1): 0.55, ("dpo", 1e-3, 0.1): 0.5,
             ("dpo", 1e-4, 2): 0.6, ("dpo", 1e-3, 2): 0.65}  # fmt: skip
     runs = [
-        run("qa", j["method"], j["setting"], win=wins[j["method"], j["setting"]["lr"], j["setting"].get("beta")]) for j in jobs
+        run(
+            "qa",
+            j["method"],
+            j["setting"],
+            win=wins[j["method"], j["setting"]["lr"], j["setting"].get("beta")],
+        )
+        for j in jobs
     ]
-    assert chosen_settings(SPEC, runs, "qa", "bnf") == {"best": {"lr": 1e-3}, "customary": {"lr": 1e-3}}
+    assert chosen_settings(SPEC, runs, "qa", "bnf") == {
+        "best": {"lr": 1e-3},
+        "customary": {"lr": 1e-3},
+    }
     dpo = {"best": {"lr": 1e-3, "beta": 2}, "customary": {"lr": 1e-4, "beta": 0.1}}
     assert chosen_settings(SPEC, runs, "qa", "dpo") == dpo
     last = finals(SPEC, runs)
-    assert len(last) == (1 + 2) * 2 and {job["split"] for job in last} == {"test"} and {job["seed"] for job in last} == {1, 2}
+    assert (
+        len(last) == (1 + 2) * 2
+        and {job["split"] for job in last} == {"test"}
+        and {job["seed"] for job in last} == {1, 2}
+    )
     extra = copy.deepcopy(SPEC)
     extra["methods"]["dpo"]["extra"] = "sweep"
     assert {job["method"] for job in finals(extra, runs)} == {"bnf"}
@@ -71,7 +109,9 @@ def test_every_combination_is_tried_and_the_best_and_the_customary_one_are_repea
 
 def test_what_a_setting_is_chosen_by():
     assert objective(run("qa", "bnf", {}, win=0.6, accuracy=0.85)) == pytest.approx(0.6 - 0.05)
-    assert objective(run("qa", "bnf", {}, win=0.6, accuracy=0.95)) == 0.6  # gained reasoning is no win
+    assert (
+        objective(run("qa", "bnf", {}, win=0.6, accuracy=0.95)) == 0.6
+    )  # gained reasoning is no win
     assert objective(run("math", "bnf", {}, accuracy=0.85)) == 0.85
     assert objective(run("qa", "bnf", {}) | {"result": {}}) < 0
     assert objective(run("qa", "bnf", {}) | {"result": {"preference": [0.7, 0.1]}}) == 0.7
@@ -104,13 +144,25 @@ def test_a_run_that_broke_off_has_collapsed():
         (lambda s: s["on"]["qa"].append("ipo"), "'on' names 'ipo', which 'methods' lacks"),
         (lambda s: s["methods"]["bnf"].update(loss="bfn"), "method 'bnf' needs a 'loss' of"),
         (lambda s: s.update(seeds=[]), "'seeds' is empty"),
-        (lambda s: s["sets"]["qa"].pop("count"), "set of the small world 'qa': field 'count' is missing"),
-        (lambda s: s["sets"]["qa"].update(rows="x"), "set of files 'qa': field 'held_out' is missing"),
-        (lambda s: s["methods"]["dpo"].update(customery={}), "method 'dpo': field 'customery' is unknown"),
+        (
+            lambda s: s["sets"]["qa"].pop("count"),
+            "set of the small world 'qa': field 'count' is missing",
+        ),
+        (
+            lambda s: s["sets"]["qa"].update(rows="x"),
+            "set of files 'qa': field 'held_out' is missing",
+        ),
+        (
+            lambda s: s["methods"]["dpo"].update(customery={}),
+            "method 'dpo': field 'customery' is unknown",
+        ),
         (lambda s: s["methods"]["dpo"].update(extra="sweap"), "extra: true, 'sweep'"),
         (lambda s: s["train"].update(batch_sise=8), "the trainer refuses"),
         (lambda s: s["methods"]["bnf"]["grid"].update(beta=[1]), "no hyper-parameter 'beta'"),
-        (lambda s: s["methods"]["dpo"].update(customary={"beta": 1}), "its customary setting {'beta': 1} is not in its grid"),
+        (
+            lambda s: s["methods"]["dpo"].update(customary={"beta": 1}),
+            "its customary setting {'beta': 1} is not in its grid",
+        ),
     ],
 )
 def test_a_spec_that_cannot_be_run_is_refused_before_anything_is(change, message, tmp_path, capsys):
@@ -132,11 +184,16 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, capsys):
     command = [str(tmp_path / "spec.json"), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "| bnf | best, customary | lr=0.0001 |" in shown and "aligns as well as the best method" in shown
+    assert (
+        "| bnf | best, customary | lr=0.0001 |" in shown
+        and "aligns as well as the best method" in shown
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["runs"]) == 4 and results["spec"] == spec and results["facts"]["revision"]
     last = results["runs"][-1]
-    assert last["split"] == "test" and last["trace"]["step"] == [1, 2] and last["feedback"]["chosen"]
+    assert (
+        last["split"] == "test" and last["trace"]["step"] == [1, 2] and last["feedback"]["chosen"]
+    )
     assert {figure.suffix for figure in (tmp_path / "out" / "figures").iterdir()} == {".svg"}
     assert not list((tmp_path / "out" / "runs").iterdir())  # models are not kept
 
@@ -167,13 +224,17 @@ def test_the_weights_of_real_tokens_lie_on_bnfs_curve(tmp_path):
             p.add_(0.02 * torch.randn_like(p))
     load_tokenizer("weights/tiny").save(tmp_path / "model")
     save(model, tmp_path / "model")
-    found = module.feedback_of(spec, {"method": "bnf", "setting": {"lr": 1e-4}}, files["test"], tmp_path / "model")
+    found = module.feedback_of(
+        spec, {"method": "bnf", "setting": {"lr": 1e-4}}, files["test"], tmp_path / "model"
+    )
     below = 0
     for x, w in found["chosen"] + found["rejected"]:
         assert w == pytest.approx(min(1.0, math.exp(x)), rel=1e-3)
         below += x < -0.1
     assert below > 20
-    assert len({e for file in files.values() for e in file.read_text().splitlines()}) > 500  # three splits, other rows
+    assert (
+        len({e for file in files.values() for e in file.read_text().splitlines()}) > 500
+    )  # three splits, other rows
 
 
 # ------------------------------------------------------------------------------------------------------- verdicts
@@ -183,14 +244,21 @@ def results(**of):
     """Results in which each method on "qa", "unpaired" and "math" scores as given, at every setting and seed."""
     spec = copy.deepcopy(SPEC)
     spec["methods"] |= {m: {"loss": m, "grid": {"lr": [1e-4, 1e-3]}} for m in ("kto", "nll")}
-    spec["sets"] |= {"math": {"kind": "math", "count": 64}, "unpaired": {"kind": "qa", "count": 64, "unpaired": "both"}}
+    spec["sets"] |= {
+        "math": {"kind": "math", "count": 64},
+        "unpaired": {"kind": "qa", "count": 64, "unpaired": "both"},
+    }
     spec["on"] = {name: ["bnf", "dpo", "kto", "nll"] for name in ("qa", "math", "unpaired")}
     made = {"spec": spec, "runs": []}
     for job in sweep(spec):
-        given = of.get(job["method"], {}) | of.get(f"{job['method']}_{job['setting'].get('beta')}", {})
+        given = of.get(job["method"], {}) | of.get(
+            f"{job['method']}_{job['setting'].get('beta')}", {}
+        )
         made["runs"].append(run(job["set"], job["method"], job["setting"], **given))
     for job in finals(spec, made["runs"]):
-        given = of.get(job["method"], {}) | of.get(f"{job['method']}_{job['setting'].get('beta')}", {})
+        given = of.get(job["method"], {}) | of.get(
+            f"{job['method']}_{job['setting'].get('beta')}", {}
+        )
         made["runs"].append(run(job["set"], job["method"], job["setting"], job["seed"], **given))
     return made
 
@@ -201,7 +269,9 @@ def verdict(made, words):
 
 
 def test_aligning_as_well():
-    assert verdict(results(bnf={"win": 0.6}, dpo={"win": 0.62}), "aligns")[0] == REPRODUCED  # within two errors
+    assert (
+        verdict(results(bnf={"win": 0.6}, dpo={"win": 0.62}), "aligns")[0] == REPRODUCED
+    )  # within two errors
     assert verdict(results(bnf={"win": 0.6}, dpo={"win": 0.7}), "aligns")[0] == NOT
     only = results(bnf={"win": 0.6}, **{"dpo_2": {"win": 0.7}, "dpo_0.1": {"win": 0.55}})
     found, numbers = verdict(only, "aligns")
@@ -209,14 +279,23 @@ def test_aligning_as_well():
 
 
 def test_costing_less():
-    lost = lambda bnf, dpo, kto: verdict(results(bnf={"accuracy": bnf}, dpo={"accuracy": dpo}, kto={"accuracy": kto}), "costs")
+    lost = lambda bnf, dpo, kto: verdict(
+        results(bnf={"accuracy": bnf}, dpo={"accuracy": dpo}, kto={"accuracy": kto}), "costs"
+    )
     assert lost(0.88, 0.8, 0.8)[0] == REPRODUCED
     assert lost(0.84, 0.8, 0.8)[0] == NOT
     assert lost(0.88, 0.88, 0.86)[0] == NOT  # the median of 0.02 and 0.04 is 0.03
     assert lost(0.9, 0.9, 0.9)[0] == NOT  # rivals lose nothing, so there is nothing to lose less of
-    only = results(bnf={"accuracy": 0.88}, **{"kto": {"accuracy": 0.88}, "dpo_0.1": {"accuracy": 0.8}, "dpo_2": {"win": 0.9}})
+    only = results(
+        bnf={"accuracy": 0.88},
+        **{"kto": {"accuracy": 0.88}, "dpo_0.1": {"accuracy": 0.8}, "dpo_2": {"win": 0.9}},
+    )
     found, numbers = verdict(only, "costs")
-    assert found == CUSTOMARY and "rivals' median 0.010 (least: dpo 0.000), at customary hyper-parameters 0.060" in numbers
+    assert (
+        found == CUSTOMARY
+        and "rivals' median 0.010 (least: dpo 0.000), at customary hyper-parameters 0.060"
+        in numbers
+    )
 
 
 def test_unpaired_data():
@@ -227,8 +306,12 @@ def test_unpaired_data():
 
 def test_stability_on_mathematical_pairs():
     assert verdict(results(dpo={"accuracy": 0.4}, kto={"accuracy": 0.4}), "stable")[0] == REPRODUCED
-    assert verdict(results(dpo={"accuracy": 0.86}, kto={"accuracy": 0.4}), "stable")[0] == REPRODUCED  # as steady as the best
-    assert verdict(results(), "stable")[0] == NOT  # its rivals are as steady: there is nothing to reproduce
+    assert (
+        verdict(results(dpo={"accuracy": 0.86}, kto={"accuracy": 0.4}), "stable")[0] == REPRODUCED
+    )  # as steady as the best
+    assert (
+        verdict(results(), "stable")[0] == NOT
+    )  # its rivals are as steady: there is nothing to reproduce
     assert verdict(results(bnf={"accuracy": 0.4}), "stable")[0] == NOT
     only = results(kto={"accuracy": 0.84}, **{"dpo_0.1": {"accuracy": 0.84}})
     for r in only["runs"]:
@@ -253,11 +336,17 @@ def test_shifts_and_tuning():
 
 def test_an_error_joins_seeds_and_prompts():
     made = results(bnf={"error": 0.03})
-    first, second = [r for r in made["runs"] if r["method"] == "bnf" and r["split"] == "test" and r["set"] == "qa"]
+    first, second = [
+        r
+        for r in made["runs"]
+        if r["method"] == "bnf" and r["split"] == "test" and r["set"] == "qa"
+    ]
     first["result"]["win_rate"][0], second["result"]["win_rate"][0] = 0.5, 0.7
     mean, error = figure(made, "qa", "bnf", "best", "win_rate")
     assert mean == pytest.approx(0.6) and error == pytest.approx(math.sqrt(0.02 / 2 + 0.03**2))
-    assert within((0.5, 0.03), (0.6, 0.05)) and not within((0.5, 0.03), (0.6, 0.03))  # sqrt(.03² + .05²) > .05 > sqrt(2) .03
+    assert within((0.5, 0.03), (0.6, 0.05)) and not within(
+        (0.5, 0.03), (0.6, 0.03)
+    )  # sqrt(.03² + .05²) > .05 > sqrt(2) .03
 
 
 def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
@@ -271,7 +360,16 @@ def test_a_table_has_the_base_first_then_the_best(tmp_path):
     lines = table(made, "qa").splitlines()
     assert lines[2].startswith("| base |") and lines[3].startswith("| bnf | best, customary |")
     assert "0 of 4" in "".join(line for line in lines if line.startswith("| dpo | best"))
-    assert len({line.count("|") for line in report(made).splitlines() if line.startswith("|") and "BNF" not in line}) == 2
+    assert (
+        len(
+            {
+                line.count("|")
+                for line in report(made).splitlines()
+                if line.startswith("|") and "BNF" not in line
+            }
+        )
+        == 2
+    )
 
 
 def test_rbnf_is_judged_on_both_kinds_of_pairs():
@@ -306,7 +404,9 @@ def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_pat
         for k in range(16)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "problems.jsonl").write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3+4=7. Answer: 7"}) + "\n")
+    (tmp_path / "problems.jsonl").write_text(
+        json.dumps({"question": "What is 3 + 4?", "answer": "3+4=7. Answer: 7"}) + "\n"
+    )
     extra = {"file": str(tmp_path / "problems.jsonl"), "count": 1}
     given = {"rows": str(tmp_path / "pairs.jsonl"), "count": 8, "held_out": 8, "solutions": extra}
     spec = {
@@ -314,21 +414,46 @@ def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_pat
         "methods": {"bnf": {"loss": "bnf", "grid": {"lr": [1e-3]}}}, "on": {"mine": ["bnf"]},
     }  # fmt: skip
     made = compare(spec, tmp_path / "out", 1)
-    assert [(r["split"], r["seed"]) for r in made["runs"]] == [("validation", 0), ("test", 0)]  # one run, two results
+    assert [(r["split"], r["seed"]) for r in made["runs"]] == [
+        ("validation", 0),
+        ("test", 0),
+    ]  # one run, two results
     for r in made["runs"]:
-        assert r["base"]["preference"] == [0.5, 0] and r["base"]["shift/chosen"] == [0, 0] and r["base"]["gini"][0] == 0
-        assert r["result"]["preference"][0] > 0.9 and r["result"]["shift/chosen"][0] > r["result"]["shift/rejected"][0]
-        assert -20 < r["result"]["solutions"][0] < 0 and r["result"]["solutions"] != r["base"]["solutions"]
-    assert "| bnf | best, customary | lr=0.001 |" in report(made) and "pairs told right" in report(made)
+        assert (
+            r["base"]["preference"] == [0.5, 0]
+            and r["base"]["shift/chosen"] == [0, 0]
+            and r["base"]["gini"][0] == 0
+        )
+        assert (
+            r["result"]["preference"][0] > 0.9
+            and r["result"]["shift/chosen"][0] > r["result"]["shift/rejected"][0]
+        )
+        assert (
+            -20 < r["result"]["solutions"][0] < 0
+            and r["result"]["solutions"] != r["base"]["solutions"]
+        )
+    assert "| bnf | best, customary | lr=0.001 |" in report(made) and "pairs told right" in report(
+        made
+    )
     given["count"] = 9
-    with pytest.raises(ValueError, match=r"has 16 rows, fewer than the 9 and 8 that set 'mine' asks for"):
+    with pytest.raises(
+        ValueError, match=r"has 16 rows, fewer than the 9 and 8 that set 'mine' asks for"
+    ):
         compare(spec, tmp_path / "other", 1)
 
 
 def test_good_rates_have_no_holes():
-    spec = SPEC | {"methods": {"bnf": {"loss": "bnf", "grid": {"lr": [1e-5, 1e-4, 1e-3, 1e-2]}}}, "on": {"qa": ["bnf"]}}
+    spec = SPEC | {
+        "methods": {"bnf": {"loss": "bnf", "grid": {"lr": [1e-5, 1e-4, 1e-3, 1e-2]}}},
+        "on": {"qa": ["bnf"]},
+    }
     wins = dict(zip([1e-5, 1e-4, 1e-3, 1e-2], [0.6, 0.5, 0.6, 0.56], strict=True))
-    made = {"spec": spec, "runs": [run("qa", "bnf", job["setting"], win=wins[job["setting"]["lr"]]) for job in sweep(spec)]}
+    made = {
+        "spec": spec,
+        "runs": [
+            run("qa", "bnf", job["setting"], win=wins[job["setting"]["lr"]]) for job in sweep(spec)
+        ],
+    }
     assert good_rates(made, "qa", "bnf") == [1e-5]
     made["runs"][2]["result"]["win_rate"][0] = 0.61
     assert good_rates(made, "qa", "bnf") == [1e-3, 1e-2]
@@ -342,14 +467,21 @@ def odd_results():
     for stage in (lambda: sweep(spec), lambda: finals(spec, made["runs"])):
         for k, job in enumerate(stage()):
             one = run(job["set"], job["method"], job["setting"], job["seed"], win=0.5 + 0.001 * k)
-            made["runs"].append(one | {"result": {}} if k % 7 == 3 or job["method"] == "slic" else one)
+            made["runs"].append(
+                one | {"result": {}} if k % 7 == 3 or job["method"] == "slic" else one
+            )
     return made
 
 
 def test_report_and_figures_of_results_with_runs_that_broke_off(tmp_path):
     made = odd_results()
     text = report(made)
-    assert "| dpo lr 1e-4 |" not in text and "broke off" in text and "β × tokens" in text and "the batch's mean" in text
+    assert (
+        "| dpo lr 1e-4 |" not in text
+        and "broke off" in text
+        and "β × tokens" in text
+        and "the batch's mean" in text
+    )
     slic = [line for line in text.splitlines() if line.startswith("| slic")]
     assert slic and all("18 of 18" in line for line in slic)
     files = comparison(made, tmp_path)
@@ -362,9 +494,9 @@ def test_what_broke_off_is_worst_in_every_respect():
     for r in made["runs"]:
         if r["method"] == "bnf" and r["split"] == "test":
             r["result"] = {}
-    assert {words: verdict(made, words)[0] for words in ("aligns", "costs", "shifts")} == dict.fromkeys(
-        ("aligns", "costs", "shifts"), NOT
-    )
+    assert {
+        words: verdict(made, words)[0] for words in ("aligns", "costs", "shifts")
+    } == dict.fromkeys(("aligns", "costs", "shifts"), NOT)
 
 
 def test_every_committed_spec_can_be_run():
@@ -376,12 +508,20 @@ def test_every_committed_spec_can_be_run():
 def test_rows_are_rows_whatever_their_text_holds(tmp_path):
     """A line separator of Unicode inside a text ends no row."""
     rows = [{"prompt": f"{k}", "chosen": "a\u2028b\x85", "rejected": "c"} for k in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    spec = SPEC | {"sets": {"mine": {"rows": str(tmp_path / "rows.jsonl"), "count": 2, "held_out": 4}}}
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    spec = SPEC | {
+        "sets": {"mine": {"rows": str(tmp_path / "rows.jsonl"), "count": 2, "held_out": 4}}
+    }
     files = module.prepare(spec, "mine", tmp_path / "data")
-    assert [json.loads(line) for file in files.values() for line in file.read_text().splitlines()] == rows
+    assert [
+        json.loads(line) for file in files.values() for line in file.read_text().splitlines()
+    ] == rows
     spec["sets"]["mine"]["rows"] = str(tmp_path / "unpaired.jsonl")
-    unpaired = "".join(json.dumps({"prompt": "a", "completion": "b", "label": False}) + "\n" for _ in range(6))
+    unpaired = "".join(
+        json.dumps({"prompt": "a", "completion": "b", "label": False}) + "\n" for _ in range(6)
+    )
     (tmp_path / "unpaired.jsonl").write_text(unpaired)
     with pytest.raises(ValueError, match="the 4 rows that set 'mine' holds out must be pairs"):
         module.prepare(spec, "mine", tmp_path / "other")
@@ -395,5 +535,12 @@ def test_results_of_another_base_are_not_taken_for_these(tmp_path):
 
 
 def test_a_trace_leaves_out_steps_that_hold_one_kind_alone():
-    rows = [{"step": k, "logps/chosen": -k} | ({"logps/rejected": -2 * k} if k != 2 else {}) for k in range(1, 5)]
-    assert module.trace(rows) == {"step": [1, 3, 4], "logps/chosen": [-1, -3, -4], "logps/rejected": [-2, -6, -8]}
+    rows = [
+        {"step": k, "logps/chosen": -k} | ({"logps/rejected": -2 * k} if k != 2 else {})
+        for k in range(1, 5)
+    ]
+    assert module.trace(rows) == {
+        "step": [1, 3, 4],
+        "logps/chosen": [-1, -3, -4],
+        "logps/rejected": [-2, -6, -8],
+    }

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.data import Example, _first_fit, digest, mismatched, order_of_epoch, pack, pair, pairs_of, read_examples
+from minibnf.data import (
+    Example,
+    _first_fit,
+    digest,
+    mismatched,
+    order_of_epoch,
+    pack,
+    pair,
+    pairs_of,
+    read_examples,
+)
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.step import loss_and_logps
@@ -38,7 +48,9 @@ class Letters:
     def encode_response(self, messages, response):
         if response[0]["role"] != "assistant":
             raise ValueError("the response must begin with an assistant message")
-        rest = "".join(f"<{m['role']}>{m['content']};" for m in response).removeprefix("<assistant>")
+        rest = "".join(f"<{m['role']}>{m['content']};" for m in response).removeprefix(
+            "<assistant>"
+        )
         return self.encode_chat(messages, True), [*self.encode(rest), 0]
 
 
@@ -48,7 +60,10 @@ def said(role, content):
 
 def read(tmp_path, *rows, **options):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return read_examples(file, Letters(), options.pop("max_length", 100), **options)
 
 
@@ -56,8 +71,15 @@ def read(tmp_path, *rows, **options):
 
 
 def test_the_three_formats_in_one_file(tmp_path):
-    paired = {"prompt": said("user", "a"), "chosen": said("assistant", "b"), "rejected": said("assistant", "c")}
-    implicit = {"chosen": said("user", "a") + said("assistant", "b"), "rejected": said("user", "a") + said("assistant", "c")}
+    paired = {
+        "prompt": said("user", "a"),
+        "chosen": said("assistant", "b"),
+        "rejected": said("assistant", "c"),
+    }
+    implicit = {
+        "chosen": said("user", "a") + said("assistant", "b"),
+        "rejected": said("user", "a") + said("assistant", "c"),
+    }
     unpaired = {"prompt": said("user", "a"), "completion": said("assistant", "b"), "label": False}
     text = {"prompt": "a", "chosen": "b", "rejected": "c"}
     found, counts = read(tmp_path, paired, implicit, unpaired, text)
@@ -79,14 +101,25 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({"prompt": "a", "chosen": "", "rejected": "c"}, "line 2: field 'chosen' is empty"),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is empty"),
         (
-            {"prompt": said("user", "a"), "chosen": said("assistant", ""), "rejected": said("assistant", "c")},
+            {
+                "prompt": said("user", "a"),
+                "chosen": said("assistant", ""),
+                "rejected": said("assistant", "c"),
+            },
             "'chosen' is empty",
         ),
         (
-            {"prompt": said("user", "a"), "chosen": said("user", "b"), "rejected": said("user", "c")},
+            {
+                "prompt": said("user", "a"),
+                "chosen": said("user", "b"),
+                "rejected": said("user", "c"),
+            },
             "must begin with an assistant",
         ),
-        ({"prompt": "a" * 60, "chosen": "b" * 60, "rejected": "c"}, "line 2: prompt and response together have 121 tokens"),
+        (
+            {"prompt": "a" * 60, "chosen": "b" * 60, "rejected": "c"},
+            "line 2: prompt and response together have 121 tokens",
+        ),
         (
             {"prompt": "a" * 100, "chosen": "b", "rejected": "c"},
             "line 2: the prompt alone has 100 tokens, and the model reads 100",
@@ -113,7 +146,10 @@ def test_overlong_rows_are_cut_or_left_out_only_when_asked_and_counted(tmp_path)
 
 def test_pairs_whose_responses_are_the_same_are_counted(tmp_path):
     """Also where cutting made them so."""
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b" * 200, "rejected": "b" * 300}]
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        {"prompt": "a", "chosen": "b" * 200, "rejected": "b" * 300},
+    ]
     _, counts = read(tmp_path, *rows, overlong="truncate")
     assert counts == {"truncated": 1, "whose chosen and rejected are the same": 2}
 
@@ -152,7 +188,9 @@ def test_mismatched_examples_by_hand():
     assert [e.prompt for e in moved] == [a, a, b, c] and not equals
     assert [e.responses for e in moved] == [((7, 7, 7),), ((7, 7, 7),), ((8,),), ((4,), (5, 5))]
     assert [e.preferred for e in moved] == [(False,), (False,), (True,), (True, False)]
-    assert mismatched(found, 4, "file")[0][3].responses == ((4,),)  # (5, 5) no longer fits after three tokens
+    assert mismatched(found, 4, "file")[0][3].responses == (
+        (4,),
+    )  # (5, 5) no longer fits after three tokens
     with pytest.raises(ValueError, match="file, line 1: kto"):
         mismatched(found[:2], 100, "file")
 
@@ -178,7 +216,9 @@ def plain_mismatched(examples, max_length):
             if o.prompt != example.prompt
         ]
         new = [[r for r in fits if r not in example.responses] for _, fits in fitting]
-        first = next((r for r in new if r), None) or next((fits for _, fits in fitting if fits), None)
+        first = next((r for r in new if r), None) or next(
+            (fits for _, fits in fitting if fits), None
+        )
         yield None if first is None else tuple(first)
 
 
@@ -194,7 +234,12 @@ def test_jumping_over_what_cannot_match_finds_what_trying_each_row_finds(found, 
 
 def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch():
     assert sorted(order_of_epoch(50, 0, 0)) == list(range(50))
-    assert order_of_epoch(50, 0, 0) == order_of_epoch(50, 0, 0) != order_of_epoch(50, 0, 1) != order_of_epoch(50, 1, 0)
+    assert (
+        order_of_epoch(50, 0, 0)
+        == order_of_epoch(50, 0, 0)
+        != order_of_epoch(50, 0, 1)
+        != order_of_epoch(50, 1, 0)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
@@ -222,7 +267,10 @@ def test_one_prompt_is_stored_once():
         Example((9,), ((3,),), (True,), 3),
     ]
     (b,) = pack(found, [0, 1, 2], 100)
-    assert b.layout == [(2, [0, 1, 1]), (1, [0])]  # a response's last token predicts nothing and is not read
+    assert b.layout == [
+        (2, [0, 1, 1]),
+        (1, [0]),
+    ]  # a response's last token predicts nothing and is not read
     assert b.tokens.tolist() == [[1, 2, 4, 6, 9]] and b.positions.tolist() == [[0, 1, 2, 2, 0]]
     assert b.predictors.tolist() == [1, 1, 2, 1, 3, 4] and b.targets.tolist() == [3, 4, 5, 6, 7, 3]
 
@@ -270,7 +318,9 @@ def test_packed_equals_padded_in_value_and_in_every_gradient(tiny, found, data):
     max_tokens = data.draw(st.integers(max(e.tokens for e in found), 60))
     targets = torch.tensor([t for e in found for r in e.responses for t in r])
     expected = padded_logits(tiny, found).log_softmax(-1)[torch.arange(len(targets)), targets]
-    upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    upstream = torch.randn(
+        len(targets), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     wanted = torch.autograd.grad(expected, list(tiny.parameters()), upstream)
     start, at = {}, 0
     for i, e in enumerate(found):
@@ -278,8 +328,15 @@ def test_packed_equals_padded_in_value_and_in_every_gradient(tiny, found, data):
             start[i, k], at = slice(at, at + len(r)), at + len(r)
     tiny.zero_grad()
     for b in pack(found, list(range(len(found))), max_tokens):
-        logps = tiny(b.tokens, b.positions, b.layout, head=lambda x, U, b=b: token_logps(x[0, b.predictors], U, b.targets))
-        torch.testing.assert_close(logps, torch.cat([expected[start[key]] for key in b.order]), rtol=1e-9, atol=1e-11)
+        logps = tiny(
+            b.tokens,
+            b.positions,
+            b.layout,
+            head=lambda x, U, b=b: token_logps(x[0, b.predictors], U, b.targets),
+        )
+        torch.testing.assert_close(
+            logps, torch.cat([expected[start[key]] for key in b.order]), rtol=1e-9, atol=1e-11
+        )
         logps.backward(torch.cat([upstream[start[key]] for key in b.order]))
     for p, g in zip(tiny.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
@@ -298,9 +355,13 @@ def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny,
             z = logits[at : at + len(r)]
             g = torch.Generator().manual_seed(97 * i + k)
             ref = z.detach().log_softmax(-1)[torch.arange(len(r)), torch.tensor(r)]
-            ref = (ref + torch.randn(len(r), generator=g, dtype=torch.float64)).clamp(max=-1e-2)  # some above, some below
+            ref = (ref + torch.randn(len(r), generator=g, dtype=torch.float64)).clamp(
+                max=-1e-2
+            )  # some above, some below
             refs[i, k] = ref
-            total = total + published_bnf(z, torch.tensor(r), ref, 1 if e.preferred[k] else -1, min(map(len, e.responses)))
+            total = total + published_bnf(
+                z, torch.tensor(r), ref, 1 if e.preferred[k] else -1, min(map(len, e.responses))
+            )
             at += len(r)
     wanted = torch.autograd.grad(total / len(found), list(tiny.parameters()))
     tiny.zero_grad()
@@ -310,7 +371,9 @@ def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny,
         (loss * len(b.lines) / len(found)).backward()
     scale = max(g.abs().max() for g in wanted)
     for (name, p), g in zip(tiny.named_parameters(), wanted, strict=True):
-        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-9 * float(scale), msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            p.grad, g, rtol=1e-9, atol=1e-9 * float(scale), msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

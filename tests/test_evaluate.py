@@ -65,7 +65,10 @@ def model(tmp_path_factory):
 def test_what_is_read_of_a_preference_file_is_what_the_plain_forward_gives(model, tmp_path):
     net, tokenizer = fresh(model, seed=0), load_tokenizer(model)
     read, _ = read_examples(write(tmp_path / "pairs.jsonl", rows(3)), tokenizer, 256)
-    logps, logits = read_responses(net, read, max_tokens=60), read_responses(net, read, read=target_logits)
+    logps, logits = (
+        read_responses(net, read, max_tokens=60),
+        read_responses(net, read, read=target_logits),
+    )
     sides = [(row["prompt"], row[side]) for row in rows(3) for side in ("chosen", "rejected")]
     for (prompt, response), logp, logit in zip(sides, logps, logits, strict=True):
         prompt, response = tokenizer.encode_response(prompt, response)
@@ -82,10 +85,16 @@ def test_shifts_and_gini_of_a_model_are_against_the_base_of_its_exam(model, tmp_
     found = small_world(other, tokenizer, asked)
     mine, theirs = ([x.sum().item() for x in read_responses(net, read)] for net in (other, base))
     for k, name in enumerate(("shift/chosen", "shift/rejected")):
-        assert found[name][0] == pytest.approx(sum(m - t for m, t in zip(mine[k::2], theirs[k::2], strict=True)) / 3, abs=1e-4)
-    mine, theirs = (torch.cat(read_responses(net, read, read=target_logits)) for net in (other, base))
+        assert found[name][0] == pytest.approx(
+            sum(m - t for m, t in zip(mine[k::2], theirs[k::2], strict=True)) / 3, abs=1e-4
+        )
+    mine, theirs = (
+        torch.cat(read_responses(net, read, read=target_logits)) for net in (other, base)
+    )
     assert found["gini"][0] == gini(mine - theirs) and found["accuracy"] == (0, 0)
-    assert "shift/chosen" not in small_world(other, tokenizer, exam(base, tokenizer, samples=2, count=1))
+    assert "shift/chosen" not in small_world(
+        other, tokenizer, exam(base, tokenizer, samples=2, count=1)
+    )
 
 
 def test_what_is_scored_by_family(monkeypatch):
@@ -93,7 +102,9 @@ def test_what_is_scored_by_family(monkeypatch):
     known = {p.prompt: p.answer for p in problems(("add",), "test", 5, seed=0)}
     greedy = lambda prompts, n, seed: [[known.get(prompt, "?")] * n for prompt in prompts]
     sampled = lambda prompts, n, seed: [["?"] * n for _ in prompts]
-    monkeypatch.setattr("minibnf.lab.exam.sampler", lambda *_, temperature=1.0: sampled if temperature else greedy)
+    monkeypatch.setattr(
+        "minibnf.lab.exam.sampler", lambda *_, temperature=1.0: sampled if temperature else greedy
+    )
     found = small_world(None, None, exam(None, None, count=5))
     assert {name: mean for name, (mean, _) in found.items()} == {
         "win_rate": 0.5, "judge_score": 0, "degenerate": 1, "accuracy": 0.25, "accuracy/add": 1, "accuracy/sub": 0,
@@ -104,15 +115,38 @@ def test_what_is_scored_by_family(monkeypatch):
 def test_a_base_that_is_examined_draws_anew():
     """Drawn from the same seed its answers would be those it is compared with, and every question's win rate 1/2."""
     base, tokenizer = load(TINY), load_tokenizer(TINY)
-    rate, error = small_world(base, tokenizer, exam(base, tokenizer, samples=4, count=1))["win_rate"]
+    rate, error = small_world(base, tokenizer, exam(base, tokenizer, samples=4, count=1))[
+        "win_rate"
+    ]
     assert error > 0 and abs(rate - 0.5) < 6 * error
 
 
 def test_a_model_against_itself_in_the_small_world(model, tmp_path, capsys):
     file = write(tmp_path / "pairs.jsonl", rows(3))
-    assert main(["--base", str(model), "--model", str(model), "--pairs", str(file), "--samples", "2", "--count", "3"]) == 0
+    assert (
+        main(
+            [
+                "--base",
+                str(model),
+                "--model",
+                str(model),
+                "--pairs",
+                str(file),
+                "--samples",
+                "2",
+                "--count",
+                "3",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    for line in ("QA win rate against the base", "reasoning accuracy", "log-likelihood shift, chosen (nats)", "Gini"):
+    for line in (
+        "QA win rate against the base",
+        "reasoning accuracy",
+        "log-likelihood shift, chosen (nats)",
+        "Gini",
+    ):
         (found,) = [row for row in text.splitlines() if row.startswith(line)]
         before, after = found[38:].split()[:2]
         assert before == after, found
@@ -134,8 +168,14 @@ def test_wilsons_interval_holds_the_shares_that_the_score_test_does_not_reject(c
 
 def test_wilsons_interval_by_hand():
     """5 of 10: (.5 + .19208 ± 1.96 sqrt(.025 + .009604)) / 1.38416; 0 of 10: 0 to .38416 / 1.38416."""
-    assert interval(share([1.0, 0.0] * 5)) == (pytest.approx(0.23659, abs=1e-5), pytest.approx(0.76341, abs=1e-5))
-    assert interval(share([0.0] * 10)) == (pytest.approx(0, abs=1e-12), pytest.approx(0.27754, abs=1e-5))
+    assert interval(share([1.0, 0.0] * 5)) == (
+        pytest.approx(0.23659, abs=1e-5),
+        pytest.approx(0.76341, abs=1e-5),
+    )
+    assert interval(share([0.0] * 10)) == (
+        pytest.approx(0, abs=1e-12),
+        pytest.approx(0.27754, abs=1e-5),
+    )
 
 
 def test_the_interval_of_a_mean_by_hand():
@@ -148,12 +188,17 @@ def test_paired_intervals_by_hand():
     """10 rows, 3 won and 1 lost: cells 3.5 and 1.5 of 12, 2/12 ± 1.96 sqrt(5 - 4/12) / 12. The same rows: 0 ± 1.96 / 12."""
     mine, theirs = share([1.0] * 8 + [0.0] * 2), share([0.0] * 3 + [1.0] * 5 + [1.0, 0.0])
     half = 1.96 * math.sqrt(5 - 4 / 12) / 12
-    assert paired_interval(mine, theirs) == (pytest.approx(2 / 12 - half), pytest.approx(2 / 12 + half))
+    assert paired_interval(mine, theirs) == (
+        pytest.approx(2 / 12 - half),
+        pytest.approx(2 / 12 + half),
+    )
     assert paired_interval(mine, mine) == (pytest.approx(-1.96 / 12), pytest.approx(1.96 / 12))
     x, y = Figure(torch.tensor([1.0, 5.0, 3.0])), Figure(torch.tensor([0.0, 2.0, 2.0]))
     assert paired_interval(x, y) == interval(Figure(torch.tensor([1.0, 3.0, 1.0])))
     found = table_of({"x": x, "alone": x}, {"x": y})
-    assert found["x"]["difference"] == pytest.approx(5 / 3) and found["x"]["base"] == pytest.approx(4 / 3)
+    assert found["x"]["difference"] == pytest.approx(5 / 3) and found["x"]["base"] == pytest.approx(
+        4 / 3
+    )
     assert "base" not in found["alone"]
 
 
@@ -244,8 +289,13 @@ def test_preference_by_hand():
 def test_choice_by_hand():
     """Choices "ab", "é" and "abcdef": by sum the second is likeliest, a character the last, a byte and a token others."""
     rows = pretend([3, 3], [1, 2], [["ab", " é", "abcdef"]] * 2)
-    found = figures("choice", rows, Measured(doubles(-3, -2, -6, -3, -2, -6), doubles(4, 1, 4, 4, 1, 4), []))
-    right = {name.removeprefix("accuracy by log-likelihood"): figure.rows.tolist() for name, figure in found.items()}
+    found = figures(
+        "choice", rows, Measured(doubles(-3, -2, -6, -3, -2, -6), doubles(4, 1, 4, 4, 1, 4), [])
+    )
+    right = {
+        name.removeprefix("accuracy by log-likelihood"): figure.rows.tolist()
+        for name, figure in found.items()
+    }
     assert right[""] == [1, 0]
     assert right[" / token"] == [0, 0]  # -.75 -2 -1.5
     assert right[" / character"] == [0, 1]  # -1.5 -2 -1
@@ -256,9 +306,14 @@ def test_choice_by_hand():
 def test_gsm8k_by_hand():
     rows = pretend([1] * 4, extra=[Decimal(1200), Decimal(7), Decimal(7), Decimal("0.5")])
     answers = [("It is $1,200.00.", True), ("7 or 8", True), ("seven", True), ("... = .50", False)]
-    found = means(figures("gsm8k", rows, Measured(doubles(-1, -2, -3, -4), doubles(1, 1, 1, 2), answers)))
+    found = means(
+        figures("gsm8k", rows, Measured(doubles(-1, -2, -3, -4), doubles(1, 1, 1, 2), answers))
+    )
     assert found["accuracy"] == 0.5 and found["answers without a number"] == 0.25
-    assert found["answers cut at --max-new-tokens"] == 0.25 and found["log-likelihood, given answer (nats)"] == -2.5
+    assert (
+        found["answers cut at --max-new-tokens"] == 0.25
+        and found["log-likelihood, given answer (nats)"] == -2.5
+    )
     assert found["perplexity"] == pytest.approx(math.exp(2))
 
 
@@ -268,16 +323,24 @@ class NoTokenizer:
 
 @FEW
 @given(examples(), st.randoms(use_true_random=False), st.integers(16, 200))
-def test_neither_the_order_of_rows_nor_how_many_are_read_at_once_matters(tiny, found, random, max_tokens):
+def test_neither_the_order_of_rows_nor_how_many_are_read_at_once_matters(
+    tiny, found, random, max_tokens
+):
     asked = [Row(example, None) for example in found]
     shuffled = random.sample(asked, len(asked))
-    at_once, apart = (measure(tiny, NoTokenizer, "preference", *rest) for rest in ((asked,), (shuffled, max_tokens)))
+    at_once, apart = (
+        measure(tiny, NoTokenizer, "preference", *rest)
+        for rest in ((asked,), (shuffled, max_tokens))
+    )
     one, other = (figures("preference", r, m, m) for r, m in ((asked, at_once), (shuffled, apart)))
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name].rows.sort().values, other[name].rows.sort().values)
         mine, theirs = interval(one[name]), interval(other[name])
-        assert mine == (pytest.approx(theirs[0], nan_ok=True), pytest.approx(theirs[1], nan_ok=True))
+        assert mine == (
+            pytest.approx(theirs[0], nan_ok=True),
+            pytest.approx(theirs[1], nan_ok=True),
+        )
     assert all(x["difference"] == 0 for x in table_of(one, one).values())  # a model against itself
     if any(example.pairs for example in found):
         assert (one["accuracy by shift against the base"].rows == 0.5).all()
@@ -295,7 +358,11 @@ def test_equal_responses_tie_however_rounding_differs_between_their_places(tiny)
 
 QUESTION = {"question": "How many are 40 and 2?", "answer": "40+2=<<40+2=42>>42\n#### 42"}
 CHOICE = {"question": "Which is red?", "choices": ["A poppy.", "The sea."], "answer": 0}
-ARC = {"question": "Which is red?", "choices": {"text": ["The sea.", "A poppy."], "label": ["1", "2"]}, "answerKey": "2"}
+ARC = {
+    "question": "Which is red?",
+    "choices": {"text": ["The sea.", "A poppy."], "label": ["1", "2"]},
+    "answerKey": "2",
+}
 GIVEN = {"prompt": "Red is", "completion": " a colour."}
 
 
@@ -312,25 +379,50 @@ def test_a_rows_fields_name_its_task(model, tmp_path, capsys, row, task):
     more = ["--base", model, "--limit", 2, "--max-new-tokens", 3, "--out", out]
     assert main(list(map(str, ["--model", model, "--data", file, *more]))) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert found["settings"]["task"] == task and f"2 rows of {task}" in text and len(found["settings"]["data_sha256"]) == 64
-    assert task not in ("likelihood", "gsm8k") or {"log-likelihood, given answer (nats)", "perplexity"} < set(found["figures"])
+    assert (
+        found["settings"]["task"] == task
+        and f"2 rows of {task}" in text
+        and len(found["settings"]["data_sha256"]) == 64
+    )
+    assert task not in ("likelihood", "gsm8k") or {
+        "log-likelihood, given answer (nats)",
+        "perplexity",
+    } < set(found["figures"])
     assert ("accuracy by shift against the base" in found["figures"]) == ("chosen" in row)
     assert task != "gsm8k" or found["figures"]["answers cut at --max-new-tokens"]["value"] == 1
     for name, x in found["figures"].items():
         assert x["rows"] in (2, 4) and x.get("difference", 0) == 0
-        assert any(line.startswith(name) and f"{x['value']:.3f}" in line for line in text.splitlines())
-    assert [set(answer) for answer in found["answers"]] == [{"line", "number", "model", "base"}] * 2 * (task == "gsm8k")
+        assert any(
+            line.startswith(name) and f"{x['value']:.3f}" in line for line in text.splitlines()
+        )
+    assert [set(answer) for answer in found["answers"]] == [
+        {"line", "number", "model", "base"}
+    ] * 2 * (task == "gsm8k")
 
 
 def test_choices_are_read_without_the_end_of_a_turn_and_answers_with_it(model, tmp_path):
     tokenizer = load_tokenizer(model)
-    _, choices = tokenised(scan_rows(write(tmp_path / "a.jsonl", [CHOICE, {**CHOICE, "answer": "B"}, ARC])), tokenizer)
-    assert [row.example.preferred for row in choices] == [(True, False), (False, True), (False, True)]
+    _, choices = tokenised(
+        scan_rows(write(tmp_path / "a.jsonl", [CHOICE, {**CHOICE, "answer": "B"}, ARC])), tokenizer
+    )
+    assert [row.example.preferred for row in choices] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
     assert choices[0].extra == ["A poppy.", "The sea."]
-    assert [tokenizer.decode(r, skip_special=False) for r in choices[0].example.responses] == ["A poppy.", "The sea."]
+    assert [tokenizer.decode(r, skip_special=False) for r in choices[0].example.responses] == [
+        "A poppy.",
+        "The sea.",
+    ]
     _, (answer,) = tokenised(scan_rows(write(tmp_path / "b.jsonl", [QUESTION])), tokenizer)
-    assert answer.extra == 42 and tokenizer.decode(answer.example.responses[0], skip_special=False).endswith("#### 42<|end|>")
-    assert tokenizer.decode(answer.example.prompt, skip_special=False) == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
+    assert answer.extra == 42 and tokenizer.decode(
+        answer.example.responses[0], skip_special=False
+    ).endswith("#### 42<|end|>")
+    assert (
+        tokenizer.decode(answer.example.prompt, skip_special=False)
+        == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
+    )
 
 
 def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
@@ -341,7 +433,10 @@ def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
         _, (row,) = tokenised(scan_rows(write(tmp_path / "a.jsonl", [CHOICE])), tokenizer)
         prompt = tokenizer.decode(row.example.prompt, skip_special=False)
         assert prompt == f"{text}Question: Which is red?\nAnswer:"
-    assert [tokenizer.decode(r, skip_special=False) for r in row.example.responses] == [" A poppy.", " The sea."]
+    assert [tokenizer.decode(r, skip_special=False) for r in row.example.responses] == [
+        " A poppy.",
+        " The sea.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +463,10 @@ def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, sa
     assert main(["--model", str(model), "--data", str(file), "--task", task]) == 1
     error = capsys.readouterr().err
     assert (
-        error.startswith("error: ") and f"line {2 if good else 1}" in error and says in error and len(error.splitlines()) == 1
+        error.startswith("error: ")
+        and f"line {2 if good else 1}" in error
+        and says in error
+        and len(error.splitlines()) == 1
     )
 
 
@@ -389,7 +487,9 @@ def test_options_that_would_do_nothing_are_refused(more, says, capsys):
 
 
 def test_a_missing_model_is_one_line(model, tmp_path, capsys):
-    assert main(["--base", str(model), "--model", str(tmp_path / "nowhere"), "--pairs", "none"]) == 1
+    assert (
+        main(["--base", str(model), "--model", str(tmp_path / "nowhere"), "--pairs", "none"]) == 1
+    )
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -399,8 +499,17 @@ def test_answers_must_have_room_in_the_models_context(model, tmp_path, capsys):
     assert "line 1 of the data: prompt and answer need" in capsys.readouterr().err
 
 
-def test_max_tokens_bounds_what_is_read_at_once_and_one_row_has_no_interval(model, tmp_path, capsys):
-    command = ["--model", str(model), "--data", str(write(tmp_path / "rows.jsonl", [GIVEN])), "--out", str(tmp_path / "o.json")]
+def test_max_tokens_bounds_what_is_read_at_once_and_one_row_has_no_interval(
+    model, tmp_path, capsys
+):
+    command = [
+        "--model",
+        str(model),
+        "--data",
+        str(write(tmp_path / "rows.jsonl", [GIVEN])),
+        "--out",
+        str(tmp_path / "o.json"),
+    ]
     assert main([*command, "--max-tokens", "3"]) == 1
     assert "pass --max-tokens" in capsys.readouterr().err
     assert main(command) == 0
@@ -418,5 +527,7 @@ def test_a_base_that_reads_other_tokens_is_refused(model, tmp_path, capsys):
     write_base(tmp_path / "other", seed=1)
     save(fresh(tmp_path / "other", seed=0), tmp_path / "other")
     file = write(tmp_path / "pairs.jsonl", rows(2))
-    assert main(["--model", str(model), "--base", str(tmp_path / "other"), "--data", str(file)]) == 1
+    assert (
+        main(["--model", str(model), "--base", str(tmp_path / "other"), "--data", str(file)]) == 1
+    )
     assert "make different tokens of" in capsys.readouterr().err

@@ -12,12 +12,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BLANKS, SOLUTIONS = ROOT / "tutorials" / "exercises", ROOT / "tests" / "exercises"
 NAMES = [file.stem for file in sorted(SOLUTIONS.glob("e[0-9][0-9].py"))]
-UNSOLVED = [name for name in NAMES if "raise NotImplementedError" in (BLANKS / f"{name}.py").read_text(encoding="utf-8")]
+UNSOLVED = [
+    name
+    for name in NAMES
+    if "raise NotImplementedError" in (BLANKS / f"{name}.py").read_text(encoding="utf-8")
+]
 each = pytest.mark.parametrize("name", NAMES)
 
 
 def functions(file: Path) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name: node
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def asked_for(file: Path) -> dict[str, ast.FunctionDef]:
@@ -51,13 +59,33 @@ def test_a_blank_is_blank_and_all_of_it_is_small(name):
 @pytest.mark.skipif(not UNSOLVED, reason="no exercise is unsolved")
 def test_every_test_fails_on_its_blank(tmp_path):
     """One run of pytest over all the blanks: each test fails, and because the blank raises NotImplementedError."""
-    report, files = tmp_path / "report.xml", [str(SOLUTIONS / f"test_{name}.py") for name in UNSOLVED]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"EXERCISES": str(BLANKS)}, capture_output=True, text=True)
+    report, files = (
+        tmp_path / "report.xml",
+        [str(SOLUTIONS / f"test_{name}.py") for name in UNSOLVED],
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        *files,
+    ]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"EXERCISES": str(BLANKS)},
+        capture_output=True,
+        text=True,
+    )
     cases = list(ElementTree.parse(report).iter("testcase"))
     assert run.returncode == 1 and len(cases) >= len(UNSOLVED), run.stdout
     for case in cases:
         failure = case.find("failure")
         where = f"{case.get('classname')}.{case.get('name')}"
         assert failure is not None, f"{where} does not fail on the blank"
-        assert "NotImplementedError" in failure.get("message"), f"{where} fails for another reason: {failure.get('message')}"
+        assert "NotImplementedError" in failure.get("message"), (
+            f"{where} fails for another reason: {failure.get('message')}"
+        )

@@ -42,10 +42,14 @@ def formulas(p, r, s, n):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-@pytest.mark.parametrize("r, preferred, length", [(0.3, True, 1), (0.3, False, 1), (0.8, True, 3), (0.05, False, 4)])
+@pytest.mark.parametrize(
+    "r, preferred, length", [(0.3, True, 1), (0.3, False, 1), (0.8, True, 3), (0.05, False, 4)]
+)
 def test_every_curve_is_its_formula(name, r, preferred, length):
     expected = formulas(P, r, 1 if preferred else -1, length)[name] * (1 - P)
-    torch.testing.assert_close(feedback(name, P, r, preferred, length=length), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        feedback(name, P, r, preferred, length=length), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 @given(r=st.floats(0.01, 0.99), preferred=st.booleans())
@@ -70,7 +74,13 @@ def test_the_pushes_on_all_other_logits_add_up_to_that_on_the_tokens_own():
     targets, ref = torch.tensor([1, 2, 3, 4]), torch.full((4,), -2.0, dtype=torch.float64)
     for name, loss in LOSSES.items():
         logps = logits.log_softmax(-1)[torch.arange(4), targets]
-        batch = Responses(logps, ref, torch.tensor([0, 0, 1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+        batch = Responses(
+            logps,
+            ref,
+            torch.tensor([0, 0, 1, 1]),
+            torch.tensor([True, False]),
+            torch.tensor([[0, 1]]),
+        )
         value = loss(batch, **({"kl": 0.1} if name == "kto" else {}))
         (dz,) = torch.autograd.grad(value, logits)
         own = dz[torch.arange(4), targets].abs()
@@ -85,7 +95,9 @@ def test_target_logits_are_the_rows_of_the_whole_product():
     hidden, unembed, targets = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 6, 3, 3, 1])
     expected = (hidden @ unembed.t())[torch.arange(5), targets]
     torch.testing.assert_close(target_logits(hidden, unembed, targets), expected)
-    torch.testing.assert_close(target_logits(hidden, unembed, targets, softcap=2.0), 2 * torch.tanh(expected / 2))
+    torch.testing.assert_close(
+        target_logits(hidden, unembed, targets, softcap=2.0), 2 * torch.tanh(expected / 2)
+    )
     assert target_logits(hidden.bfloat16(), unembed.bfloat16(), targets).dtype == torch.float32
 
 
@@ -104,4 +116,7 @@ def test_gini_is_half_the_mean_difference_over_the_mean_and_knows_no_scale(x, k)
     if t.sum() > 1e-6:
         plain = (t[:, None] - t[None]).abs().mean() / (2 * t.mean())
         assert gini(torch.tensor(x)) == pytest.approx(plain.item(), abs=1e-5)
-        assert gini(k * t) == pytest.approx(gini(t), abs=1e-9) and 0 <= gini(t) <= 1 - 1 / len(x) + 1e-9
+        assert (
+            gini(k * t) == pytest.approx(gini(t), abs=1e-9)
+            and 0 <= gini(t) <= 1 - 1 / len(x) + 1e-9
+        )

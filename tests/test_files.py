@@ -215,9 +215,7 @@ COMMANDS = pytest.mark.parametrize("command", [evaluated, generated])
 
 
 @COMMANDS
-def test_a_file_that_exists_is_replaced_only_when_told(
-    world, tmp_path, answers, capsys, command
-):
+def test_a_file_that_exists_is_replaced_only_when_told(world, tmp_path, answers, capsys, command):
     out = tmp_path / "out.json"
     out.write_text("mine")
     assert command(world, answers, out) == 1 and out.read_text() == "mine"
@@ -235,9 +233,7 @@ def test_a_file_that_exists_is_replaced_only_when_told(
 @COMMANDS
 @pytest.mark.parametrize("how", ["itself", "soft", "hard"])
 @pytest.mark.parametrize("which", ["data", "weights"])
-def test_an_input_is_never_written_over(
-    world, tmp_path, answers, capsys, command, how, which
-):
+def test_an_input_is_never_written_over(world, tmp_path, answers, capsys, command, how, which):
     """Under whatever name it is given, and with --overwrite too."""
     model = shutil.copytree(world / "model", tmp_path / "copy" / "model")
     out = given = answers if which == "data" else model / "model.safetensors"
@@ -342,9 +338,7 @@ def test_too_little_memory_for_the_model(world, tmp_path, monkeypatch, capsys, r
 
 
 @EXHAUSTED
-def test_too_little_memory_for_a_step_or_to_resume(
-    world, tmp_path, monkeypatch, capsys, run_out
-):
+def test_too_little_memory_for_a_step_or_to_resume(world, tmp_path, monkeypatch, capsys, run_out):
     """Each is one line that advises, and the run goes on to the end it would have come to."""
     out, flags = tmp_path / "run", ["--lr", 1e-3, "--save-every", 2, *CPU]
     assert main(arguments(world, tmp_path / "whole", *flags)) == 0

@@ -21,17 +21,28 @@ def plain_gated(gate, up, weight, bias, gelu):
 
 def tensors(seed, dtype, *shapes):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def cases(seed, dtype, rows, n, flag):
     """(function by hand, plain one, the leaves, what else they take) of each of the two."""
     q, angle = tensors(seed, dtype, (2, 3, rows, 2 * n), (2, 1, rows, n))
-    cos, sin = torch.cat([angle.cos()] * 2, -1).detach(), torch.cat([-angle.sin(), angle.sin()], -1).detach()
+    cos, sin = (
+        torch.cat([angle.cos()] * 2, -1).detach(),
+        torch.cat([-angle.sin(), angle.sin()], -1).detach(),
+    )
     gate, up, weight, bias = tensors(seed, dtype, (2, rows, n), (2, rows, n), (5, n), (5,))
     return [
         (rotate, plain_rotation, (q,), (cos, sin)),
-        (gated, plain_gated, (gate, up, weight, bias) if flag else (gate, up, weight), (flag,) if flag else (None, flag)),
+        (
+            gated,
+            plain_gated,
+            (gate, up, weight, bias) if flag else (gate, up, weight),
+            (flag,) if flag else (None, flag),
+        ),
     ]
 
 
@@ -40,7 +51,9 @@ def test_values_and_gradients_are_autograds(seed, rows, n, flag):
     for ours, plain, leaves, rest in cases(seed, torch.float64, rows, n, flag):
         found, expected = ours(*leaves, *rest), plain(*leaves, *rest)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        g = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        g = torch.randn(
+            found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
         pairs = zip(*(torch.autograd.grad(y, leaves, g) for y in (found, expected)), strict=True)
         for a, b in pairs:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -63,11 +76,18 @@ def test_lower_precision_stays_near_float64(dtype, monkeypatch):
             y = ours(*low, *rest_low)
             assert y.dtype == dtype
             exact = plain(*leaves, *rest)
-            close = {"rtol": 0.05, "atol": 0.15} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+            close = (
+                {"rtol": 0.05, "atol": 0.15}
+                if dtype == torch.bfloat16
+                else {"rtol": 1e-4, "atol": 1e-5}
+            )
             torch.testing.assert_close(y.double(), exact, **close)
             g = torch.ones_like(y)
             for leaf, a, b in zip(
-                low, torch.autograd.grad(y, low, g), torch.autograd.grad(exact, leaves, g.double()), strict=True
+                low,
+                torch.autograd.grad(y, low, g),
+                torch.autograd.grad(exact, leaves, g.double()),
+                strict=True,
             ):
                 assert a.dtype == leaf.dtype
                 torch.testing.assert_close(a.double(), b, **close)
@@ -88,7 +108,9 @@ def test_only_what_backward_cannot_remake_is_kept():
     x, gate, up = (torch.randn(16, 8, requires_grad=True) for _ in range(3))
     w = torch.randn(4, 8, requires_grad=True)
     cos, sin = torch.ones(16, 8), torch.zeros(16, 8)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+    ):
         rotate(x, cos, sin)
         gated(gate, up, w, None, False)
     assert sorted(kept) == sorted(t.data_ptr() for t in (cos, sin, gate, up, w))

@@ -20,11 +20,15 @@ from minibnf.generate import Reader, generate, main, sample, stream
 from minibnf.model import Transformer, load, save
 from tests.strategies import FEW
 
-PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)  # many share a beginning
+PROMPTS = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8
+)  # many share a beginning
 
 
 @FEW
-@given(prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=7), min_size=1, max_size=5))
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=7), min_size=1, max_size=5)
+)
 def test_greedy_generation_with_the_cache_is_the_plain_forwards_argmax(tiny, prompts):
     """Prompts of different lengths, some repeated, in one batch: each as if it were alone, token by token without a cache."""
     prompts = [*prompts, prompts[0]]
@@ -81,14 +85,22 @@ def test_sampling_frequencies_are_the_distribution():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(10, generator=g)
     u = torch.rand(20000, generator=g)
-    for temperature, top_p, top_k in ((1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4), (1.0, 0.7, 4)):
+    for temperature, top_p, top_k in (
+        (1.0, 1.0, 0),
+        (0.5, 1.0, 0),
+        (1.0, 0.8, 0),
+        (1.0, 1.0, 4),
+        (1.0, 0.7, 4),
+    ):
         p = (logits / temperature).softmax(0)
         order = p.argsort(descending=True)[: top_k or 10]
         p[order] /= p[order].sum()
         kept = order[: int((p[order].cumsum(0) - p[order] < top_p).sum())]
         expected = torch.zeros(10)
         expected[kept] = p[kept] / p[kept].sum() * len(u)
-        found = torch.bincount(sample(logits.expand(len(u), -1), u, temperature, top_p, top_k), minlength=10)
+        found = torch.bincount(
+            sample(logits.expand(len(u), -1), u, temperature, top_p, top_k), minlength=10
+        )
         assert not found[expected == 0].any()
         some = expected > 0
         assert ((found - expected)[some] ** 2 / expected[some]).sum() < 40
@@ -121,7 +133,12 @@ def test_impossible_settings_of_generation(tiny, how, message):
 @given(prompts=PROMPTS, how=st.sampled_from([(0, 1, 0), (1, 1, 0), (1, 0.7, 0), (1, 0.9, 3)]))
 def test_one_text_at_a_time_through_a_reader_is_what_a_batch_gives(tiny, prompts, how):
     """Beginnings that prompts share, turns and groups are about speed; so is what a Reader remembers of other prompts."""
-    how = dict(zip(("temperature", "top_p", "top_k"), how, strict=True), max_new_tokens=5, seed=3, stop_ids=[3])
+    how = dict(
+        zip(("temperature", "top_p", "top_k"), how, strict=True),
+        max_new_tokens=5,
+        seed=3,
+        stop_ids=[3],
+    )
     out, reader = generate(tiny, prompts, **how), Reader(tiny)
     for row, (prompt, new) in enumerate(zip(prompts, out, strict=True)):
         assert list(stream(reader, prompt, row=row, **how)) == new
@@ -160,7 +177,9 @@ def test_a_prompt_or_a_beginning_is_read_once(tiny, monkeypatch):
     read = []
     forward = type(tiny).forward
     monkeypatch.setattr(
-        type(tiny), "forward", lambda self, tokens, *a, **k: read.append(tokens.numel()) or forward(self, tokens, *a, **k)
+        type(tiny),
+        "forward",
+        lambda self, tokens, *a, **k: read.append(tokens.numel()) or forward(self, tokens, *a, **k),
     )
     generate(tiny, [[1, 2, 3, 4, 5, 6]] * 7, max_new_tokens=1)
     generate(tiny, [[1, 2, 3, 4, 5, i] for i in range(7)], max_new_tokens=1)
@@ -175,7 +194,9 @@ def test_rows_that_ended_are_no_longer_computed(tiny, monkeypatch):
     rows = []
     forward = type(tiny).forward
     monkeypatch.setattr(
-        type(tiny), "forward", lambda self, tokens, *a, **k: rows.append(len(tokens)) or forward(self, tokens, *a, **k)
+        type(tiny),
+        "forward",
+        lambda self, tokens, *a, **k: rows.append(len(tokens)) or forward(self, tokens, *a, **k),
     )
     prompts = [[i] for i in range(12)]
     first = [new[0] for new in generate(tiny, prompts, max_new_tokens=1, temperature=0)]
@@ -188,7 +209,10 @@ def test_rows_that_ended_are_no_longer_computed(tiny, monkeypatch):
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
 def test_the_nucleus_does_not_depend_on_how_many_tokens_are_sorted(top_p):
     g = torch.Generator().manual_seed(0)
-    logits, u = torch.randn(50, 200, generator=g) * torch.rand(50, 1, generator=g) * 5, torch.rand(50, generator=g)
+    logits, u = (
+        torch.randn(50, 200, generator=g) * torch.rand(50, 1, generator=g) * 5,
+        torch.rand(50, generator=g),
+    )
     found = [sample(logits, u, 1.0, top_p, look=look).tolist() for look in (200, 8, 1)]
     assert found[0] == found[1] == found[2]
 
@@ -198,7 +222,10 @@ def test_a_row_among_others_draws_what_it_draws_alone_even_where_tokens_are_equa
     logits, u = torch.randint(0, 3, (50, 200), generator=g).float(), torch.rand(50, generator=g)
     logits[::2] *= 9  # half have a small nucleus, half a wide one
     for top_p in (0.01, 0.3, 0.9):
-        alone = [sample(z[None], x[None], 1.0, top_p, look=8).item() for z, x in zip(logits, u, strict=True)]
+        alone = [
+            sample(z[None], x[None], 1.0, top_p, look=8).item()
+            for z, x in zip(logits, u, strict=True)
+        ]
         assert sample(logits, u, 1.0, top_p, look=8).tolist() == alone
 
 
@@ -248,7 +275,11 @@ def test_every_family_generates_as_its_plain_forward_does(family, kv_heads):
     prompts = [[rng.randrange(3) for _ in range(rng.randint(1, 14))] for _ in range(6)]
     prompts += [prompts[0], prompts[0] + [5], prompts[0] + [5, 6]]
     reader = Reader(model)
-    for prompt, new in zip(prompts, generate(model, prompts, max_new_tokens=6, temperature=0, stop_ids=[3]), strict=True):
+    for prompt, new in zip(
+        prompts,
+        generate(model, prompts, max_new_tokens=6, temperature=0, stop_ids=[3]),
+        strict=True,
+    ):
         for k, token in enumerate(new):
             text = prompt + new[:k]
             z = model(torch.tensor([text]))[0, -1]
@@ -274,7 +305,19 @@ def questions(tmp_path):
 
 
 def command(data, out, *flags):
-    return main(["--model", "weights/tiny", "--data", str(data), "--out", str(out), "--max-new-tokens", "30", *flags])
+    return main(
+        [
+            "--model",
+            "weights/tiny",
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--max-new-tokens",
+            "30",
+            *flags,
+        ]
+    )
 
 
 def rows_of(file):
@@ -286,9 +329,19 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(questions, tmp_path, ca
     assert command(questions, out, "--chat", "--top-k", "1", "--samples", "2") == 0
     assert "6 completions" in capsys.readouterr().out
     rows = rows_of(out)
-    assert [(row["line"], row["sample"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    assert [(row["line"], row["sample"]) for row in rows] == [
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+        (3, 0),
+        (3, 1),
+    ]
     assert [row["prompt"] for row in rows[::2]] == [row["prompt"] for row in CHATS]
-    assert rows[2]["completion"][0]["role"] == "assistant" and "Dublin" in rows[2]["completion"][0]["content"]
+    assert (
+        rows[2]["completion"][0]["role"] == "assistant"
+        and "Dublin" in rows[2]["completion"][0]["content"]
+    )
     assert rows[4]["completion"].endswith("Answer: 12") and rows[4]["finish"] == "stop"
     assert command(questions, tmp_path / "cut.jsonl", "--chat", "--max-new-tokens", "2") == 0
     assert {row["finish"] for row in rows_of(tmp_path / "cut.jsonl")} == {"length"}
@@ -307,7 +360,9 @@ def test_a_text_is_continued_as_it_stands_unless_asked_as_a_message(questions, t
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 5, 6])
-def test_interrupted_anywhere_and_resumed_it_writes_the_same_file(questions, tmp_path, kept, capsys):
+def test_interrupted_anywhere_and_resumed_it_writes_the_same_file(
+    questions, tmp_path, kept, capsys
+):
     whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
     flags = ["--chat", "--samples", "2", "--batch-size", "2"]
     assert command(questions, whole, *flags) == 0
@@ -327,8 +382,14 @@ def test_interrupted_anywhere_and_resumed_it_writes_the_same_file(questions, tmp
         ({"question": "?"}, "line 2: field 'prompt' is missing"),
         ({"prompt": ""}, "line 2: field 'prompt' is empty"),
         ({"prompt": 3}, "line 2: field 'prompt' must be text or a list of messages"),
-        ({"prompt": [{"role": "user"}]}, "line 2: field 'prompt', message 1: needs text in 'role' and 'content'"),
-        ({"prompt": "word " * 2000}, "line 2: the prompt has .* tokens, which with 30 new ones is more than the"),
+        (
+            {"prompt": [{"role": "user"}]},
+            "line 2: field 'prompt', message 1: needs text in 'role' and 'content'",
+        ),
+        (
+            {"prompt": "word " * 2000},
+            "line 2: the prompt has .* tokens, which with 30 new ones is more than the",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_before_anything_is_made(tmp_path, row, message, capsys):
@@ -366,7 +427,20 @@ def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(
 def test_the_file_holds_what_one_call_of_generate_gives(questions, tmp_path):
     """However it is split into batches; with every setting handed on."""
     out = tmp_path / "out.jsonl"
-    flags = ["--temperature", "1.3", "--top-k", "7", "--top-p", "0.8", "--seed", "5", "--samples", "3", "--batch-size", "2"]
+    flags = [
+        "--temperature",
+        "1.3",
+        "--top-k",
+        "7",
+        "--top-p",
+        "0.8",
+        "--seed",
+        "5",
+        "--samples",
+        "3",
+        "--batch-size",
+        "2",
+    ]
     assert command(questions, out, "--chat", *flags) == 0
     model, tokenizer = load("weights/tiny"), load_tokenizer("weights/tiny")
     read = module.read_prompts(questions, tokenizer, True, 256, 30, Notes())
@@ -374,9 +448,13 @@ def test_the_file_holds_what_one_call_of_generate_gives(questions, tmp_path):
     how = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 7, "top_p": 0.8, "seed": 5}
     expected = generate(model, prompts, stop_ids=tokenizer.end_ids, **how)
     found = [
-        row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"] for row in rows_of(out)
+        row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
+        for row in rows_of(out)
     ]
-    assert found == [tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.end_ids else ids, False) for ids in expected]
+    assert found == [
+        tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.end_ids else ids, False)
+        for ids in expected
+    ]
 
 
 def test_other_prompts_and_another_model_are_not_gone_on_with(questions, tmp_path, capsys):

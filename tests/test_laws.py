@@ -36,17 +36,28 @@ BY_HAND = {  # S_w = -3, S_l = -1, a_w = -1.5, a_l = -1; shifts -1 and +2, Δ = 
     "slic": ({"delta": 1.0, "lam": 0.5}, 1 + 3 - 1 + 1.5),
     "simpo": ({"beta": 2.0, "gamma": 1.0}, math.log(1 + math.exp(2))),  # 2 (-0.5) - 1 = -2
     "cpo": ({"beta": 0.5, "lam": 2.0}, math.log(1 + math.e) + 3.0),
-    "kto": ({"beta": 1.0, "lam_d": 2.0, "lam_u": 1.0, "kl": 1.0}, (2 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-1))) / 2),
+    "kto": (
+        {"beta": 1.0, "lam_d": 2.0, "lam_u": 1.0, "kl": 1.0},
+        (2 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-1))) / 2,
+    ),
     "nll": ({}, 1.5),
     "unlikelihood": ({}, 1.5 - 1.0),
-    "orpo": ({"lam": 1.0}, 1.5 + math.log(1 + (math.exp(-1) / (1 - math.exp(-1))) / (math.exp(-1.5) / (1 - math.exp(-1.5))))),
+    "orpo": (
+        {"lam": 1.0},
+        1.5
+        + math.log(
+            1 + (math.exp(-1) / (1 - math.exp(-1))) / (math.exp(-1.5) / (1 - math.exp(-1.5)))
+        ),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_by_hand(name):
     hyper, expected = BY_HAND[name]
-    assert LOSSES[name](pair([-1.0, -2.0], [-1.0], **PAIR), **hyper).item() == pytest.approx(expected, rel=1e-12)
+    assert LOSSES[name](pair([-1.0, -2.0], [-1.0], **PAIR), **hyper).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- laws
@@ -57,20 +68,28 @@ def test_by_hand(name):
 def test_dpo_depends_on_the_margin_only(name, batch, shift):
     """Moving both responses of every pair by the same log-likelihood changes nothing: only the margin counts."""
     both = torch.full_like(batch.lengths(), shift)
-    torch.testing.assert_close(LOSSES[name](moved(batch, both), beta=2.0), LOSSES[name](batch, beta=2.0), **close)
+    torch.testing.assert_close(
+        LOSSES[name](moved(batch, both), beta=2.0), LOSSES[name](batch, beta=2.0), **close
+    )
 
 
 @given(batch=responses(paired=True), data=st.data())
 def test_rdpo_is_dpo_at_alpha_0_and_for_equal_lengths(batch, data):
     beta = data.draw(st.sampled_from([0.1, 2.0]))
-    torch.testing.assert_close(LOSSES["rdpo"](batch, beta=beta, alpha=0.0), LOSSES["dpo"](batch, beta=beta), **close)
+    torch.testing.assert_close(
+        LOSSES["rdpo"](batch, beta=beta, alpha=0.0), LOSSES["dpo"](batch, beta=beta), **close
+    )
     same_length = pair([-1.0, -2.0], [-0.5, -3.0], [-2.0, -1.0], [-1.0, -1.0])
     torch.testing.assert_close(
-        LOSSES["rdpo"](same_length, beta=beta, alpha=9.0), LOSSES["dpo"](same_length, beta=beta), **close
+        LOSSES["rdpo"](same_length, beta=beta, alpha=9.0),
+        LOSSES["dpo"](same_length, beta=beta),
+        **close,
     )
 
 
-@given(batch=responses(paired=True), beta=st.sampled_from([0.1, 0.5, 2.0]), nudge=st.floats(-0.2, 1))
+@given(
+    batch=responses(paired=True), beta=st.sampled_from([0.1, 0.5, 2.0]), nudge=st.floats(-0.2, 1)
+)
 def test_ipo_is_least_at_its_target_and_pulls_back_beyond_it(batch, beta, nudge):
     """The reference put so that every averaged margin is 1/(2β): loss and gradient vanish; off it the loss is the square."""
 
@@ -84,7 +103,9 @@ def test_ipo_is_least_at_its_target_and_pulls_back_beyond_it(batch, beta, nudge)
     assert LOSSES["ipo"](off, beta=beta).item() == pytest.approx(nudge**2, abs=1e-9)
     chosen = LOSSES["ipo"].gradient(off, beta=beta)[batch.preferred[batch.owner]]
     if abs(nudge) > 1e-6:
-        assert (chosen.sign() == math.copysign(1, nudge)).all()  # beyond its target the chosen response is pushed down
+        assert (
+            chosen.sign() == math.copysign(1, nudge)
+        ).all()  # beyond its target the chosen response is pushed down
 
 
 @given(batch=responses(paired=True, max_length=3), times=st.integers(2, 4))
@@ -100,7 +121,11 @@ def test_kto_pushes_equally_both_ways_at_its_reference_point_and_less_on_either_
 
     def pushes(offset):
         shift = ((kl + offset) / batch.lengths())[batch.owner]
-        at = replace(batch, logps=batch.logps + shift.clamp(max=0), ref_logps=batch.logps - shift.clamp(min=0))
+        at = replace(
+            batch,
+            logps=batch.logps + shift.clamp(max=0),
+            ref_logps=batch.logps - shift.clamp(min=0),
+        )
         g = LOSSES["kto"].gradient(at, beta=0.5, kl=kl) * len(batch.preferred)
         assert torch.equal(g < 0, batch.preferred[batch.owner])  # up if preferred, down if not
         return g.abs()
@@ -136,7 +161,9 @@ def test_slic_is_flat_beyond_its_margin(batch, extra):
         assert LOSSES["slic"](batch, delta=delta, lam=0.0) == 0
         assert not LOSSES["slic"].gradient(batch, delta=delta, lam=0.0).any()
     g = LOSSES["slic"].gradient(batch, delta=1e6, lam=0.0) * len(batch.pairs)
-    assert torch.equal(g, torch.where(batch.preferred[batch.owner], -1.0, 1.0).double())  # within it: one for one
+    assert torch.equal(
+        g, torch.where(batch.preferred[batch.owner], -1.0, 1.0).double()
+    )  # within it: one for one
 
 
 def test_slic_at_its_margin_exactly_takes_the_flat_side():
@@ -155,7 +182,9 @@ def test_cpo_is_dpo_with_a_uniform_reference_and_likelihood(batch):
 def test_bnf_at_the_reference_is_unlikelihood_and_never_pushes_harder(batch):
     at_reference = replace(batch, ref_logps=batch.logps)
     unlikelihood = LOSSES["unlikelihood"].gradient(batch)
-    torch.testing.assert_close(LOSSES["bnf"].gradient(at_reference, length="own"), unlikelihood, **close)
+    torch.testing.assert_close(
+        LOSSES["bnf"].gradient(at_reference, length="own"), unlikelihood, **close
+    )
     assert (LOSSES["bnf"].gradient(batch, length="own").abs() <= unlikelihood.abs() + 1e-15).all()
 
 
@@ -184,11 +213,17 @@ def test_fine_tuning_and_its_opposite(name, batch):
 def test_permuting_responses_changes_nothing(name, data):
     batch = data.draw(responses(paired=True if LOSSES[name].needs_pairs else None))
     hyper = data.draw(hypers(LOSSES[name]))
-    order = torch.tensor(data.draw(st.permutations(range(len(batch.preferred)))))  # new response j is old order[j]
+    order = torch.tensor(
+        data.draw(st.permutations(range(len(batch.preferred))))
+    )  # new response j is old order[j]
     place = order.argsort()
-    other = replace(batch, owner=place[batch.owner], preferred=batch.preferred[order], pairs=place[batch.pairs])
+    other = replace(
+        batch, owner=place[batch.owner], preferred=batch.preferred[order], pairs=place[batch.pairs]
+    )
     torch.testing.assert_close(LOSSES[name](other, **hyper), LOSSES[name](batch, **hyper), **close)
-    torch.testing.assert_close(LOSSES[name].gradient(other, **hyper), LOSSES[name].gradient(batch, **hyper), **close)
+    torch.testing.assert_close(
+        LOSSES[name].gradient(other, **hyper), LOSSES[name].gradient(batch, **hyper), **close
+    )
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -202,7 +237,11 @@ def test_padding_changes_nothing(name, data):
     for r in range(R):
         start = data.draw(st.integers(0, T - int((batch.owner == r).sum())))
         where = slice(start, start + int((batch.owner == r).sum()))
-        logps[r, where], ref[r, where], mask[r, where] = batch.logps[batch.owner == r], batch.ref_logps[batch.owner == r], True
+        logps[r, where], ref[r, where], mask[r, where] = (
+            batch.logps[batch.owner == r],
+            batch.ref_logps[batch.owner == r],
+            True,
+        )
     padded = Responses.from_padded(logps.requires_grad_(), ref, mask, batch.preferred, batch.pairs)
     value = LOSSES[name](padded, **hyper)
     torch.testing.assert_close(value, LOSSES[name](batch, **hyper), **close)
@@ -230,7 +269,11 @@ def test_bnf_in_float32_loses_no_more_than_the_best_naive_expression(p, r):
     exact = bnf_weight(p.double(), r.double())
     ours, naive = ((f(p, r).double() - exact).abs() for f in (bnf_weight, naive_bnf_weight))
     epsilon, d = torch.finfo(torch.float32).eps, (p.double() - r.double()).abs()
-    assert ours <= naive + epsilon * (3 + d / 2) * exact, (ours, naive, exact)  # three roundings, and that of log p - log r
+    assert ours <= naive + epsilon * (3 + d / 2) * exact, (
+        ours,
+        naive,
+        exact,
+    )  # three roundings, and that of log p - log r
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -239,7 +282,11 @@ def test_gradients_in_float32_lose_no_more_than_autograd_of_the_value(name, data
     """Log-probabilities from -1e4 to -1e-9, single tokens, equal pairs, one response a batch. A sum near 1e4 is only known to
 
     1e-3 in float32; both sides inherit that, so the bound is twice autograd's own error and a few roundings."""
-    batch = data.draw(responses(values=UNCERTAIN, paired=True if LOSSES[name].needs_pairs else None, dtype=torch.float32))
+    batch = data.draw(
+        responses(
+            values=UNCERTAIN, paired=True if LOSSES[name].needs_pairs else None, dtype=torch.float32
+        )
+    )
     hyper = data.draw(hypers(LOSSES[name]))
     wide = replace(batch, logps=batch.logps.double(), ref_logps=batch.ref_logps.double())
     exact = LOSSES[name].gradient(wide, **hyper)
@@ -247,14 +294,23 @@ def test_gradients_in_float32_lose_no_more_than_autograd_of_the_value(name, data
     (naive,) = torch.autograd.grad(LOSSES[name].value(replace(batch, logps=logps), **hyper), logps)
     ours = LOSSES[name].gradient(batch, **hyper)
     assert ours.isfinite().all()
-    error, bound = (ours.double() - exact).abs(), 2 * (naive.double() - exact).abs().nan_to_num(nan=math.inf)
+    error, bound = (
+        (ours.double() - exact).abs(),
+        2 * (naive.double() - exact).abs().nan_to_num(nan=math.inf),
+    )
     assert (error <= bound + 2e-6 * exact.abs().max() + 1e-30).all(), (ours, naive, exact)
 
 
 @given(value=SMALL)
 def test_half_precision_input_is_computed_in_float32_and_its_gradient_comes_back_in_kind(value):
     logps = torch.tensor([value, -1.0], dtype=torch.bfloat16, requires_grad=True)
-    batch = Responses(logps, logps.detach() - 0.5, torch.tensor([0, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+    batch = Responses(
+        logps,
+        logps.detach() - 0.5,
+        torch.tensor([0, 1]),
+        torch.tensor([True, False]),
+        torch.tensor([[0, 1]]),
+    )
     loss = LOSSES["bnf"](batch)
     loss.backward()
     assert loss.dtype == torch.float32 and logps.grad.dtype == torch.bfloat16

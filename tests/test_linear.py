@@ -14,7 +14,13 @@ SHAPES = st.sampled_from([(2,), (7,), (1, 5), (2, 3), (1, 1)])
 
 
 @FEW
-@given(shape=SHAPES, n_in=st.integers(1, 40), n_out=st.integers(1, 40), bias=st.booleans(), seed=st.integers(0, 99))
+@given(
+    shape=SHAPES,
+    n_in=st.integers(1, 40),
+    n_out=st.integers(1, 40),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_values_and_gradients_are_those_of_float64(shape, n_in, n_out, bias, seed):
     g = torch.Generator().manual_seed(seed)
     x, weight, b = (torch.randn(*s, generator=g) for s in ((*shape, n_in), (n_out, n_in), (n_out,)))
@@ -49,7 +55,9 @@ def test_a_frozen_side_costs_no_gradient(monkeypatch):
 @pytest.mark.skipif(not module.ONEDNN, reason="this PyTorch has no oneDNN")
 def test_small_matrices_single_rows_and_other_dtypes_are_left_to_pytorch(monkeypatch):
     called = []
-    monkeypatch.setattr(module, "_onednn", lambda x, w, b: called.append(x.shape) or F.linear(x, w, b))
+    monkeypatch.setattr(
+        module, "_onednn", lambda x, w, b: called.append(x.shape) or F.linear(x, w, b)
+    )
     big = torch.randn(module.LARGE // 100, 100)
     for x, weight in (
         (torch.randn(2, 9), torch.randn(9, 9)),

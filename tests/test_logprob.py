@@ -22,7 +22,9 @@ def naive(hidden, unembed, targets, softcap=None):
 
 def problem(N, D, V, seed=0, scale=1.0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(N, D, generator=g, dtype=torch.float64).mul(scale).to(dtype).requires_grad_()
+    hidden = (
+        torch.randn(N, D, generator=g, dtype=torch.float64).mul(scale).to(dtype).requires_grad_()
+    )
     unembed = torch.randn(V, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     targets = torch.randint(V, (N,), generator=g)
     upstream = torch.randn(N, generator=g, dtype=torch.float64)
@@ -38,7 +40,10 @@ def problem(N, D, V, seed=0, scale=1.0, dtype=torch.float64):
 )
 def test_token_logps_and_its_backward_are_the_naive_expression(N, D, V, chunk, softcap):
     hidden, unembed, targets, upstream = problem(N, D, V)
-    ours, theirs = token_logps(hidden, unembed, targets, chunk=chunk, softcap=softcap), naive(hidden, unembed, targets, softcap)
+    ours, theirs = (
+        token_logps(hidden, unembed, targets, chunk=chunk, softcap=softcap),
+        naive(hidden, unembed, targets, softcap),
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     for a, b in zip(
         torch.autograd.grad(ours, (hidden, unembed), upstream),
@@ -48,20 +53,36 @@ def test_token_logps_and_its_backward_are_the_naive_expression(N, D, V, chunk, s
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@given(N=st.integers(1, 9), V=st.integers(2, 12), chunk=st.integers(1, 10), softcap=st.sampled_from([None, 2.0]))
+@given(
+    N=st.integers(1, 9),
+    V=st.integers(2, 12),
+    chunk=st.integers(1, 10),
+    softcap=st.sampled_from([None, 2.0]),
+)
 def test_one_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
     hidden, unembed, targets, c = problem(N, 4, V, seed=1)
     ref = naive(hidden, unembed, targets).detach() + torch.linspace(-1, 1, N, dtype=torch.float64)
     ref = ref.clamp(max=-1e-3)
     loss, logps = one_sweep(
-        hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight, chunk=chunk, softcap=softcap
+        hidden,
+        unembed,
+        targets,
+        ref,
+        GOOD[: len(c)],
+        c,
+        bnf_potential,
+        bnf_weight,
+        chunk=chunk,
+        softcap=softcap,
     )
     expected_logps = naive(hidden, unembed, targets, softcap)
     expected = (c * bnf_potential(expected_logps, ref)).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-10, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(2 * loss, (hidden, unembed)), torch.autograd.grad(2 * expected, (hidden, unembed)), strict=True
+        torch.autograd.grad(2 * loss, (hidden, unembed)),
+        torch.autograd.grad(2 * expected, (hidden, unembed)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -81,7 +102,9 @@ def test_the_fast_path_loses_no_more_than_the_naive_one(N, D, V, dtype):
         return [(a.double() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)]
 
     epsilon = torch.finfo(dtype).eps
-    for what, ours, theirs in zip(("logps", "dhidden", "dunembed"), errors(token_logps), errors(naive), strict=True):
+    for what, ours, theirs in zip(
+        ("logps", "dhidden", "dunembed"), errors(token_logps), errors(naive), strict=True
+    ):
         assert ours <= 1.2 * theirs + epsilon / 2, (what, ours, theirs)
 
 
@@ -89,13 +112,18 @@ def test_log_probabilities_near_0_keep_their_relative_accuracy():
     """A target 30 above the others: log p = -log1p(9 e^-30), where 1 - exp(logsumexp) would give 0 in float32."""
     hidden, unembed = torch.tensor([[1.0]]), torch.tensor([[30.0]] + [[0.0]] * 9)
     logps = token_logps(hidden, unembed, torch.tensor([0]))
-    assert logps.item() == pytest.approx(-9 * torch.tensor(-30.0, dtype=torch.float64).exp().item(), rel=1e-5, abs=0)
+    assert logps.item() == pytest.approx(
+        -9 * torch.tensor(-30.0, dtype=torch.float64).exp().item(), rel=1e-5, abs=0
+    )
 
 
 def test_rows_of_very_different_size_do_not_disturb_each_other():
     """Each row is shifted by its own largest logit: with one shift for all, e^(-1000) would vanish or e^1000 overflow."""
     hidden = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
-    unembed, targets = torch.tensor([[1.0], [0.999], [1.001]], requires_grad=True), torch.tensor([0, 1, 2])
+    unembed, targets = (
+        torch.tensor([[1.0], [0.999], [1.001]], requires_grad=True),
+        torch.tensor([0, 1, 2]),
+    )
     expected = naive(hidden.double(), unembed.double(), targets)
     logps = token_logps(hidden, unembed, targets)
     torch.testing.assert_close(logps.double(), expected, rtol=1e-4, atol=1e-4)
@@ -108,7 +136,9 @@ def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
     chunks = _chunks(50000, torch.empty(V, 0), None)
     assert len(chunks) == -(-50000 // tokens) and (chunks[0].start, chunks[-1].stop) == (0, 50000)
     assert all(a.stop == b.start for a, b in pairwise(chunks))
-    assert chunks[0].stop <= tokens and min(i.stop - i.start for i in chunks) > 0.9 * chunks[0].stop - len(chunks)
+    assert chunks[0].stop <= tokens and min(i.stop - i.start for i in chunks) > 0.9 * chunks[
+        0
+    ].stop - len(chunks)
 
 
 def test_one_sweep_without_a_reference():
@@ -120,11 +150,14 @@ def test_one_sweep_without_a_reference():
     expected = -naive(hidden, unembed, targets)[preferred].sum() / 3
     torch.testing.assert_close(value, expected)
     for a, b in zip(
-        torch.autograd.grad(value, (hidden, unembed)), torch.autograd.grad(expected, (hidden, unembed)), strict=True
+        torch.autograd.grad(value, (hidden, unembed)),
+        torch.autograd.grad(expected, (hidden, unembed)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
     assert not torch.autograd.grad(
-        one_sweep(hidden, unembed, targets, None, preferred, c, loss.potential, loss.slope)[0], hidden
+        one_sweep(hidden, unembed, targets, None, preferred, c, loss.potential, loss.slope)[0],
+        hidden,
     )[0][1].any()
 
 
@@ -143,9 +176,14 @@ def test_one_sweep_makes_gradients_only_where_they_are_asked_for(with_gradients,
 def test_a_bfloat16_unembedding_gets_a_bfloat16_gradient_and_any_references_dtype_will_do():
     hidden, unembed, targets, _ = problem(6, 8, 11, dtype=torch.bfloat16)
     ref = torch.full((6,), -2.0, dtype=torch.bfloat16)
-    value, logps = one_sweep(hidden, unembed, targets, ref, GOOD[:6], torch.full((6,), -1 / 6), bnf_potential, bnf_weight)
+    value, logps = one_sweep(
+        hidden, unembed, targets, ref, GOOD[:6], torch.full((6,), -1 / 6), bnf_potential, bnf_weight
+    )
     dhidden, dunembed = torch.autograd.grad(value, (hidden, unembed))
-    assert dhidden.dtype == dunembed.dtype == torch.bfloat16 and logps.dtype == value.dtype == torch.float32
+    assert (
+        dhidden.dtype == dunembed.dtype == torch.bfloat16
+        and logps.dtype == value.dtype == torch.float32
+    )
 
 
 def test_only_the_gradient_that_is_needed_is_made():
@@ -163,7 +201,9 @@ def test_only_the_gradient_that_is_needed_is_made():
         and _empty_gradients(hidden, unembed, (False, True))[0] is None
     )
     with torch.no_grad():
-        loss, _ = one_sweep(hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight)
+        loss, _ = one_sweep(
+            hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight
+        )
     assert not loss.requires_grad
 
 
@@ -173,9 +213,22 @@ def test_a_bfloat16_hidden_state_leaves_a_float32_master_float32_gradients():
     for name in ("nll", "bnf"):
         loss = LOSSES[name]
         ref = torch.full((6,), -2.0)
-        value, logps = one_sweep(low, unembed, targets, ref, GOOD[:6], torch.full((6,), -1 / 6), loss.potential, loss.slope)
+        value, logps = one_sweep(
+            low,
+            unembed,
+            targets,
+            ref,
+            GOOD[:6],
+            torch.full((6,), -1 / 6),
+            loss.potential,
+            loss.slope,
+        )
         dhidden, dunembed = torch.autograd.grad(value, (low, unembed))
-        assert (logps.dtype, dhidden.dtype, dunembed.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+        assert (logps.dtype, dhidden.dtype, dunembed.dtype) == (
+            torch.float32,
+            torch.bfloat16,
+            torch.float32,
+        )
     assert token_logps(low, unembed, targets).dtype == torch.float32
 
 
@@ -184,9 +237,13 @@ def test_no_tensor_of_all_logits_is_ever_made():
     N, V = 2000, 2000
     hidden, unembed, targets, _ = problem(N, 8, V, dtype=torch.float32)
     c, ref = torch.full((N,), -1 / N), torch.full((N,), -3.0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         token_logps(hidden, unembed, targets, chunk=64).sum().backward()
-        one_sweep(hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight, chunk=64)[0].backward()
+        one_sweep(
+            hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight, chunk=64
+        )[0].backward()
     largest = max(e.cpu_memory_usage for e in profile.events())
     assert 60 * V * 4 <= largest < N * V * 4 / 4, largest
 
@@ -204,11 +261,23 @@ def test_no_tensor_of_all_logits_is_ever_made():
     ],
 )
 def test_arguments_that_do_not_fit_say_what_is_wrong(changes, message):
-    arguments = {"hidden": torch.zeros(3, 4), "unembed": torch.zeros(5, 4), "targets": torch.tensor([0, 1, 2]), **changes}
+    arguments = {
+        "hidden": torch.zeros(3, 4),
+        "unembed": torch.zeros(5, 4),
+        "targets": torch.tensor([0, 1, 2]),
+        **changes,
+    }
     with pytest.raises(ValueError, match=message):
         token_logps(**arguments)
     with pytest.raises(ValueError, match=message):
-        one_sweep(**arguments, ref_logps=None, preferred=GOOD[:3], c=-torch.ones(3), potential=bnf_potential, slope=bnf_weight)
+        one_sweep(
+            **arguments,
+            ref_logps=None,
+            preferred=GOOD[:3],
+            c=-torch.ones(3),
+            potential=bnf_potential,
+            slope=bnf_weight,
+        )
 
 
 def test_a_soft_cap_below_1_and_no_tokens_at_all_are_allowed():

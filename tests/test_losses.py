@@ -13,7 +13,15 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minibnf.losses import LOSSES, Responses, bnf_loss, bnf_potential, bnf_weight, rbnf_potential, rbnf_weight
+from minibnf.losses import (
+    LOSSES,
+    Responses,
+    bnf_loss,
+    bnf_potential,
+    bnf_weight,
+    rbnf_potential,
+    rbnf_weight,
+)
 from tests.strategies import EXTREME, UNCERTAIN, hypers, responses
 
 ALL = sorted(LOSSES)
@@ -21,7 +29,9 @@ TOKENWISE = [name for name in ALL if not LOSSES[name].couples]
 
 
 def drawn(data, name, **how):
-    return data.draw(responses(paired=True if LOSSES[name].needs_pairs else None, **how)), data.draw(hypers(LOSSES[name]))
+    return data.draw(
+        responses(paired=True if LOSSES[name].needs_pairs else None, **how)
+    ), data.draw(hypers(LOSSES[name]))
 
 
 # ------------------------------------------------------------------------------------------------ gradient = autograd
@@ -32,8 +42,12 @@ def drawn(data, name, **how):
 def test_gradient_by_hand_is_the_gradient_of_the_value(name, data):
     batch, hyper = drawn(data, name)
     logps = batch.logps.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(LOSSES[name].value(replace(batch, logps=logps), **hyper), logps)
-    torch.testing.assert_close(LOSSES[name].gradient(batch, **hyper), expected, rtol=1e-9, atol=1e-15)
+    (expected,) = torch.autograd.grad(
+        LOSSES[name].value(replace(batch, logps=logps), **hyper), logps
+    )
+    torch.testing.assert_close(
+        LOSSES[name].gradient(batch, **hyper), expected, rtol=1e-9, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -43,10 +57,19 @@ def test_the_differentiable_call_is_the_value_and_passes_gradcheck(name, data):
     assert LOSSES[name](batch, **hyper).item() == LOSSES[name].value(batch, **hyper).item()
     # away from the kink of a gradient at p = r, where a finite difference straddles two branches
     S = batch.sums(batch.logps)
-    if name == "slic" and ((S[batch.pairs] @ torch.tensor([-1.0, 1.0]).double() + hyper["delta"]).abs() < 1e-2).any():
+    if (
+        name == "slic"
+        and (
+            (S[batch.pairs] @ torch.tensor([-1.0, 1.0]).double() + hyper["delta"]).abs() < 1e-2
+        ).any()
+    ):
         return  # nor at the hinge
-    apart = torch.where((batch.logps - batch.ref_logps).abs() < 1e-4, batch.logps - 1e-3, batch.logps).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: 3 * LOSSES[name](replace(batch, logps=x), **hyper), (apart,), atol=1e-6)
+    apart = torch.where(
+        (batch.logps - batch.ref_logps).abs() < 1e-4, batch.logps - 1e-3, batch.logps
+    ).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: 3 * LOSSES[name](replace(batch, logps=x), **hyper), (apart,), atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- extreme values
@@ -55,7 +78,9 @@ def test_the_differentiable_call_is_the_value_and_passes_gradcheck(name, data):
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
 def test_finite_in_float32_wherever_log_probabilities_lie(name, data):
-    values = UNCERTAIN if name == "orpo" else EXTREME  # odds are infinite at p = 1, and so is orpo by its definition
+    values = (
+        UNCERTAIN if name == "orpo" else EXTREME
+    )  # odds are infinite at p = 1, and so is orpo by its definition
     batch, hyper = drawn(data, name, values=values, dtype=torch.float32)
     logps = batch.logps.clone().requires_grad_()
     value = LOSSES[name].value(replace(batch, logps=logps), **hyper)
@@ -93,17 +118,28 @@ def plain_bnf_potential(p, r):
 def plain_rbnf_potential(p, r):
     """A preferred token's: from p* = r²/(1 - r + r²) down a line of slope r in log p."""
     star = r * r / (1 - r + r * r)
-    return plain_bnf_potential(p, r) if p >= star else plain_bnf_potential(star, r) + r * (math.log(p) - math.log(star))
+    return (
+        plain_bnf_potential(p, r)
+        if p >= star
+        else plain_bnf_potential(star, r) + r * (math.log(p) - math.log(star))
+    )
 
 
 @given(p=st.floats(1e-6, 0.999), r=st.floats(1e-3, 0.999))
 @example(p=0.01, r=0.9)
 @example(p=1e-6, r=0.5)
 def test_the_potentials_have_the_values_of_their_formulas(p, r):
-    logs = torch.tensor([p], dtype=torch.float64).log(), torch.tensor([r], dtype=torch.float64).log()
+    logs = (
+        torch.tensor([p], dtype=torch.float64).log(),
+        torch.tensor([r], dtype=torch.float64).log(),
+    )
     for preferred, rbnf in ((True, plain_rbnf_potential), (False, plain_bnf_potential)):
-        assert bnf_potential(*logs).item() == pytest.approx(plain_bnf_potential(p, r), rel=1e-9, abs=1e-9)
-        assert rbnf_potential(*logs, torch.tensor([preferred])).item() == pytest.approx(rbnf(p, r), rel=1e-9, abs=1e-9)
+        assert bnf_potential(*logs).item() == pytest.approx(
+            plain_bnf_potential(p, r), rel=1e-9, abs=1e-9
+        )
+        assert rbnf_potential(*logs, torch.tensor([preferred])).item() == pytest.approx(
+            rbnf(p, r), rel=1e-9, abs=1e-9
+        )
 
 
 def test_the_potentials_limits():
@@ -139,14 +175,26 @@ def published_bnf(logits, targets, ref_logps, sign, length):
 def test_bnf_has_the_gradient_of_the_published_form_in_every_logit(data):
     N, V = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 6))
     number = st.floats(-4, 4)
-    logits = torch.tensor(data.draw(st.lists(number, min_size=N * V, max_size=N * V)), dtype=torch.float64).reshape(N, V)
+    logits = torch.tensor(
+        data.draw(st.lists(number, min_size=N * V, max_size=N * V)), dtype=torch.float64
+    ).reshape(N, V)
     targets = torch.tensor(data.draw(st.lists(st.integers(0, V - 1), min_size=N, max_size=N)))
-    ref_logps = torch.tensor(data.draw(st.lists(st.floats(-5, -0.02), min_size=N, max_size=N)), dtype=torch.float64)
+    ref_logps = torch.tensor(
+        data.draw(st.lists(st.floats(-5, -0.02), min_size=N, max_size=N)), dtype=torch.float64
+    )
     preferred = data.draw(st.booleans())
     logits.requires_grad_()
-    (expected,) = torch.autograd.grad(published_bnf(logits, targets, ref_logps, 1 if preferred else -1, N), logits)
+    (expected,) = torch.autograd.grad(
+        published_bnf(logits, targets, ref_logps, 1 if preferred else -1, N), logits
+    )
     logps = logits.log_softmax(-1)[torch.arange(N), targets]
-    batch = Responses(logps, ref_logps, torch.zeros(N, dtype=torch.int64), torch.tensor([preferred]), torch.empty(0, 2).long())
+    batch = Responses(
+        logps,
+        ref_logps,
+        torch.zeros(N, dtype=torch.int64),
+        torch.tensor([preferred]),
+        torch.empty(0, 2).long(),
+    )
     (ours,) = torch.autograd.grad(LOSSES["bnf"](batch), logits)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
@@ -172,14 +220,18 @@ def released_bnf_weight(p, r):
     """The released code's gradient on the token's own logit, over 1 - p: it adds 1e-6 to two denominators."""
     target = (p / (r + 1e-6)).clamp(max=1)
     rest = (1 - target + 1e-6) / (1 - p + 1e-6)
-    return (target - (target + rest * (1 - p)) * p) / (1 - p)  # -dz_y of -(target log p + rest Σ_v≠y π_v log π_v)
+    return (target - (target + rest * (1 - p)) * p) / (
+        1 - p
+    )  # -dz_y of -(target log p + rest Σ_v≠y π_v log π_v)
 
 
 def test_what_the_released_codes_epsilons_cost():
     """At the reference the weight is 1. With epsilons it is about r/(r + 1e-6): half at 1e-6 and a hundredth at 1e-8."""
     r = torch.tensor([0.5, 1e-4, 1e-6, 1e-8], dtype=torch.float64)
     assert bnf_weight(r.log(), r.log()).tolist() == [1, 1, 1, 1]
-    assert released_bnf_weight(r, r).tolist() == pytest.approx([1 - 2e-6, 1 - 0.0099, 0.5, 0.0099], rel=1e-2)
+    assert released_bnf_weight(r, r).tolist() == pytest.approx(
+        [1 - 2e-6, 1 - 0.0099, 0.5, 0.0099], rel=1e-2
+    )
 
 
 def test_what_dividing_by_the_shortest_of_the_micro_batch_costs():
@@ -206,7 +258,9 @@ def test_bnf_by_hand():
     """
     p = torch.tensor([1 / 2, 1 / 4, 1 / 2, 1 / 4, 1 / 4], dtype=torch.float64).log()
     r = torch.tensor([1 / 4, 1 / 2, 1 / 2, 1 / 2, 1 / 2], dtype=torch.float64).log()
-    batch = Responses(p, r, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+    batch = Responses(
+        p, r, torch.tensor([0, 0, 1, 1, 1]), torch.tensor([True, False]), torch.tensor([[0, 1]])
+    )
     assert LOSSES["bnf"](batch).item() == pytest.approx(0.5 * math.log(1 / 3), rel=1e-12)
     expected = torch.tensor([-1 / 2, -1 / 6, 1 / 2, 1 / 6, 1 / 6], dtype=torch.float64)
     torch.testing.assert_close(LOSSES["bnf"].gradient(batch), expected)
@@ -227,7 +281,10 @@ def test_splitting_a_batch_and_weighing_the_parts_changes_nothing(name, data):
     if hyper.get("length") == "batch":
         hyper["length"] = whole.lengths().mean().item()
     n1, n2 = [len(x.preferred) if LOSSES[name].per_response else x.examples() for x in (one, two)]
-    parts = [LOSSES[name].gradient(one, **hyper) * n1 / (n1 + n2), LOSSES[name].gradient(two, **hyper) * n2 / (n1 + n2)]
+    parts = [
+        LOSSES[name].gradient(one, **hyper) * n1 / (n1 + n2),
+        LOSSES[name].gradient(two, **hyper) * n2 / (n1 + n2),
+    ]
     torch.testing.assert_close(together, torch.cat(parts), rtol=1e-9, atol=1e-15)
 
 
@@ -236,25 +293,44 @@ def test_splitting_a_batch_and_weighing_the_parts_changes_nothing(name, data):
 def test_the_order_of_tokens_does_not_matter(name, data):
     batch, hyper = drawn(data, name)
     perm = torch.tensor(data.draw(st.permutations(range(len(batch.logps)))))
-    shuffled = replace(batch, logps=batch.logps[perm], ref_logps=batch.ref_logps[perm], owner=batch.owner[perm])
-    torch.testing.assert_close(LOSSES[name](shuffled, **hyper), LOSSES[name](batch, **hyper), rtol=1e-9, atol=1e-12)
+    shuffled = replace(
+        batch, logps=batch.logps[perm], ref_logps=batch.ref_logps[perm], owner=batch.owner[perm]
+    )
+    torch.testing.assert_close(
+        LOSSES[name](shuffled, **hyper), LOSSES[name](batch, **hyper), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    "length, divisors", [("own", (2, 3, 1)), ("shorter", (2, 2, 1)), ("batch", (2, 2, 2)), (5.0, (5, 5, 5))]
+    "length, divisors",
+    [("own", (2, 3, 1)), ("shorter", (2, 2, 1)), ("batch", (2, 2, 2)), (5.0, (5, 5, 5))],
 )
 def test_length_normalisers(length, divisors):
     """A pair of lengths 2 and 3, an unpaired response of length 1, all at p = r: the gradient is -s / (|y| E), E = 2."""
     x = torch.full((6,), -1.0, dtype=torch.float64)
-    batch = Responses(x, x, torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([True, False, True]), torch.tensor([[0, 1]]))
-    expected = torch.tensor([-1 / 2 / d * s for d, s, n in zip(divisors, (1, -1, 1), (2, 3, 1), strict=True) for _ in range(n)])
+    batch = Responses(
+        x,
+        x,
+        torch.tensor([0, 0, 1, 1, 1, 2]),
+        torch.tensor([True, False, True]),
+        torch.tensor([[0, 1]]),
+    )
+    expected = torch.tensor(
+        [
+            -1 / 2 / d * s
+            for d, s, n in zip(divisors, (1, -1, 1), (2, 3, 1), strict=True)
+            for _ in range(n)
+        ]
+    )
     torch.testing.assert_close(LOSSES["bnf"].gradient(batch, length=length), expected.double())
 
 
 @pytest.mark.parametrize("name", ["nll", "unlikelihood"])
 def test_nll_ignores_a_dispreferred_response_that_still_counts_as_an_example(name):
     x = torch.tensor([-1.0, -2.0, -4.0], dtype=torch.float64)
-    batch = Responses(x, x, torch.tensor([0, 0, 1]), torch.tensor([True, False]), torch.empty(0, 2).long())
+    batch = Responses(
+        x, x, torch.tensor([0, 0, 1]), torch.tensor([True, False]), torch.empty(0, 2).long()
+    )
     sign = 0 if name == "nll" else -1
     assert LOSSES[name](batch).item() == pytest.approx(0.5 * (1.5 + sign * 4.0))
 
@@ -265,11 +341,17 @@ def test_nll_ignores_a_dispreferred_response_that_still_counts_as_an_example(nam
 @given(batch=responses())
 def test_bnf_loss_on_padded_input_is_the_flat_loss(batch):
     R, T = len(batch.preferred), int(batch.lengths().max()) + 2
-    logps, ref = torch.full((R, T), math.nan, dtype=torch.float64), torch.full((R, T), math.nan, dtype=torch.float64)
+    logps, ref = (
+        torch.full((R, T), math.nan, dtype=torch.float64),
+        torch.full((R, T), math.nan, dtype=torch.float64),
+    )
     mask = torch.zeros(R, T, dtype=torch.bool)
     for r in range(R):
         n = int((batch.owner == r).sum())
-        logps[r, 1 : n + 1], ref[r, 1 : n + 1] = batch.logps[batch.owner == r], batch.ref_logps[batch.owner == r]
+        logps[r, 1 : n + 1], ref[r, 1 : n + 1] = (
+            batch.logps[batch.owner == r],
+            batch.ref_logps[batch.owner == r],
+        )
         mask[r, 1 : n + 1] = True
     logps.requires_grad_()
     loss = bnf_loss(logps, ref, mask, batch.preferred, batch.pairs)
@@ -293,7 +375,10 @@ def one_response(**changes):
         ({"logps": torch.tensor([[-1.0, -2.0]])}, "logps must be a flat"),
         ({"ref_logps": torch.tensor([-1.0])}, "ref_logps must be like logps"),
         ({"owner": torch.tensor([0, 1])}, "outside 0..0"),
-        ({"owner": torch.tensor([1, 1]), "preferred": torch.tensor([True, False])}, "response 0 has no tokens"),
+        (
+            {"owner": torch.tensor([1, 1]), "preferred": torch.tensor([True, False])},
+            "response 0 has no tokens",
+        ),
         ({"preferred": torch.tensor([1])}, "preferred must be bool"),
         ({"pairs": torch.tensor([[0, 0]])}, "a preferred response, a dispreferred"),
         ({"pairs": torch.tensor([0, 1])}, "pairs must be int64"),
@@ -346,13 +431,16 @@ def test_a_loss_that_cannot_be_computed_says_why(name, hyper, changes, message):
 
 def test_rounding_above_0_is_no_error_and_an_empty_batch_is():
     one_response(logps=torch.tensor([5e-3, -2.0]))
-    nothing = {k: torch.empty(0) for k in ("logps", "ref_logps")} | {"owner": torch.empty(0, dtype=torch.int64)}
+    nothing = {k: torch.empty(0) for k in ("logps", "ref_logps")} | {
+        "owner": torch.empty(0, dtype=torch.int64)
+    }
     with pytest.raises(ValueError, match="the batch holds no response"):
         LOSSES["bnf"](one_response(**nothing, preferred=torch.empty(0, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(
-    "ours, theirs", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2]
+    "ours, theirs",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2],
 )
 def test_narrow_log_probabilities_are_computed_in_float32(ours, theirs):
     """Values that both dtypes hold exactly, so that the result is that of float32 to its rounding."""
@@ -365,14 +453,22 @@ def test_narrow_log_probabilities_are_computed_in_float32(ours, theirs):
         assert torch.equal(value, LOSSES[name].value(batch, **hyper)) and torch.equal(
             gradient, LOSSES[name].gradient(batch, **hyper)
         )
-    wide = one_response(logps=batch.logps.double(), ref_logps=batch.ref_logps)  # float64 policy, float32 reference
-    assert LOSSES["kto"].gradient(wide, kl=0.0).dtype == LOSSES["bnf"].value(wide).dtype == torch.float64
+    wide = one_response(
+        logps=batch.logps.double(), ref_logps=batch.ref_logps
+    )  # float64 policy, float32 reference
+    assert (
+        LOSSES["kto"].gradient(wide, kl=0.0).dtype
+        == LOSSES["bnf"].value(wide).dtype
+        == torch.float64
+    )
     assert LOSSES["nll"].gradient(wide).dtype == torch.float64
 
 
 def test_the_references_log_probabilities_are_never_differentiated():
     ref = torch.tensor([-1.0, -1.0], requires_grad=True)
-    LOSSES["bnf"].value(one_response(logps=torch.tensor([-1.5, -2.0], requires_grad=True), ref_logps=ref)).backward()
+    LOSSES["bnf"].value(
+        one_response(logps=torch.tensor([-1.5, -2.0], requires_grad=True), ref_logps=ref)
+    ).backward()
     assert ref.grad is None
 
 
@@ -388,7 +484,13 @@ def test_losses_that_need_no_reference_run_without_one_and_ktos_kl_may_be_a_tens
 
 def test_a_response_in_no_pair_is_not_passed_over_where_another_is_in_two():
     x = torch.full((4,), -1.0)
-    batch = Responses(x, x, torch.arange(4), torch.tensor([True, False, False, True]), torch.tensor([[0, 1], [0, 2]]))
+    batch = Responses(
+        x,
+        x,
+        torch.arange(4),
+        torch.tensor([True, False, False, True]),
+        torch.tensor([[0, 1], [0, 2]]),
+    )
     with pytest.raises(ValueError, match="needs every response in a pair"):
         LOSSES["dpo"](batch)
 
@@ -410,10 +512,19 @@ def test_labels_of_plus_and_minus_one_are_refused_not_taken_for_two_preferred_on
 )
 def test_padded_shapes_that_do_not_fit(logps, ref, mask, preferred, message):
     with pytest.raises(ValueError, match=message):
-        bnf_loss(-torch.ones(logps), -torch.ones(ref), torch.ones(mask).bool(), torch.ones(preferred).bool())
+        bnf_loss(
+            -torch.ones(logps),
+            -torch.ones(ref),
+            torch.ones(mask).bool(),
+            torch.ones(preferred).bool(),
+        )
     if len(mask) == 2:
         with pytest.raises(ValueError, match="response 1 has no tokens"):
-            bnf_loss(*[-torch.ones(2, 2)] * 2, torch.tensor([[1, 1], [0, 0]]).bool(), torch.ones(2).bool())
+            bnf_loss(
+                *[-torch.ones(2, 2)] * 2,
+                torch.tensor([[1, 1], [0, 0]]).bool(),
+                torch.ones(2).bool(),
+            )
 
 
 def test_losses_and_logprob_import_with_torch_alone():
@@ -453,5 +564,7 @@ print(logps.grad[:, 0].tolist())
 """
     run = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "site"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        run, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
     assert done.stdout.strip() == "[-0.3333333432674408, 0.3333333432674408]"

@@ -9,7 +9,9 @@ from minibnf.__main__ import COMMANDS, main
 def test_each_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
-    assert stop.value.code == 0 and f"minibnf {command}" in capsys.readouterr().out.replace("minibnf.", "minibnf ")
+    assert stop.value.code == 0 and f"minibnf {command}" in capsys.readouterr().out.replace(
+        "minibnf.", "minibnf "
+    )
 
 
 def test_without_a_command_or_with_a_wrong_one_it_lists_them(capsys):
@@ -22,7 +24,9 @@ def test_without_a_command_or_with_a_wrong_one_it_lists_them(capsys):
 
 def test_the_version_and_an_interruption_while_starting(monkeypatch, capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("minibnf 0.")
-    monkeypatch.setattr("minibnf.__main__.import_module", lambda name: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "minibnf.__main__.import_module", lambda name: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     assert main(["chat"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 

@@ -40,7 +40,10 @@ def test_rotary_scores_depend_on_distance_only(m, n, shift):
     q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64)
 
     def score(m, n):
-        turned = [rotate(x, *rotary(torch.tensor([[[p]]]), 8, Rope(1e4), torch.float64)) for x, p in ((q, m), (k, n))]
+        turned = [
+            rotate(x, *rotary(torch.tensor([[[p]]]), 8, Rope(1e4), torch.float64))
+            for x, p in ((q, m), (k, n))
+        ]
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=1e-9, atol=1e-9)
@@ -57,7 +60,12 @@ def test_attention_is_its_definition_token_by_token(window, cap, layout):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    raw |= {"query_pre_attn_scalar": 5, "attn_logit_softcapping": cap, "sliding_window": 4, "hidden_size": 32}
+    raw |= {
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": cap,
+        "sliding_window": 4,
+        "hidden_size": 32,
+    }
     c = parse_config({k: v for k, v in raw.items() if k != "rope_theta"}, "t")
     assert c.attention_softcap == cap and c.query_scale == 5**-0.5
     S = 12 if layout and len(layout) == 2 else 9
@@ -94,7 +102,9 @@ def test_the_gpus_block_mask_sees_what_the_cpus_parts_see(window, cap):
     S, g = sum(p + sum(ns) for p, ns in layout), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, S, c.head_dim, generator=g) for heads in (4, 2, 2))
     found = attend(q, k, v, block_mask(layout, window, "cpu"), c)
-    torch.testing.assert_close(found, attend(q, k, v, masks(layout, S, window, "cpu"), c), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, attend(q, k, v, masks(layout, S, window, "cpu"), c), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_llama3_slows_long_waves_and_keeps_short_ones():
@@ -104,8 +114,12 @@ def test_llama3_slows_long_waves_and_keeps_short_ones():
     angles = torch.tensor([7.0, 7e-4 / 8] * 2, dtype=torch.float64)
     torch.testing.assert_close(cos[0, 0], angles.cos(), rtol=1e-12, atol=0)
     torch.testing.assert_close(sin[0, 0].abs(), angles.sin(), rtol=1e-9, atol=0)
-    between = rotary(position, 4, Rope(1e8, (8.0, 1.0, 4.0, 2 * math.pi * 2e4)), torch.float64)[0][0, 0, 1].acos()
-    assert between.item() == pytest.approx(7e-4 * (1 / 3 + 2 / 3 / 8), rel=1e-6)  # context / wave = 2: a third of the way
+    between = rotary(position, 4, Rope(1e8, (8.0, 1.0, 4.0, 2 * math.pi * 2e4)), torch.float64)[0][
+        0, 0, 1
+    ].acos()
+    assert between.item() == pytest.approx(
+        7e-4 * (1 / 3 + 2 / 3 / 8), rel=1e-6
+    )  # context / wave = 2: a third of the way
 
 
 def test_a_later_token_changes_nothing_before_it(tiny):
@@ -140,7 +154,11 @@ def test_an_untied_model_in_shards(directory, monkeypatch):
     monkeypatch.setattr(safetensors, "SHARD_BYTES", 5000)
     save(model, directory)
     files = sorted(f.name for f in directory.glob("model*"))
-    assert len(files) > 3 and "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert (
+        len(files) > 3
+        and "model.safetensors" not in files
+        and "model.safetensors.index.json" in files
+    )
     tokens = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
     monkeypatch.setattr(safetensors, "SHARD_BYTES", 10**9)
@@ -158,7 +176,9 @@ def change_tensors(directory, change):
 
 
 def test_a_tied_unembedding_stored_twice_must_agree(directory):
-    change_tensors(directory, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    change_tensors(
+        directory, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()})
+    )
     load(directory)
     change_tensors(directory, lambda s: s["lm_head.weight"].add_(1))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
@@ -200,8 +220,14 @@ NORM = "model.norm.weight"
     "change, message",
     [
         (lambda s: s.pop(NORM), "tensor 'model.norm.weight' is missing"),
-        (lambda s: s.update({"model.extra": torch.zeros(1)}), "tensor 'model.extra' is in the files but not"),
-        (lambda s: s.update({NORM: torch.zeros(3)}), r"tensor 'model.norm.weight' is \(3,\), but config.json says \(24,\)"),
+        (
+            lambda s: s.update({"model.extra": torch.zeros(1)}),
+            "tensor 'model.extra' is in the files but not",
+        ),
+        (
+            lambda s: s.update({NORM: torch.zeros(3)}),
+            r"tensor 'model.norm.weight' is \(3,\), but config.json says \(24,\)",
+        ),
         (lambda s: s.update({NORM: torch.zeros(24, dtype=torch.int8)}), "quantised"),
     ],
 )
@@ -222,7 +248,10 @@ def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
         ({"model_type": "gemma2", "hidden_activation": "relu"}, "'hidden_activation' = 'relu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "field 'quantization_config' = .*fp8"),
         ({"is_causal": False}, "field 'is_causal' = False is not supported"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "field 'layer_types' must name 2 times"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"]},
+            "field 'layer_types' must name 2 times",
+        ),
         (
             {
                 "rope_scaling": {

@@ -41,9 +41,13 @@ def one_step(model, name: str, device: str) -> torch.Tensor:
     reference = lambda examples: Reference(examples, torch.full((count(examples),), -2.0))
     if "kl" in hyper:
         others, _ = mismatched(EXAMPLES, 100, "data")
-        hyper["kl"] = kl_estimate(model, reference(others), pack(others, [0, 1, 2], 8), torch.bfloat16, device)
+        hyper["kl"] = kl_estimate(
+            model, reference(others), pack(others, [0, 1, 2], 8), torch.bfloat16, device
+        )
     ref = reference(EXAMPLES) if loss.needs_ref else None
-    value, sums = run_batches(model, batches, loss, hyper, ref, torch.bfloat16, device, backward=True)
+    value, sums = run_batches(
+        model, batches, loss, hyper, ref, torch.bfloat16, device, backward=True
+    )
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return torch.cat([torch.stack([value, norm]), sums.flatten()])
 
@@ -65,7 +69,9 @@ def without_a_driver(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch, "tensor", tensor)
-    monkeypatch.setattr(attention, "_flex", lambda compiled: lambda q, k, v, *_: q + k.sum() + v.sum())
+    monkeypatch.setattr(
+        attention, "_flex", lambda compiled: lambda q, k, v, *_: q + k.sum() + v.sum()
+    )
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

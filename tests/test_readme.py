@@ -32,7 +32,9 @@ def test_the_table_of_families_has_every_model_type():
 def test_every_file_of_the_package_is_named_and_every_link_leads_somewhere():
     for file in (ROOT / "minibnf").rglob("[a-z]*.py"):
         assert f"({file.relative_to(ROOT)})" in README, file.name
-    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(
+        r'src="([^"]+)"', README
+    ):
         assert (ROOT / link).exists(), link
 
 
@@ -46,12 +48,16 @@ def test_every_make_target_that_the_readme_names_exists():
     preferred=st.tuples(st.booleans(), st.booleans()),
 )
 @example(tokens=[(0.0, -0.0, True)] * 3 + [(-0.0, 0.0, True)] * 3, preferred=(True, False))
-@example(tokens=[(-1e4, 0.0, True), (0.0, -1e4, False), (-3e-8, 0.0, True)] * 2, preferred=(False, True))
+@example(
+    tokens=[(-1e4, 0.0, True), (0.0, -1e4, False), (-3e-8, 0.0, True)] * 2, preferred=(False, True)
+)
 def test_the_few_lines_at_the_top_have_bnfs_gradient(tokens, preferred):
     """Two responses of three tokens in float32, some of them padding, from impossible to certain."""
     names: dict = {}
     exec(re.findall(r"```python\n(.*?)```", README, re.S)[0], names)
-    logps, ref_logps, mask = (torch.tensor(column).view(2, 3) for column in zip(*tokens, strict=True))
+    logps, ref_logps, mask = (
+        torch.tensor(column).view(2, 3) for column in zip(*tokens, strict=True)
+    )
     mask[:, 0] = True  # a response has a token
     logps.requires_grad_()
     found, expected = (
@@ -66,7 +72,9 @@ def test_the_examples_in_python_run(capsys):
     _, loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
     exec(loss, names)
-    assert names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]  # the chosen one goes up, the rejected one down
+    assert (
+        names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]
+    )  # the chosen one goes up, the rejected one down
     exec(sampling, names)
     assert "7" in capsys.readouterr().out
 
@@ -74,11 +82,18 @@ def test_the_examples_in_python_run(capsys):
 RESULTS = ROOT / "tutorials" / "evidence" / "small-results.json"
 
 
-@pytest.mark.skipif(not RESULTS.is_file(), reason="tutorials/evidence/small-results.json is not there: make compare-full makes it")
+@pytest.mark.skipif(
+    not RESULTS.is_file(),
+    reason="tutorials/evidence/small-results.json is not there: make compare-full makes it",
+)
 def test_the_verdicts_are_drawn_from_the_committed_results():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads((ROOT / "tutorials" / "evidence" / "small.json").read_text(encoding="utf-8"))
-    assert all(len(revision) == 40 for revision in results["facts"]["revision"])  # of committed code alone
+    assert results["spec"] == json.loads(
+        (ROOT / "tutorials" / "evidence" / "small.json").read_text(encoding="utf-8")
+    )
+    assert all(
+        len(revision) == 40 for revision in results["facts"]["revision"]
+    )  # of committed code alone
     assert verdict_table(results) in README
     assert table(results, "qa") in README
 
@@ -86,21 +101,31 @@ def test_the_verdicts_are_drawn_from_the_committed_results():
 REAL = ROOT / "tutorials" / "evidence" / "real-results.json"
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="tutorials/evidence/real-results.json is not there: make compare-real makes it")
+@pytest.mark.skipif(
+    not REAL.is_file(),
+    reason="tutorials/evidence/real-results.json is not there: make compare-real makes it",
+)
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
     results = json.loads(REAL.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads((ROOT / "tutorials" / "evidence" / "real.json").read_text(encoding="utf-8"))
+    assert results["spec"] == json.loads(
+        (ROOT / "tutorials" / "evidence" / "real.json").read_text(encoding="utf-8")
+    )
     assert all(len(revision) == 40 for revision in results["facts"]["revision"])
     assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
     for name in results["spec"]["on"]:
         assert table(results, name) in README, table(results, name)
 
 
-@pytest.mark.skipif(not RESULTS.is_file(), reason="tutorials/evidence/small-results.json is not there: make compare-full makes it")
+@pytest.mark.skipif(
+    not RESULTS.is_file(),
+    reason="tutorials/evidence/small-results.json is not there: make compare-full makes it",
+)
 def test_the_figures_quoted_under_read_honestly_are_the_files():
     """Every number in that list, recomputed and formatted as the prose has it."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    prose = " ".join(README[README.index("Read honestly:") : README.index("On QA pairs, test prompts")].split())
+    prose = " ".join(
+        README[README.index("Read honestly:") : README.index("On QA pairs, test prompts")].split()
+    )
     short = lambda x: f"{x:.2f}".lstrip("0")
 
     def measured(name, method, what="accuracy", **setting):
@@ -110,13 +135,22 @@ def test_the_figures_quoted_under_read_honestly_are_the_files():
         ]  # fmt: skip
         return short(run["result"][what][0])
 
-    wins = [measured("qa", "bnf", "win_rate", lr=1e-4), measured("qa", "dpo", "win_rate", lr=1e-4, beta=0.1)]
+    wins = [
+        measured("qa", "bnf", "win_rate", lr=1e-4),
+        measured("qa", "dpo", "win_rate", lr=1e-4, beta=0.1),
+    ]
     wins.append(measured("qa", "kto", "win_rate", lr=1e-4, beta=0.1))
     assert set(wins) == {".59"}
     methods = [*rivals(results, "qa"), "bnf", "rbnf", "nll"]
-    best = [[figure(results, "qa", m, "best", what)[0] for m in methods] for what in ("win_rate", "accuracy")]
+    best = [
+        [figure(results, "qa", m, "best", what)[0] for m in methods]
+        for what in ("win_rate", "accuracy")
+    ]
     ends = [short(end(values)) for values in best for end in (min, max)]
-    kept = [measured("qa", "bnf", lr=1e-4), *(measured("qa", m, lr=1e-4, beta=0.1) for m in ("dpo", "kto"))]
+    kept = [
+        measured("qa", "bnf", lr=1e-4),
+        *(measured("qa", m, lr=1e-4, beta=0.1) for m in ("dpo", "kto")),
+    ]
     two = [measured("qa", "dpo", what, lr=1e-4, beta=2) for what in ("accuracy", "win_rate")]
     pairs = [[measured(name, "dpo lr 1e-4", lr=1e-4, beta=b) for name, b in row] for row in (
         (("qa", 0.1), ("math", 0.03)), (("qa", 1), ("math", 0.3)), (("qa", 3), ("math", 1)))]  # fmt: skip
@@ -131,7 +165,10 @@ def test_the_figures_quoted_under_read_honestly_are_the_files():
     stay = {"orpo": at_most("orpo", lam=0.1), "nll": at_most("nll"), "dpo+nll": at_most("dpo+nll", beta=0.1),
             "cpo": at_most("cpo", beta=0.1), "slic": at_most("slic", delta=1)}  # fmt: skip
     assert list(stay.values()) == sorted(stay.values(), reverse=True)
-    worst = {length: float(measured("qa", f"bnf{length}", "win_rate", lr=3e-4)) for length in ("", " own", " batch")}
+    worst = {
+        length: float(measured("qa", f"bnf{length}", "win_rate", lr=3e-4))
+        for length in ("", " own", " batch")
+    }
     assert min(worst, key=worst.get) == " batch"
     for sentence in (
         "win rates of {} to {}, {} to {} of reasoning kept".format(*ends),
@@ -141,7 +178,9 @@ def test_the_figures_quoted_under_read_honestly_are_the_files():
         f"{pairs[2][0]} and {pairs[2][1]} at 30",
         f"at 1e-4 and 1.8e-4 the batch's mean does best: {batch[0]} at {batch[1]}; at 3e-4 it does worst",
         f"where DPO is at {measured('math', 'dpo', lr=1.8e-4, beta=0.1)}",
-        "({} and {} are left there, of BNF {})".format(at_most("dpo", beta=0.1), at_most("kto", beta=0.1), at_most("bnf")),
+        "({} and {} are left there, of BNF {})".format(
+            at_most("dpo", beta=0.1), at_most("kto", beta=0.1), at_most("bnf")
+        ),
         f"keep {stay['slic']} to {stay['orpo']} even at 1e-3 ({', '.join(f'{m} {x}' for m, x in stay.items())})",
         f"keeps pulling a lost preferred token back, {at_most('rbnf')}",
         f"rank correlation +{short(rho[0])} to +{short(rho[-1])} over all runs",
@@ -151,15 +190,34 @@ def test_the_figures_quoted_under_read_honestly_are_the_files():
 
 def test_the_table_of_speed_is_the_committed_benchmarks():
     """Medians of the rounds, and the ratio's median and range."""
-    found = json.loads((ROOT / "tutorials" / "evidence" / "bench-results.json").read_text(encoding="utf-8"))["training"]
+    found = json.loads(
+        (ROOT / "tutorials" / "evidence" / "bench-results.json").read_text(encoding="utf-8")
+    )["training"]
     for data, dtype in sorted({(x["data"], x["dtype"]) for x in found}):
         rounds = {x["side"]: x["rounds"] for x in found if (x["data"], x["dtype"]) == (data, dtype)}
         (theirs,) = (side for side in rounds if side.startswith("TRL"))
         median = lambda side, key, rounds=rounds: statistics.median(r[key] for r in rounds[side])
-        both = lambda side, median=median: f"{median(side, 'pairs_per_s'):.2f}, {median(side, 'peak_gb'):.1f} GB"
-        bnf, small, dpo = "minibnf bnf, 2048 tokens", "minibnf bnf, 768 tokens", "minibnf dpo, 2048 tokens"
-        ratios = sorted(a["pairs_per_s"] / b["pairs_per_s"] for a, b in zip(rounds[bnf], rounds[theirs], strict=True))
+        both = lambda side, median=median: (
+            f"{median(side, 'pairs_per_s'):.2f}, {median(side, 'peak_gb'):.1f} GB"
+        )
+        bnf, small, dpo = (
+            "minibnf bnf, 2048 tokens",
+            "minibnf bnf, 768 tokens",
+            "minibnf dpo, 2048 tokens",
+        )
+        ratios = sorted(
+            a["pairs_per_s"] / b["pairs_per_s"]
+            for a, b in zip(rounds[bnf], rounds[theirs], strict=True)
+        )
         ratio = f"{ratios[1]:.1f} ({ratios[0]:.1f} to {ratios[2]:.1f})"
         share = f"{100 * median(bnf, 'share'):.0f} % of {median(bnf, 'machine') / 1e9:.0f} GFLOP/s"
-        cells = [dtype, both(theirs), both(bnf), ratio, both(small), f"{median(dpo, 'pairs_per_s'):.2f}", share]
+        cells = [
+            dtype,
+            both(theirs),
+            both(bnf),
+            ratio,
+            both(small),
+            f"{median(dpo, 'pairs_per_s'):.2f}",
+            share,
+        ]
         assert "| " + " | ".join(cells) + " |" in README

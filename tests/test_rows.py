@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from minibnf import evaluate, generate, train
 from minibnf.data import read_examples
 from minibnf.files.messages import without_prompt
-from minibnf.files.rows import Notes, Place, each_row, parse_prompt, parse_row, present, read_rows, scan_rows
+from minibnf.files.rows import (
+    Notes,
+    Place,
+    each_row,
+    parse_prompt,
+    parse_row,
+    present,
+    read_rows,
+    scan_rows,
+)
 from minibnf.files.tokenizer import load_tokenizer
 from tests.strategies import FEW
 
@@ -170,7 +179,11 @@ def test_what_is_no_file_of_rows_is_told(tmp_path):
             read_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [b"no archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]], ids=["no archive", "cut"])
+@pytest.mark.parametrize(
+    "content",
+    [b"no archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]],
+    ids=["no archive", "cut"],
+)
 def test_a_broken_archive_is_named(tmp_path, content):
     (tmp_path / "rows.jsonl.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: cannot be read to its end"):

@@ -43,8 +43,13 @@ def test_every_equation_of_a_chain_is_right(seed, family, split):
             assert int(answer) == numbers[1] - numbers[0] > 0
         elif family == "word":
             start, first, second = numbers
-            gains = [verb in ("finds", "buys", "wins") for verb in re.findall(r"(\w+) \d+(?: and|\.)", problem.prompt)]
-            steps = [step if gain else -step for gain, step in zip(gains, (first, second), strict=True)]
+            gains = [
+                verb in ("finds", "buys", "wins")
+                for verb in re.findall(r"(\w+) \d+(?: and|\.)", problem.prompt)
+            ]
+            steps = [
+                step if gain else -step for gain, step in zip(gains, (first, second), strict=True)
+            ]
             assert int(answer) == start + sum(steps) and start + steps[0] >= 0
         else:
             rest = re.search(r"\d+", problem.prompt)[0]
@@ -80,7 +85,14 @@ def test_reasoning_is_scored_by_what_follows_the_last_answer(family, seed):
     truth = sw.final(problem.answer)
     assert sw.score(problem, problem.answer) == sw.score(problem, f"Answer: {truth}") == 1
     assert sw.score(problem, f"Answer: 0{truth}. Answer: {truth}") == 1
-    for wrong in ("", truth, f"answer: {truth}", f"Answer: {truth}.", f"Answer: 0{truth}", problem.answer + ". Answer: 00"):
+    for wrong in (
+        "",
+        truth,
+        f"answer: {truth}",
+        f"Answer: {truth}.",
+        f"Answer: 0{truth}",
+        problem.answer + ". Answer: 00",
+    ):
         assert sw.score(problem, wrong) == 0
 
 
@@ -94,7 +106,14 @@ def test_the_judge_gives_each_style_its_score_and_no_text_has_two():
         assert texts.keys() == sw.SCORES.keys() == sw.MIXTURE.keys()
         everything = [text for style in texts.values() for text in style]
         assert len(everything) == len(set(everything))
-        for style, score in {"helpful": 5, "plain": 4, "curt": 3, "rude": 2, "refusing": 1, "wrong": 1}.items():
+        for style, score in {
+            "helpful": 5,
+            "plain": 4,
+            "curt": 3,
+            "rude": 2,
+            "refusing": 1,
+            "wrong": 1,
+        }.items():
             assert {sw.judge(question, text) for text in texts[style]} == {score}
 
 
@@ -128,7 +147,12 @@ def test_anything_outside_the_grammar_is_degenerate(question, text):
     texts = sw.grammar(*sw.QUESTIONS[question])
     assert sw.judge(question, text) == 0 or any(text in style for style in texts.values())
     for answer in itertools.chain(*texts.values()):
-        assert sw.judge(question, answer) > 0 == sw.judge(question, answer + "!") == sw.judge(question, " " + answer)
+        assert (
+            sw.judge(question, answer)
+            > 0
+            == sw.judge(question, answer + "!")
+            == sw.judge(question, " " + answer)
+        )
 
 
 def test_the_styles_come_in_their_mixture():
@@ -137,7 +161,14 @@ def test_the_styles_come_in_their_mixture():
     texts = sw.grammar("Anna", "age")
     styles = {text: style for style, given in texts.items() for text in given}
     drawn = [styles[sw.styled_answer("Anna", "age", rng)] for _ in range(count)]
-    for style, percent in {"helpful": 18, "plain": 16, "curt": 20, "rude": 16, "refusing": 10, "wrong": 20}.items():
+    for style, percent in {
+        "helpful": 18,
+        "plain": 16,
+        "curt": 20,
+        "rude": 16,
+        "refusing": 10,
+        "wrong": 20,
+    }.items():
         share = percent / 100
         assert abs(drawn.count(style) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
 
@@ -154,14 +185,21 @@ def test_splits_are_disjoint_whatever_the_seeds(three):
     ]
     for one, other in itertools.combinations(prompts, 2):
         assert not one & other
-    trained = {row["prompt"][0]["content"] for row in sw.pretrain_rows(2000, three[0])} - sw.QUESTIONS.keys()
+    trained = {
+        row["prompt"][0]["content"] for row in sw.pretrain_rows(2000, three[0])
+    } - sw.QUESTIONS.keys()
     assert trained and all(sw.split_of(prompt) == "train" for prompt in trained)
 
 
 def test_shares_of_the_splits():
     prompts = [f"Add {a} and {b}." for a in range(100, 200) for b in range(100, 200)]
-    shares = {split: sum(sw.split_of(prompt) == split for prompt in prompts) / len(prompts) for split in sw.PEOPLE_OF}
-    assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.016)  # four standard errors
+    shares = {
+        split: sum(sw.split_of(prompt) == split for prompt in prompts) / len(prompts)
+        for split in sw.PEOPLE_OF
+    }
+    assert shares == pytest.approx(
+        {"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.016
+    )  # four standard errors
     assert [len(people) for people in sw.PEOPLE_OF.values()] == [16, 4, 4]
     assert {p.prompt for p in sw.problems(sw.QA, "test", 40, 7)} == {
         question for question, (person, _) in sw.QUESTIONS.items() if person in sw.PEOPLE_OF["test"]
@@ -171,11 +209,17 @@ def test_shares_of_the_splits():
 def test_families_come_in_turn_and_seeds_matter():
     drawn = sw.problems(["add", "qa:pet"], "train", 50, 0)
     assert [problem.family for problem in drawn] == ["add", "qa:pet"] * 25
-    assert drawn == sw.problems(["add", "qa:pet"], "train", 50, 0) != sw.problems(["add", "qa:pet"], "train", 50, 1)
+    assert (
+        drawn
+        == sw.problems(["add", "qa:pet"], "train", 50, 0)
+        != sw.problems(["add", "qa:pet"], "train", 50, 1)
+    )
     assert drawn[:10] == sw.problems(["add", "qa:pet"], "train", 10, 0)
 
 
-@pytest.mark.parametrize("families, split", [(["div"], "train"), ("add", "train"), ([], "train"), (sw.QA, "dev")])
+@pytest.mark.parametrize(
+    "families, split", [(["div"], "train"), ("add", "train"), ([], "train"), (sw.QA, "dev")]
+)
 def test_unknown_families_and_splits_are_refused(families, split):
     with pytest.raises(ValueError):
         sw.problems(families, split, 1, 0)
@@ -193,7 +237,10 @@ def test_the_same_in_every_process(tmp_path):
                 env=os.environ | {"PYTHONHASHSEED": hash_seed},
                 cwd=Path(sw.__file__).parents[1],
             )
-    files = [{path.name: path.read_bytes() for path in (tmp_path / hash_seed).iterdir()} for hash_seed in ("0", "1")]
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / hash_seed).iterdir()}
+        for hash_seed in ("0", "1")
+    ]
     assert files[0] == files[1] and files[0].keys() == {
         "config.json",
         "generation_config.json",
@@ -201,14 +248,20 @@ def test_the_same_in_every_process(tmp_path):
         "tokenizer_config.json",
         "rows.jsonl",
     }
-    assert [json.loads(line) for line in files[0]["rows.jsonl"].splitlines()] == list(sw.pretrain_rows(500, 3))
+    assert [json.loads(line) for line in files[0]["rows.jsonl"].splitlines()] == list(
+        sw.pretrain_rows(500, 3)
+    )
 
 
 # ---- Rows ----
 
 
 def is_turn(messages, role):
-    return len(messages) == 1 and messages[0].keys() == {"role", "content"} and messages[0]["role"] == role
+    return (
+        len(messages) == 1
+        and messages[0].keys() == {"role", "content"}
+        and messages[0]["role"] == role
+    )
 
 
 def test_pretraining_rows():
@@ -224,7 +277,9 @@ def test_pretraining_rows():
 def imitate(prompts, n, seed):
     """A base model in miniature: QA in the mixture of styles; reasoning right, its last digit spoilt, or cut short."""
     rng = random.Random(seed)
-    known = {p.prompt: p.answer for s in range(3) for p in sw.problems(sw.REASONING, "train", 3000, s)}
+    known = {
+        p.prompt: p.answer for s in range(3) for p in sw.problems(sw.REASONING, "train", 3000, s)
+    }
 
     def answer(prompt):
         if prompt in sw.QUESTIONS:
@@ -257,12 +312,19 @@ def test_pairs(kind):
             extremes = [sorted(sw.judge(prompt, text) for text in texts) for texts in drawn[prompt]]
             assert scores in [(ordered[3], ordered[0]) for ordered in extremes]
         else:
-            truth = next(text for texts in drawn[prompt] for text in texts if re.search(r"Answer: \d+$", text))
+            truth = next(
+                text
+                for texts in drawn[prompt]
+                for text in texts
+                if re.search(r"Answer: \d+$", text)
+            )
             problem = sw.Problem("add", prompt, truth)
             assert (sw.score(problem, chosen), sw.score(problem, rejected)) == (1, 0)
             assert sw.split_of(prompt) == "train"
             wrong = [text for texts in drawn[prompt] for text in texts if text != truth]
-            assert sw.edit_distance(chosen, rejected) == min(sw.edit_distance(truth, text) for text in wrong)
+            assert sw.edit_distance(chosen, rejected) == min(
+                sw.edit_distance(truth, text) for text in wrong
+            )
 
 
 def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
@@ -278,13 +340,17 @@ def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
 def test_edit_distance_is_levenshtein(a, b):
     """Against the recursion that defines it; words are kept apart so that every piece stays one."""
     a, b = (
-        [piece for piece in text if piece.isalpha()][:1] + [piece for piece in text if not piece.isalpha()] for text in (a, b)
+        [piece for piece in text if piece.isalpha()][:1]
+        + [piece for piece in text if not piece.isalpha()]
+        for text in (a, b)
     )
 
     def defined(a, b):
         if not a or not b:
             return len(a) + len(b)
-        return min(defined(a[1:], b) + 1, defined(a, b[1:]) + 1, defined(a[1:], b[1:]) + (a[0] != b[0]))
+        return min(
+            defined(a[1:], b) + 1, defined(a, b[1:]) + 1, defined(a[1:], b[1:]) + (a[0] != b[0])
+        )
 
     assert sw.edit_distance("".join(a), "".join(b)) == defined(a, b)
 
@@ -305,23 +371,41 @@ def test_unpaired():
 def test_the_base_folder(tmp_path):
     sw.write_base(tmp_path)
     config, tokenizer_config, generation_config = (
-        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "tokenizer_config", "generation_config")
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("config", "tokenizer_config", "generation_config")
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenizer.vocab_size() == config["vocab_size"] and config["model_type"] == "llama"
     assert [tokenizer.id_to_piece(i) for i in range(7)] == sw.SPECIAL
-    assert [tokenizer.is_control(i) for i in range(7)] == [False] + [True] * 6  # <unk> is a kind of its own
-    assert tokenizer.id_to_piece(generation_config["eos_token_id"]) == tokenizer_config["eos_token"] == "<|end|>"
-    assert tokenizer.eos_id() == config["eos_token_id"] and tokenizer.pad_id() == config["pad_token_id"]
+    assert [tokenizer.is_control(i) for i in range(7)] == [False] + [
+        True
+    ] * 6  # <unk> is a kind of its own
+    assert (
+        tokenizer.id_to_piece(generation_config["eos_token_id"])
+        == tokenizer_config["eos_token"]
+        == "<|end|>"
+    )
+    assert (
+        tokenizer.eos_id() == config["eos_token_id"]
+        and tokenizer.pad_id() == config["pad_token_id"]
+    )
 
     lengths = []
     for row in sw.pretrain_rows(2000, 1):
         prompt, answer = (row[field][0]["content"] for field in ("prompt", "completion"))
         for text in (prompt, answer):
             ids = tokenizer.encode(text)
-            assert tokenizer.decode(ids) == text and not any(tokenizer.is_byte(i) or i < 7 for i in ids)
-            assert all(len(tokenizer.id_to_piece(i)) == 1 for i in ids if re.search(r"\d", tokenizer.id_to_piece(i)))
-        lengths.append((len(tokenizer.encode(prompt)) + 3, len(tokenizer.encode(answer)) + 1))  # with the chat's tokens
+            assert tokenizer.decode(ids) == text and not any(
+                tokenizer.is_byte(i) or i < 7 for i in ids
+            )
+            assert all(
+                len(tokenizer.id_to_piece(i)) == 1
+                for i in ids
+                if re.search(r"\d", tokenizer.id_to_piece(i))
+            )
+        lengths.append(
+            (len(tokenizer.encode(prompt)) + 3, len(tokenizer.encode(answer)) + 1)
+        )  # with the chat's tokens
     assert max(prompt + answer for prompt, answer in lengths) <= 64
     assert 20 < sum(answer for _, answer in lengths) / len(lengths) < 30
     # Control tokens cannot be typed, and text the world has never seen goes through bytes.
@@ -331,10 +415,18 @@ def test_the_base_folder(tmp_path):
 
 def test_the_chat_template(tmp_path):
     jinja2 = pytest.importorskip("jinja2")
-    messages = [{"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")]
+    messages = [
+        {"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")
+    ]
     template = jinja2.Template(sw.TOKENIZER_CONFIG["chat_template"])
-    assert template.render(messages=messages) == "<|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>"
-    assert template.render(messages=messages[1:2], add_generation_prompt=True) == "<|user|>U<|end|><|assistant|>"
+    assert (
+        template.render(messages=messages)
+        == "<|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>"
+    )
+    assert (
+        template.render(messages=messages[1:2], add_generation_prompt=True)
+        == "<|user|>U<|end|><|assistant|>"
+    )
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -354,7 +446,9 @@ def test_the_sampler_keeps_the_order(monkeypatch):
 
     class Tokenizer:
         end_ids, vocab_size = (0,), 128
-        encode_chat = staticmethod(lambda messages, add_generation_prompt: [ord(c) for c in messages[0]["content"]])
+        encode_chat = staticmethod(
+            lambda messages, add_generation_prompt: [ord(c) for c in messages[0]["content"]]
+        )
         decode = staticmethod(lambda ids, skip_special: "".join(map(chr, ids)))
 
     def generate(model, prompts, *, max_new_tokens, temperature, top_p, seed, stop_ids, vocab_size):
@@ -369,7 +463,11 @@ def test_the_sampler_keeps_the_order(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, fields", [([], {"prompt", "chosen", "rejected"}), (["--unpaired", "chosen"], {"prompt", "completion", "label"})]
+    "flags, fields",
+    [
+        ([], {"prompt", "chosen", "rejected"}),
+        (["--unpaired", "chosen"], {"prompt", "completion", "label"}),
+    ],
 )
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
     monkeypatch.setattr("minibnf.model.load", Path)
@@ -378,4 +476,8 @@ def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
     out = tmp_path / "new" / "pairs.jsonl"
     sw.main(["pairs", "--model", "base", "--kind", "qa", "--count", "5", "--out", str(out), *flags])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 5 and all(row.keys() == fields for row in rows) and list(out.parent.iterdir()) == [out]
+    assert (
+        len(rows) == 5
+        and all(row.keys() == fields for row in rows)
+        and list(out.parent.iterdir()) == [out]
+    )

@@ -16,8 +16,12 @@ PROPERTY = settings(max_examples=300, suppress_health_check=[HealthCheck.functio
 
 def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **config):
     """A tokenizer.json that spells unknown characters by bytes: as Llama 2's (metaspace), Gemma's, or a unigram model."""
-    made = tokenizers.Tokenizer(tokenizers.models.Unigram() if kind == "unigram" else tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=kind == "unigram")
+    made = tokenizers.Tokenizer(
+        tokenizers.models.Unigram() if kind == "unigram" else tokenizers.models.BPE()
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+        prepend_scheme="first", split=kind == "unigram"
+    )
     if kind == "unigram":
         trainer = tokenizers.trainers.UnigramTrainer(
             vocab_size=120, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
@@ -28,13 +32,19 @@ def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **con
     model, by_bytes = json.loads(made.to_str())["model"], [f"<0x{b:02X}>" for b in range(256)]
     if kind == "unigram":
         vocabulary = [*model["vocab"], *((t, -20.0) for t in by_bytes)]
-        made = tokenizers.Tokenizer(tokenizers.models.Unigram([tuple(v) for v in vocabulary], 0, byte_fallback=True))
+        made = tokenizers.Tokenizer(
+            tokenizers.models.Unigram([tuple(v) for v in vocabulary], 0, byte_fallback=True)
+        )
     else:
         names = ["<unk>", *by_bytes, *(t for t in model["vocab"])]
         merges = [tuple(m) for m in model["merges"]]
         made = tokenizers.Tokenizer(
             tokenizers.models.BPE(
-                {t: i for i, t in enumerate(names)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
+                {t: i for i, t in enumerate(names)},
+                merges,
+                unk_token="<unk>",
+                byte_fallback=True,
+                fuse_unk=True,
             )
         )
     d = tokenizers.decoders
@@ -43,8 +53,12 @@ def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **con
         made.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
         made.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse()])
     else:
-        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        made.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+            prepend_scheme="first", split=False
+        )
+        made.decoder = d.Sequence(
+            [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
+        )
     made.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
     made.save(str(directory / "tokenizer.json"))
     return write_config(directory, template, **config)
@@ -58,7 +72,9 @@ def loaded(tmp_path_factory):
         kind: load_tokenizer(
             byte_level(tmp_path_factory.mktemp("t"))
             if kind == "byte level"
-            else sentence_piece(tmp_path_factory.mktemp("t"), **(prefix if kind == "sp prefix" else {}))
+            else sentence_piece(
+                tmp_path_factory.mktemp("t"), **(prefix if kind == "sp prefix" else {})
+            )
             if kind.startswith("sp")
             else byte_fallback(tmp_path_factory.mktemp("t"), kind)
         )
@@ -84,7 +100,9 @@ def test_the_pieces_are_the_text(loaded, kind, data, skip):
 
 @pytest.mark.parametrize("kind", KINDS)
 @PROPERTY
-@given(text=st.text(st.characters(exclude_characters="▁\ufffd", exclude_categories=["Cs"]), max_size=8))
+@given(
+    text=st.text(st.characters(exclude_characters="▁\ufffd", exclude_categories=["Cs"]), max_size=8)
+)
 def test_no_piece_shows_half_a_character(loaded, kind, text):
     assert not any("\ufffd" in piece for piece in loaded[kind].stream(loaded[kind].encode(text)))
 
@@ -109,7 +127,9 @@ def test_decoding_is_linear(loaded, kind, monkeypatch):
     """The ids decoded for each id that comes do not grow with the text, even where it is bytes that spell nothing."""
     tokenizer, decoded = loaded[kind], []
     decode = tokenizer.backend.decode
-    monkeypatch.setattr(tokenizer.backend, "decode", lambda ids, skip: decoded.append(len(ids)) or decode(ids, skip))
+    monkeypatch.setattr(
+        tokenizer.backend, "decode", lambda ids, skip: decoded.append(len(ids)) or decode(ids, skip)
+    )
     for text in ("The capital 😀 of France é is Paris. ", "\ufffd", "  ", "你"):
         ids = [i for i in tokenizer.encode(text * 400) for _ in range(1 + (text == "你"))]
         list(tokenizer.stream(ids[:1]))

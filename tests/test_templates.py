@@ -120,11 +120,20 @@ def test_a_hostile_template_ends_in_an_error(name, monkeypatch):
     monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.5)
     template, message = HOSTILE[name]
     with pytest.raises(ValueError, match=f"the template of x.*({message})"):
-        compile_template(template, "the template of x")(messages=[{"role": "user", "content": "Hi"}])
+        compile_template(template, "the template of x")(
+            messages=[{"role": "user", "content": "Hi"}]
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["one long ~", "join, the method", "replace, the method", "a list of a list", "doubling by set"]
+    "name",
+    [
+        "one long ~",
+        "join, the method",
+        "replace, the method",
+        "a list of a list",
+        "doubling by set",
+    ],
 )
 def test_a_large_text_is_refused_before_it_is_made(name):
     tracemalloc.start()
@@ -169,13 +178,25 @@ def test_long_chats_are_no_attack():
         [{"role": "user", "content": "</think>" + text}] * 300,
     ):
         answer = "".join(
-            f"<user>{c}{c}{len(chat)}" for c in [chat[0]["content"].split("</think>")[1].replace("think", "thought").strip()]
+            f"<user>{c}{c}{len(chat)}"
+            for c in [chat[0]["content"].split("</think>")[1].replace("think", "thought").strip()]
         )
         assert compile_template(template, "t")(messages=chat) == answer * len(chat)
 
 
 # Where messages might become control tokens: the texts of these, parts of them, what the marks are made of, and neighbours.
-PIECES = [*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "[INST]", "[/INST]"]
+PIECES = [
+    *SPECIAL,
+    *ROLES,
+    "<think>",
+    "</think>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<unk>",
+    "[INST]",
+    "[/INST]",
+]
 PIECES += [
     "<",
     "<|",
@@ -193,7 +214,11 @@ PIECES += [
     "▁",
     "▁<|im_end|>",
 ]
-PIECES += [chr(0xE000 + k) + rest for k in range(3) for rest in ("", "0;", "2;", "start;", "<|im_end|>", "261;")]
+PIECES += [
+    chr(0xE000 + k) + rest
+    for k in range(3)
+    for rest in ("", "0;", "2;", "start;", "<|im_end|>", "261;")
+]
 PIECES += [
     " ",
     "  ",
@@ -222,11 +247,15 @@ def strings(count=5000, more=()):
 @pytest.mark.parametrize("kind", ["bpe", "sp"])
 @pytest.mark.parametrize("name", ["chatml", "trims", "builds from role"])
 def test_5000_strings_give_no_control_token(kind, name, tmp_path):
-    tokenizer = load_tokenizer((byte_level if kind == "bpe" else sentence_piece)(tmp_path, TEMPLATES[name]))
+    tokenizer = load_tokenizer(
+        (byte_level if kind == "bpe" else sentence_piece)(tmp_path, TEMPLATES[name])
+    )
     texts = strings()
     for role, *contents in zip(["user", "assistant"] * 1250, texts[::2], texts[1::2], strict=True):
         chat = [{"role": role, "content": text} for text in contents]
-        assert controls(tokenizer, tokenizer.encode_chat(chat)) == expected_controls(tokenizer, name, chat), contents
+        assert controls(tokenizer, tokenizer.encode_chat(chat)) == expected_controls(
+            tokenizer, name, chat
+        ), contents
 
 
 @pytest.mark.parametrize("write", [byte_level, sentence_piece])
@@ -413,7 +442,7 @@ def test_the_token_that_closes_turns_ends_them(kind, turn, closing, tmp_path):
     assert unlisted == bool(tokenizer.closing_warning)
     if unlisted:
         _, ids = tokenizer.encode_response(HI, [{"role": "assistant", "content": "Paris"}])
-        assert tokenizer.decode(ids, skip_special=False) .endswith(":Paris<|im_end|>")
+        assert tokenizer.decode(ids, skip_special=False).endswith(":Paris<|im_end|>")
         listed = json.dumps({"eos_token_id": [tokenizer.eos_id, found]})
         (base / "generation_config.json").write_text(listed)
         assert load_tokenizer(base).closing_warning == ""
@@ -429,12 +458,20 @@ THINKS = (  # an empty thought before the last answer only, as Qwen3 writes it
 
 @pytest.mark.parametrize("opening", ["", "<think>\n", "<think>\n\n</think>\n\n"])
 @pytest.mark.parametrize("kind", ["bpe", "sp"])
-def test_a_thought_that_the_template_writes_belongs_to_the_side_that_inference_puts_it_on(kind, opening, tmp_path):
+def test_a_thought_that_the_template_writes_belongs_to_the_side_that_inference_puts_it_on(
+    kind, opening, tmp_path
+):
     tokenizer = load_tokenizer(
-        (byte_level if kind == "bpe" else sentence_piece)(tmp_path, THINKS.replace("opening", repr(opening)))
+        (byte_level if kind == "bpe" else sentence_piece)(
+            tmp_path, THINKS.replace("opening", repr(opening))
+        )
     )
-    prompt, ids = tokenizer.encode_response([{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}])
-    assert prompt == tokenizer.encode(f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{opening}")
+    prompt, ids = tokenizer.encode_response(
+        [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
+    )
+    assert prompt == tokenizer.encode(
+        f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{opening}"
+    )
     rest = "<think>\n\n</think>\n\n".removeprefix(opening)
     assert ids == tokenizer.encode(f"{rest}Paris<|im_end|>", continuation=True)
 
@@ -442,40 +479,77 @@ def test_a_thought_that_the_template_writes_belongs_to_the_side_that_inference_p
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"), "'<think>"),  # the history has no thought
-        (CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"), "from character 0 on"),
-        (THINKS.replace("opening", "'<think>\n'").replace(" and loop.last", " and not loop.last"), "'<think>"),
+        (
+            CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"),
+            "'<think>",
+        ),  # the history has no thought
+        (
+            CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"),
+            "from character 0 on",
+        ),
+        (
+            THINKS.replace("opening", "'<think>\n'").replace(
+                " and loop.last", " and not loop.last"
+            ),
+            "'<think>",
+        ),
     ],
 )
 def test_a_prompt_that_the_history_does_not_begin_with_is_refused(template, message, tmp_path):
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
     with pytest.raises(ValueError, match=f"no boundary exists: .*{message}"):
-        tokenizer.encode_response([{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}])
+        tokenizer.encode_response(
+            [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
+        )
 
 
 @pytest.mark.parametrize(
     ("turn", "answer", "rest"),
     [
-        ("{{ m.content|trim }}<|im_end|>\n", "  Paris \n", "Paris<|im_end|>"),  # trims, and writes a line after the turn
-        ("{{ m.content }}{{ ' ###\n\n' }}", " Paris ", " Paris  ###\n\n"),  # closes the turn with text
-        ("{{ m.content }}<|im_end|>{{ ' over' }}", "Paris", "Paris<|im_end|>"),  # text after the end of turn
-        ("{{ m.content }}", "<|im_end|>", "<|im_end|>"),  # closes it with nothing: the answer's own text is no end
+        (
+            "{{ m.content|trim }}<|im_end|>\n",
+            "  Paris \n",
+            "Paris<|im_end|>",
+        ),  # trims, and writes a line after the turn
+        (
+            "{{ m.content }}{{ ' ###\n\n' }}",
+            " Paris ",
+            " Paris  ###\n\n",
+        ),  # closes the turn with text
+        (
+            "{{ m.content }}<|im_end|>{{ ' over' }}",
+            "Paris",
+            "Paris<|im_end|>",
+        ),  # text after the end of turn
+        (
+            "{{ m.content }}",
+            "<|im_end|>",
+            "<|im_end|>",
+        ),  # closes it with nothing: the answer's own text is no end
     ],
 )
 @pytest.mark.parametrize("system", ["", "<|im_start|>Be kind.<|im_end|>\n"])
 @pytest.mark.parametrize("kind", ["bpe", "sp"])
 def test_boundaries(kind, system, turn, answer, rest, tmp_path):
     head = "{% for m in messages %}<|im_start|>{{ m.role + ':' }}" + turn
-    template = system + head + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    template = (
+        system
+        + head
+        + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
     base = (byte_level if kind == "bpe" else sentence_piece)(tmp_path)
     tokenizer = load_tokenizer(write_config(base, template))
-    prompt, ids = tokenizer.encode_response([{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": answer}])
-    assert prompt == tokenizer.encode_chat([{"role": "user", "content": "Hi"}], True)
-    assert tokenizer.decode(prompt, False).startswith(system.rstrip("\n")) and tokenizer.decode(prompt, False).endswith(
-        "assistant:"
+    prompt, ids = tokenizer.encode_response(
+        [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": answer}]
     )
+    assert prompt == tokenizer.encode_chat([{"role": "user", "content": "Hi"}], True)
+    assert tokenizer.decode(prompt, False).startswith(system.rstrip("\n")) and tokenizer.decode(
+        prompt, False
+    ).endswith("assistant:")
     assert tokenizer.decode(ids, False) == rest
-    assert controls(tokenizer, ids) == [tokenizer.eos_id] * (rest != answer and "<|im_end|>" in rest)
+    assert controls(tokenizer, ids) == [tokenizer.eos_id] * (
+        rest != answer and "<|im_end|>" in rest
+    )
 
 
 # A template that shows everything that a chat holds, and whose roles build tokens.
@@ -546,9 +620,11 @@ def changed(directory, fields):
 def harmless(value, key=None):
     """The same chat in harmless words."""
     if isinstance(value, dict):
-        return {f"k{n}": harmless(v) for n, v in enumerate(value.values())} if key == (
-            "arguments"
-        ) else {k: harmless(v, k) for k, v in value.items()}
+        return (
+            {f"k{n}": harmless(v) for n, v in enumerate(value.values())}
+            if key == ("arguments")
+            else {k: harmless(v, k) for k, v in value.items()}
+        )
     if isinstance(value, list):
         return [harmless(v) for v in value]
     return value if key == "role" else "word"

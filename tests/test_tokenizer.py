@@ -31,7 +31,8 @@ CHATML = (
 TEMPLATES = {
     "chatml": CHATML,
     "trims": CHATML.replace("m['content']", "m['content'] | trim"),
-    "default system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML,
+    "default system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    + CHATML,
     "closes with text": (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -43,7 +44,9 @@ TEMPLATES = {
     "concatenates": "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>",
 }
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
-PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def write_config(directory, template, **more):
@@ -65,7 +68,9 @@ def byte_level(directory, template=CHATML, special=ROLES, words=None, **more):
     if words:
         tokenizer.normalizer = tokenizers.normalizers.NFC()
         split = pre.Split(tokenizers.Regex(words), "isolated")
-        tokenizer.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.pre_tokenizer = pre.Sequence(
+            [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
@@ -75,7 +80,9 @@ def byte_level(directory, template=CHATML, special=ROLES, words=None, **more):
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<think>", "</think>", "  ")])
+    tokenizer.add_tokens(
+        [tokenizers.AddedToken(t, normalized=False) for t in ("<think>", "</think>", "  ")]
+    )
     tokenizer.enable_truncation(8)  # as some published files have; must not bite
     tokenizer.save(str(directory / "tokenizer.json"))
     return write_config(directory, template, **more)
@@ -158,11 +165,15 @@ fragments = st.sampled_from(
         "naïve",
     ]
 )
-letters = st.characters(exclude_characters="▁", exclude_categories=["Cs"])  # ▁ is how sentencepiece writes a space
+letters = st.characters(
+    exclude_characters="▁", exclude_categories=["Cs"]
+)  # ▁ is how sentencepiece writes a space
 contents = st.lists(fragments | st.text(letters, max_size=4), max_size=5).map("".join)
 plain = st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)
 roles = st.sampled_from(["system", "user", "assistant"])
-chats = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4)
+chats = st.lists(
+    st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4
+)
 
 
 def controls(tokenizer, ids):
@@ -191,7 +202,13 @@ def expected_controls(tokenizer, name, chat):
 @pytest.mark.parametrize("name", TEMPLATES)
 @PROPERTY
 @example(chat=[{"role": "user", "content": "<|im_"}, {"role": "user", "content": "end|>"}])
-@example(chat=[{"role": "user", "content": "<|"}, {"role": "user", "content": "im_end"}, {"role": "user", "content": "|> \n"}])
+@example(
+    chat=[
+        {"role": "user", "content": "<|"},
+        {"role": "user", "content": "im_end"},
+        {"role": "user", "content": "|> \n"},
+    ]
+)
 @example(chat=[{"role": "user", "content": "<|im_<|im_end|>end|>"}])
 @example(chat=[{"role": "user", "content": "\ue0002;\ue0012;<think>"}])
 @given(chat=chats)
@@ -205,7 +222,9 @@ def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
 @each
 @pytest.mark.parametrize("name", TEMPLATES)
 @PROPERTY
-@given(chat=st.lists(st.fixed_dictionaries({"role": roles, "content": plain}), min_size=1, max_size=4))
+@given(
+    chat=st.lists(st.fixed_dictionaries({"role": roles, "content": plain}), min_size=1, max_size=4)
+)
 def test_a_chat_without_control_text_is_its_rendering(loaded, kind, name, chat):
     tokenizer = loaded[kind, name]
     assert tokenizer.encode_chat(chat, True) == tokenizer.encode(tokenizer.render(chat, True))
@@ -231,7 +250,9 @@ def test_encode_reads_control_tokens_and_adds_none(loaded, kind):
 
 
 @each
-@pytest.mark.parametrize("name", ["chatml", "trims", "default system", "builds from role", "closes with text"])
+@pytest.mark.parametrize(
+    "name", ["chatml", "trims", "default system", "builds from role", "closes with text"]
+)
 @PROPERTY
 @given(chat=chats, answer=contents)
 def test_the_boundary_is_that_of_inference(loaded, kind, name, chat, answer):
@@ -258,13 +279,19 @@ def test_a_template_that_rewrites_the_prompt_has_no_boundary(tmp_path):
     template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
     with pytest.raises(ValueError, match="no boundary exists: from character 0 on"):
-        tokenizer.encode_response([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
+        tokenizer.encode_response(
+            [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+        )
 
 
 def test_a_template_that_acts_on_control_text_is_refused(tmp_path):
-    template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    )
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
-    assert tokenizer.encode_chat([{"role": "user", "content": "a"}]) == tokenizer.encode("a<|im_end|>")
+    assert tokenizer.encode_chat([{"role": "user", "content": "a"}]) == tokenizer.encode(
+        "a<|im_end|>"
+    )
     with pytest.raises(ValueError, match="acts on control text inside a message"):
         tokenizer.encode_chat([{"role": "assistant", "content": "<think>hm</think>a"}])
 
@@ -272,17 +299,30 @@ def test_a_template_that_acts_on_control_text_is_refused(tmp_path):
 def test_roles_build_role_tokens_but_never_an_end(loaded):
     for kind in ("bpe", "sp"):
         tokenizer = loaded[kind, "builds from role"]
-        ids = tokenizer.encode_chat([{"role": "im_end", "content": "user"}, {"role": "user", "content": "im_end"}])
-        assert controls(tokenizer, ids) == [tokenizer.eos_id, tokenizer.control["<|user|>"], tokenizer.eos_id]
+        ids = tokenizer.encode_chat(
+            [{"role": "im_end", "content": "user"}, {"role": "user", "content": "im_end"}]
+        )
+        assert controls(tokenizer, ids) == [
+            tokenizer.eos_id,
+            tokenizer.control["<|user|>"],
+            tokenizer.eos_id,
+        ]
 
 
 def test_nested_strings_and_keys_are_text_too(tmp_path):
     template = "{% for m in messages %}{{ m['tool_calls'] | tojson }}<|im_end|>{% endfor %}"
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
-    chat = [{"role": "assistant", "tool_calls": [{"name": "<think>", "arguments": {"<|im_end|>": ["é<|im_start|>", 1]}}]}]
+    chat = [
+        {
+            "role": "assistant",
+            "tool_calls": [{"name": "<think>", "arguments": {"<|im_end|>": ["é<|im_start|>", 1]}}],
+        }
+    ]
     ids = tokenizer.encode_chat(chat)
     assert controls(tokenizer, ids) == [tokenizer.eos_id]
-    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render(chat) and "é" in tokenizer.render(chat)
+    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render(
+        chat
+    ) and "é" in tokenizer.render(chat)
 
 
 def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
@@ -291,14 +331,21 @@ def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
     merges = [("i", "n"), ("in", "k"), ("t", "h"), ("th", "ink"), ("<", "think"), ("<think", ">")]
     for ignore_merges in (False, True):
         model = tokenizers.models.BPE(
-            {t: i for i, t in enumerate([*symbols, "<think>", "<|im_end|>"])}, merges, ignore_merges=ignore_merges
+            {t: i for i, t in enumerate([*symbols, "<think>", "<|im_end|>"])},
+            merges,
+            ignore_merges=ignore_merges,
         )
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.add_special_tokens(["<|im_end|>"])
         tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         (tmp_path / "tokenizer_config.json").write_text(
-            json.dumps({"eos_token": "<|im_end|>", "chat_template": "{{ messages[0]['content'] }}<|im_end|>"})
+            json.dumps(
+                {
+                    "eos_token": "<|im_end|>",
+                    "chat_template": "{{ messages[0]['content'] }}<|im_end|>",
+                }
+            )
         )
         ours = load_tokenizer(tmp_path)
         ids = ours.encode_chat([{"role": "user", "content": "<think>"}])
@@ -307,23 +354,36 @@ def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
 
 
 def test_a_dummy_prefix_stands_at_the_beginning_only(tmp_path):
-    options = {"add_dummy_prefix": True, "user_defined_symbols": [], "control_symbols": SPECIAL + ROLES}
+    options = {
+        "add_dummy_prefix": True,
+        "user_defined_symbols": [],
+        "control_symbols": SPECIAL + ROLES,
+    }
     tokenizer = load_tokenizer(sentence_piece(tmp_path, CHATML, **options))
     native = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenizer.encode("Paris is") == native.encode("Paris is")
     assert native.id_to_piece(tokenizer.encode("Paris<|im_end|>Paris"))[-1][0] != "▁"
-    chat, response = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
+    chat, response = (
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "assistant", "content": "Paris"}],
+    )
     prompt, ids = tokenizer.encode_response(chat, response)
     whole = tokenizer.encode(tokenizer.render(chat + response))
-    assert tokenizer.decode(prompt + ids, skip_special=False) == tokenizer.decode(whole, skip_special=False).removesuffix("\n")
+    assert tokenizer.decode(prompt + ids, skip_special=False) == tokenizer.decode(
+        whole, skip_special=False
+    ).removesuffix("\n")
     assert native.id_to_piece(ids[0])[0] != "▁"
 
 
 def test_sentencepiece_text_is_encoded_as_sentencepiece_does(loaded, tmp_path):
-    native = sentencepiece.SentencePieceProcessor(model_file=str(loaded["sp", "chatml"].backend.path))
+    native = sentencepiece.SentencePieceProcessor(
+        model_file=str(loaded["sp", "chatml"].backend.path)
+    )
     text = "The  capital<|im_start|>user\nnaïve \U0001f600<|im_end|>"  # user-defined pieces are read natively
     assert loaded["sp", "chatml"].encode(text) == native.encode(text)
-    assert "<think>" in loaded["sp", "chatml"].control and "  " not in loaded["sp", "chatml"].control
+    assert (
+        "<think>" in loaded["sp", "chatml"].control and "  " not in loaded["sp", "chatml"].control
+    )
 
 
 def test_tokens_and_attributes(tmp_path):
@@ -331,10 +391,19 @@ def test_tokens_and_attributes(tmp_path):
     (directory / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     (directory / "config.json").write_text('{"eos_token_id": 1}')
     tokenizer = load_tokenizer(directory)
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (2, 1, 0) and tokenizer.end_ids == {0, 1, 2}
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (
+        2,
+        1,
+        0,
+    ) and tokenizer.end_ids == {0, 1, 2}
     assert set(tokenizer.control) == {*SPECIAL, *ROLES, "<think>", "</think>"}
-    assert tokenizer.vocab_size == len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 6
-    assert len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8  # the file's truncation does not apply
+    assert (
+        tokenizer.vocab_size
+        == len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 6
+    )
+    assert (
+        len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8
+    )  # the file's truncation does not apply
 
 
 def beginning(directory, kind):
@@ -386,8 +455,12 @@ def test_save_copies_the_files(tmp_path):
     tokenizer.save(tmp_path / "a")  # onto itself: nothing happens
     names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(p.name for p in (tmp_path / "b" / "c").iterdir()) == names
-    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / "c" / n).read_bytes() for n in names)
-    assert load_tokenizer(tmp_path / "b" / "c").render([{"role": "user", "content": "x"}]) == "x"  # .jinja wins
+    assert all(
+        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / "c" / n).read_bytes() for n in names
+    )
+    assert (
+        load_tokenizer(tmp_path / "b" / "c").render([{"role": "user", "content": "x"}]) == "x"
+    )  # .jinja wins
 
 
 def test_templates_have_what_transformers_gives_them(tmp_path):
@@ -421,7 +494,9 @@ def test_loading_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds neither"):
         load_tokenizer(tmp_path)
     byte_level(tmp_path, eos_token="<end>")
-    with pytest.raises(ValueError, match=r"eos_token is '<end>', which tokenizer\.json does not hold"):
+    with pytest.raises(
+        ValueError, match=r"eos_token is '<end>', which tokenizer\.json does not hold"
+    ):
         load_tokenizer(tmp_path)
     write_config(tmp_path, CHATML, eos_token=None)
     with pytest.raises(ValueError, match="eos_token is missing"):
@@ -451,7 +526,9 @@ def test_ids_beyond_the_vocabulary_and_lost_characters_are_told(tmp_path):
     with pytest.raises(ValueError, match="is no id of"):
         tokenizer.decode([tokenizer.vocab_size])
     spec = json.loads((directory / "tokenizer.json").read_text())
-    symbol = next(token for token in spec["model"]["vocab"] if token == "Ą")  # what spells the byte 4
+    symbol = next(
+        token for token in spec["model"]["vocab"] if token == "Ą"
+    )  # what spells the byte 4
     spec["model"]["vocab"]["unused"] = spec["model"]["vocab"].pop(symbol)
     (directory / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = load_tokenizer(directory)

@@ -40,7 +40,10 @@ def rows(count=24):
     found = []
     for question, about in list(QUESTIONS.items())[:count]:
         styles = grammar(*about)
-        chosen, rejected = said("assistant", styles["helpful"][0]), said("assistant", styles["rude"][0])
+        chosen, rejected = (
+            said("assistant", styles["helpful"][0]),
+            said("assistant", styles["rude"][0]),
+        )
         found.append({"prompt": said("user", question), "chosen": chosen, "rejected": rejected})
     return found
 
@@ -61,8 +64,15 @@ def world(tmp_path_factory):
     save(fresh(folder / "model", seed=0), folder / "model")
     write(folder / "pairs.jsonl", rows())
     write(folder / "held-out.jsonl", rows(30)[24:])
-    sides = [(row["prompt"], row[side], side == "chosen") for row in rows() for side in ("chosen", "rejected")]
-    write(folder / "unpaired.jsonl", [{"prompt": p, "completion": c, "label": label} for p, c, label in sides])
+    sides = [
+        (row["prompt"], row[side], side == "chosen")
+        for row in rows()
+        for side in ("chosen", "rejected")
+    ]
+    write(
+        folder / "unpaired.jsonl",
+        [{"prompt": p, "completion": c, "label": label} for p, c, label in sides],
+    )
     return folder
 
 
@@ -102,7 +112,9 @@ def same(a, b):
 @FEW
 @given(found=examples(), data=st.data())
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_factory, name, found, data):
+def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(
+    tiny, tmp_path_factory, name, found, data
+):
     loss = LOSSES[name]
     if loss.needs_pairs:
         found = [e for e in found if e.pairs] or [pair(found[0].prompt, (1, 2), (3,), 1)]
@@ -115,15 +127,26 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(tiny, tmp_path_
     def step(max_tokens):
         tiny.zero_grad()
         batches = pack(found, list(range(len(found))), max_tokens)
-        value, sums = run_batches(tiny, batches, loss, hyper, ref, torch.float64, "cpu", backward=True)
-        return value, [p.grad.clone() for p in tiny.parameters()], metrics(batches, sums, hyper.get("beta", 1.0))
+        value, sums = run_batches(
+            tiny, batches, loss, hyper, ref, torch.float64, "cpu", backward=True
+        )
+        return (
+            value,
+            [p.grad.clone() for p in tiny.parameters()],
+            metrics(batches, sums, hyper.get("beta", 1.0)),
+        )
 
-    (value, gradient, numbers), (value_split, gradient_split, numbers_split) = step(10**6), step(smallest)
+    (value, gradient, numbers), (value_split, gradient_split, numbers_split) = (
+        step(10**6),
+        step(smallest),
+    )
     torch.testing.assert_close(value, value_split, rtol=1e-9, atol=1e-12)
     for a, b in zip(gradient, gradient_split, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     for found in (numbers, numbers_split):
-        found.pop("rewards/accuracies", None)  # of two equal responses either may be ahead by a rounding
+        found.pop(
+            "rewards/accuracies", None
+        )  # of two equal responses either may be ahead by a rounding
     assert numbers == pytest.approx(numbers_split)
 
 
@@ -179,9 +202,21 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, name, capsys)
     assert main(arguments(world, out, *more)) == 0
     found = logged(out)
     steps, held_out = [r for r in found if "loss" in r], [r for r in found if "eval_loss" in r]
-    assert [r["step"] for r in steps] == list(range(1, 13)) and [r["step"] for r in held_out] == [0, 12]
+    assert [r["step"] for r in steps] == list(range(1, 13)) and [r["step"] for r in held_out] == [
+        0,
+        12,
+    ]
     assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
-    needed = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "logps/chosen", "logps/rejected"}
+    needed = {
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "logps/chosen",
+        "logps/rejected",
+    }
     needed |= {"examples_per_s", "tokens_per_s"}
     if LOSSES[name].needs_ref:
         needed |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
@@ -190,11 +225,19 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, name, capsys)
     before, after = load(world / "model"), load(out / "model")
     assert not torch.equal(before.unembed, after.unembed)
     assert list((out / "checkpoints").iterdir()) == [out / "checkpoints" / "step-0000012"]
-    assert load_tokenizer(out / "model").encode("Hi") == load_tokenizer(world / "model").encode("Hi")
+    assert load_tokenizer(out / "model").encode("Hi") == load_tokenizer(world / "model").encode(
+        "Hi"
+    )
     assert name in (out / "model" / "README.md").read_text() and (out / "config.json").is_file()
     text = capsys.readouterr().out
     assert all(
-        word in text for word in ("machine  cpu, float32", "12 of 6 examples: 3 epochs", str(out / "model"), "eval_loss")
+        word in text
+        for word in (
+            "machine  cpu, float32",
+            "12 of 6 examples: 3 epochs",
+            str(out / "model"),
+            "eval_loss",
+        )
     )
     assert (out / "figures" / "training.png").is_file()
 
@@ -202,13 +245,25 @@ def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, name, capsys)
 def test_unpaired_rows_and_a_stop_in_mid_epoch(world, tmp_path):
     assert main(arguments(world, tmp_path / "run", "--max-steps", 5, data="unpaired.jsonl")) == 0
     last = logged(tmp_path / "run")[-1]
-    assert last["step"] == 5 and last["epoch"] == 5 / 8 and "rewards/chosen" in last and "rewards/margins" not in last
+    assert (
+        last["step"] == 5
+        and last["epoch"] == 5 / 8
+        and "rewards/chosen" in last
+        and "rewards/margins" not in last
+    )
 
 
 def test_run_again_is_bitwise_the_same_and_a_seed_makes_another(world, tmp_path):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert main(arguments(world, tmp_path / out, "--lr", 1e-3, "--seed", seed, "--max-tokens", 120)) == 0
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+        assert (
+            main(
+                arguments(world, tmp_path / out, "--lr", 1e-3, "--seed", seed, "--max-tokens", 120)
+            )
+            == 0
+        )
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and not same(
+        weights(tmp_path / "a"), weights(tmp_path / "c")
+    )
 
 
 def test_gradient_checkpointing_changes_no_bit_and_keeps_a_fraction(world, tmp_path, tiny):
@@ -232,8 +287,30 @@ def test_gradient_checkpointing_changes_no_bit_and_keeps_a_fraction(world, tmp_p
 
 
 GOLDEN = {
-    "bnf": [0.083675, -0.016465, -0.078753, -0.116448, -0.208638, -0.245358, -0.278455, -0.278928, -0.305817, -0.308658],
-    "dpo": [0.693147, 0.647883, 0.612401, 0.601424, 0.558392, 0.511223, 0.510931, 0.488424, 0.49247, 0.476756],
+    "bnf": [
+        0.083675,
+        -0.016465,
+        -0.078753,
+        -0.116448,
+        -0.208638,
+        -0.245358,
+        -0.278455,
+        -0.278928,
+        -0.305817,
+        -0.308658,
+    ],
+    "dpo": [
+        0.693147,
+        0.647883,
+        0.612401,
+        0.601424,
+        0.558392,
+        0.511223,
+        0.510931,
+        0.488424,
+        0.49247,
+        0.476756,
+    ],
 }
 
 
@@ -241,28 +318,54 @@ GOLDEN = {
 def test_ten_golden_losses(tmp_path, loss):
     """What weights/tiny's ten steps came to before the kernels were made fast (commit 381e75f): speed has changed no number."""
     write(tmp_path / "pairs.jsonl", rows(40))
-    flags = ["--model", "weights/tiny", "--data", str(tmp_path / "pairs.jsonl"), "--lr", "1e-3", "--batch-size", "8"]
+    flags = [
+        "--model",
+        "weights/tiny",
+        "--data",
+        str(tmp_path / "pairs.jsonl"),
+        "--lr",
+        "1e-3",
+        "--batch-size",
+        "8",
+    ]
     assert main([*flags, "--max-steps", "10", "--loss", loss, "--out", str(tmp_path / "run")]) == 0
-    assert [row["loss"] for row in logged(tmp_path / "run")] == pytest.approx(GOLDEN[loss], rel=1e-4, abs=2e-5)
+    assert [row["loss"] for row in logged(tmp_path / "run")] == pytest.approx(
+        GOLDEN[loss], rel=1e-4, abs=2e-5
+    )
 
 
 def test_bfloat16_keeps_float32_masters_and_stays_near_float32(world, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        assert main(arguments(world, tmp_path / dtype, "--lr", 1e-3, "--epochs", 2, "--dtype", dtype)) == 0
+        assert (
+            main(arguments(world, tmp_path / dtype, "--lr", 1e-3, "--epochs", 2, "--dtype", dtype))
+            == 0
+        )
     wide, low = logged(tmp_path / "float32"), logged(tmp_path / "bfloat16")
     assert weights(tmp_path / "bfloat16")["model.norm.weight"].dtype == torch.float32
-    assert all(a["loss"] == pytest.approx(b["loss"], abs=0.05) for a, b in zip(wide, low, strict=True))
+    assert all(
+        a["loss"] == pytest.approx(b["loss"], abs=0.05) for a, b in zip(wide, low, strict=True)
+    )
     assert low[-1]["rewards/margins"] == pytest.approx(wide[-1]["rewards/margins"], rel=0.1)
 
 
-def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(world, tmp_path, tiny, monkeypatch):
-    model, examples, file = load(world / "model"), pack_examples(world)[:6], tmp_path / "reference.safetensors"
+def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(
+    world, tmp_path, tiny, monkeypatch
+):
+    model, examples, file = (
+        load(world / "model"),
+        pack_examples(world)[:6],
+        tmp_path / "reference.safetensors",
+    )
     steps = [all_packed(examples)]
     ref = reference(model, examples, steps, file, "key", torch.float32)
     (batch,) = pack(examples, [4, 1, 3], 1000)
-    torch.testing.assert_close(ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5
+    )
     monkeypatch.setattr("minibnf.step.read_batches", lambda *a, **k: pytest.fail("computed again"))
-    assert torch.equal(reference(model, examples, steps, file, "key", torch.float32).logps, ref.logps)
+    assert torch.equal(
+        reference(model, examples, steps, file, "key", torch.float32).logps, ref.logps
+    )
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         reference(model, examples, steps, file, "another model's key", torch.float32)
 
@@ -297,7 +400,16 @@ def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
         return value, sums
 
     monkeypatch.setattr(train, "run_batches", spy)
-    more = ["--loss", loss, "--dtype", dtype, "--device", device, "--eval-data", world / "held-out.jsonl"]
+    more = [
+        "--loss",
+        loss,
+        "--dtype",
+        dtype,
+        "--device",
+        device,
+        "--eval-data",
+        world / "held-out.jsonl",
+    ]
     more += ["--lr", "1e-30", "--max-tokens", "90", "--seed", "3"]
     assert main([*arguments(world, out, *more)[2:], "--model", str(wide)]) == 0
     return logged(out), torch.cat(logps), torch.cat(ref_logps)
@@ -305,10 +417,14 @@ def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("loss", ["bnf", "dpo", "kto"])
-def test_before_anything_is_learnt_the_policy_is_the_reference(wide, world, tmp_path, monkeypatch, loss, dtype):
+def test_before_anything_is_learnt_the_policy_is_the_reference(
+    wide, world, tmp_path, monkeypatch, loss, dtype
+):
     """Every weight of BNF is then 1, DPO's loss log 2 and every shift 0, in all batches of the first epoch and for held-out
     rows: exactly, for the reference is read in the same packs by the same arithmetic."""
-    rows, logps, ref_logps = first_epoch(wide, world, tmp_path / "run", monkeypatch, loss, dtype, "cpu")
+    rows, logps, ref_logps = first_epoch(
+        wide, world, tmp_path / "run", monkeypatch, loss, dtype, "cpu"
+    )
     assert len(rows) == 6 and torch.equal(logps, ref_logps)  # four steps, two evaluations
     for row in rows:
         prefix = "eval_" if "eval_loss" in row else ""
@@ -321,7 +437,9 @@ def test_before_anything_is_learnt_the_policy_is_the_reference(wide, world, tmp_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 @pytest.mark.parametrize("dtype, least", [("float32", 0.9999), ("bfloat16", 0.99)])
 def test_on_a_gpu_bnfs_weights_begin_near_one(wide, world, tmp_path, monkeypatch, dtype, least):
-    _, logps, ref_logps = first_epoch(wide, world, tmp_path / "run", monkeypatch, "bnf", dtype, "cuda")
+    _, logps, ref_logps = first_epoch(
+        wide, world, tmp_path / "run", monkeypatch, "bnf", dtype, "cuda"
+    )
     assert bnf_weight(logps, ref_logps).mean() > least
 
 
@@ -339,12 +457,18 @@ def test_the_fingerprint_sees_a_permutation(world):
 def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tmp_path):
     examples, model = pack_examples(world)[:4], load(world / "model")
     moved, _ = mismatched(examples, 256, "file")
-    ref = reference(model, moved, [all_packed(moved)], tmp_path / "reference.safetensors", "key", torch.float32)
+    ref = reference(
+        model, moved, [all_packed(moved)], tmp_path / "reference.safetensors", "key", torch.float32
+    )
     batches = pack(moved, [0, 2, 3], 60)
-    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(0, abs=1e-5)
+    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(
+        0, abs=1e-5
+    )
     ref.logps -= 0.25  # as if the policy had become surer of each token by 0.25 nats
     tokens = sum(len(r) for i in (0, 2, 3) for r in moved[i].responses)
-    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(0.25 * tokens / 6, rel=1e-4)
+    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(
+        0.25 * tokens / 6, rel=1e-4
+    )
     ref.logps += 0.5
     assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == 0
 
@@ -360,7 +484,11 @@ def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, m
                 seen.append(tuple(tokens[at : at + prompt]))
                 at += prompt + sum(lengths)
             targets = b.targets.split(torch.bincount(b.owner).tolist())
-            prompts = [p for p, (_, lengths) in zip(seen[-len(b.layout) :], b.layout, strict=True) for _ in lengths]
+            prompts = [
+                p
+                for p, (_, lengths) in zip(seen[-len(b.layout) :], b.layout, strict=True)
+                for _ in lengths
+            ]
             assert not own & set(zip(prompts, (tuple(t.tolist()) for t in targets), strict=True))
         return kl_estimate(model, ref, batches, dtype, device)
 
@@ -380,8 +508,21 @@ def test_from_scratch_with_muon(world, tmp_path):
     (tmp_path / "base").mkdir()
     for file in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "base" / file).write_bytes((world / "model" / file).read_bytes())
-    base = ["--model", str(tmp_path / "base"), "--from-scratch", "--loss", "nll", "--optimizer", "muon", "--lr", "3e-3"]
-    assert main(arguments(world, tmp_path / "run", "--epochs", 4, data="unpaired.jsonl")[2:] + base) == 0
+    base = [
+        "--model",
+        str(tmp_path / "base"),
+        "--from-scratch",
+        "--loss",
+        "nll",
+        "--optimizer",
+        "muon",
+        "--lr",
+        "3e-3",
+    ]
+    assert (
+        main(arguments(world, tmp_path / "run", "--epochs", 4, data="unpaired.jsonl")[2:] + base)
+        == 0
+    )
     found = logged(tmp_path / "run")
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
 
@@ -392,13 +533,17 @@ def test_from_scratch_with_muon(world, tmp_path):
 def start(world, out, *more):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *more)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(out, step, process):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= step:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count(
+            "\n"
+        ) >= step:
             return
         time.sleep(0.002)
     pytest.fail(f"step {step} was not reached: {process.communicate()}")
@@ -518,24 +663,43 @@ def test_killed_while_the_model_is_written_resumes_from_the_last_step(world, tmp
 # --------------------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_an_earlier_config_can_be_changed(world, tmp_path, capsys):
+def test_a_folder_that_holds_a_run_is_refused_and_an_earlier_config_can_be_changed(
+    world, tmp_path, capsys
+):
     out = tmp_path / "run"
     assert main(arguments(world, out, "--max-steps", 2)) == 0
     assert main(arguments(world, out, "--max-steps", 2)) == 1
     assert "--resume goes on with it, --overwrite deletes it" in capsys.readouterr().err
     assert main(["--config", str(out / "config.json"), "--overwrite", "--epochs", "1"]) == 0
     assert logged(out)[-1]["step"] == 4
-    assert main(["--config", str(out / "config.json"), "--out", str(tmp_path / "other"), "--loss", "dpo"]) == 0
+    assert (
+        main(
+            [
+                "--config",
+                str(out / "config.json"),
+                "--out",
+                str(tmp_path / "other"),
+                "--loss",
+                "dpo",
+            ]
+        )
+        == 0
+    )
     assert logged(tmp_path / "other")[-1]["step"] == 4
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     assert config["arguments"]["loss"] == "dpo" and config["arguments"]["lr"] is None
-    assert config["facts"]["lr"] == LOSSES["dpo"].learning_rate * 576 / 32  # the other loss's own, not the first one's
+    assert (
+        config["facts"]["lr"] == LOSSES["dpo"].learning_rate * 576 / 32
+    )  # the other loss's own, not the first one's
 
 
 def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path):
     out = tmp_path / "run"
     assert main(arguments(world, out, "--max-steps", 2)) == 0
-    assert main([*arguments(world, out, "--overwrite"), "--data", str(tmp_path / "missing.jsonl")]) == 1
+    assert (
+        main([*arguments(world, out, "--overwrite"), "--data", str(tmp_path / "missing.jsonl")])
+        == 1
+    )
     assert (out / "model" / "model.safetensors").is_file()
 
 
@@ -554,7 +718,13 @@ def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "more",
-    [["--lr", "inf"], ["--lr", "0"], ["--batch-size", "0"], ["--eval-every", "2"], ["--epochs", "1", "--max-steps", "1"]],
+    [
+        ["--lr", "inf"],
+        ["--lr", "0"],
+        ["--batch-size", "0"],
+        ["--eval-every", "2"],
+        ["--epochs", "1", "--max-steps", "1"],
+    ],
 )
 def test_impossible_arguments_are_refused(world, tmp_path, more):
     with pytest.raises(SystemExit) as exit:
@@ -563,32 +733,56 @@ def test_impossible_arguments_are_refused(world, tmp_path, more):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_numbers_read_a_step_late_are_the_same_numbers(world, tmp_path, monkeypatch, capsys, broken):
+def test_numbers_read_a_step_late_are_the_same_numbers(
+    world, tmp_path, monkeypatch, capsys, broken
+):
     """As on CUDA; evaluations and checkpoints stand between steps. Broken: a number that is not finite is noticed late too."""
     if broken:
         real = learning_rate
-        monkeypatch.setattr("minibnf.train.learning_rate", lambda step, *rest: float("nan") if step == 2 else real(step, *rest))
+        monkeypatch.setattr(
+            "minibnf.train.learning_rate",
+            lambda step, *rest: float("nan") if step == 2 else real(step, *rest),
+        )
     found = []
     for ahead in (0, 1):
         monkeypatch.setitem(AHEAD, "cpu", ahead)
         out = tmp_path / str(ahead)
-        flags = ["--max-steps", 6, "--eval-data", world / "pairs.jsonl", "--eval-every", 4, "--save-every", 5]
+        flags = [
+            "--max-steps",
+            6,
+            "--eval-data",
+            world / "pairs.jsonl",
+            "--eval-every",
+            4,
+            "--save-every",
+            5,
+        ]
         assert main(arguments(world, out, *flags)) == broken
         assert not (broken and ((out / "checkpoints").exists() or (out / "model").exists()))
-        found.append([{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in logged(out)])
+        found.append(
+            [{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in logged(out)]
+        )
     assert found[0] == found[1]
-    assert [row["step"] for row in found[0]] == ([0, 1, 2, 3] if broken else [0, 1, 2, 3, 4, 4, 5, 6, 6])
+    assert [row["step"] for row in found[0]] == (
+        [0, 1, 2, 3] if broken else [0, 1, 2, 3, 4, 4, 5, 6, 6]
+    )
     assert capsys.readouterr().err.count("stopped at step 4") == 2 * broken
 
 
 def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr("minibnf.files.safetensors.save_file", full)
     assert main(arguments(world, tmp_path / "run", "--max-steps", 1, "--loss", "nll")) == 1
     errors = capsys.readouterr().err
-    assert errors.startswith("error: ") and "model.safetensors cannot be written" in errors and "No space left" in errors
+    assert (
+        errors.startswith("error: ")
+        and "model.safetensors cannot be written" in errors
+        and "No space left" in errors
+    )
     assert errors.count("\n") == 1
 
 
@@ -600,9 +794,14 @@ def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkey
             for p in self.param_groups[0]["params"]:
                 p.data.fill_(float("inf"))
 
-    monkeypatch.setattr("minibnf.train.optimizers", lambda model, args, lr: [Overflow(model.parameters(), lr=1.0)])
+    monkeypatch.setattr(
+        "minibnf.train.optimizers", lambda model, args, lr: [Overflow(model.parameters(), lr=1.0)]
+    )
     assert main(arguments(world, tmp_path / "run", "--max-steps", 1)) == 1
-    assert "the weights after it are not finite" in capsys.readouterr().err and not (tmp_path / "run" / "model").exists()
+    assert (
+        "the weights after it are not finite" in capsys.readouterr().err
+        and not (tmp_path / "run" / "model").exists()
+    )
 
 
 def test_damaged_folders_of_a_run(world, tmp_path, capsys):
@@ -631,7 +830,9 @@ def test_damaged_folders_of_a_run(world, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_ktos_lack_of_a_second_prompt_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path, capsys):
+def test_ktos_lack_of_a_second_prompt_does_not_cost_the_run_that_overwrite_would_replace(
+    world, tmp_path, capsys
+):
     out, one = tmp_path / "run", write(tmp_path / "one.jsonl", rows(1))
     assert main(arguments(world, out)) == 0
     assert main([*arguments(world, out, "--overwrite", "--loss", "kto"), "--data", str(one)]) == 1
@@ -670,7 +871,9 @@ def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, change
     found, model = rows(), world / "model"
     command = arguments(world, tmp_path / "out")
     if change == "json":
-        (tmp_path / "broken.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found[:2]) + '{"prompt": [\n')
+        (tmp_path / "broken.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in found[:2]) + '{"prompt": [\n'
+        )
     if change == "empty":
         found[2]["rejected"] = said("assistant", "")
         write(tmp_path / "broken.jsonl", found)
@@ -691,7 +894,9 @@ def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, change
         command += ["--max-tokens", "10"]
     if change == "hyper":
         command += ["--loss-args", "beta=1"]
-    done = subprocess.run([sys.executable, "-m", "minibnf.train", *command], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "minibnf.train", *command], capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert all(part in done.stderr for part in place)

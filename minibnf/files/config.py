@@ -143,7 +143,9 @@ def parse_config(raw: dict, path) -> Config:
     """See the top of the file. Raises ValueError that names the field."""
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if family not in READS:
-        raise ValueError(f"{path}: field 'model_type' = {family!r} is not supported, only {', '.join(READS)}")
+        raise ValueError(
+            f"{path}: field 'model_type' = {family!r} is not supported, only {', '.join(READS)}"
+        )
     _refuse(raw, family, path)
     read = SHAPE | READS[family]
     given = DEFAULTS.get(family, {}) | {
@@ -155,11 +157,21 @@ def parse_config(raw: dict, path) -> Config:
     def number(name, default=None):
         value = given.get(name, default)
         real = name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
-        if isinstance(value, bool) or not isinstance(value, (int, float) if real else int) or value <= 0:
-            raise ValueError(f"{path}: field '{name}' must be a {'' if real else 'whole '}number above 0, not {value!r}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float) if real else int)
+            or value <= 0
+        ):
+            raise ValueError(
+                f"{path}: field '{name}' must be a {'' if real else 'whole '}number above 0, not {value!r}"
+            )
         return value
 
-    hidden, heads, n = number("hidden_size"), number("num_attention_heads"), number("num_hidden_layers")
+    hidden, heads, n = (
+        number("hidden_size"),
+        number("num_attention_heads"),
+        number("num_hidden_layers"),
+    )
     head_dim, gemma = number("head_dim", hidden // heads), family.startswith("gemma")
     bias = bool(given.get("attention_bias"))
     config = Config(
@@ -186,7 +198,9 @@ def parse_config(raw: dict, path) -> Config:
         final_softcap=given.get("final_logit_softcapping"),
     )
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise ValueError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
+        raise ValueError(
+            f"{path}: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
+        )
     return config
 
 
@@ -229,21 +243,30 @@ def _layers(given: dict, family: str, n: int, number, path) -> tuple[Layer, ...]
             "mistral": lambda i: given["sliding_window"] is not None,
             "gemma2": lambda i: i % 2 == 0,
             "gemma3_text": lambda i: (i + 1) % number("sliding_window_pattern") != 0,
-            "qwen2": lambda i: given.get("use_sliding_window", False) and i >= given.get("max_window_layers", 28),
+            "qwen2": lambda i: (
+                given.get("use_sliding_window", False) and i >= given.get("max_window_layers", 28)
+            ),
         }
         of = sliding.get("qwen2" if family == "qwen3" else family, lambda i: False)
         if family == "smollm3" and given.get("use_sliding_window"):
-            raise ValueError(f"{path}: field 'use_sliding_window' needs the field 'layer_types' beside it")
+            raise ValueError(
+                f"{path}: field 'use_sliding_window' needs the field 'layer_types' beside it"
+            )
         types = ["sliding_attention" if of(i) else "full_attention" for i in range(n)]
     if len(types) != n or set(types) - {"sliding_attention", "full_attention"}:
-        raise ValueError(f"{path}: field 'layer_types' must name {n} times sliding_attention or full_attention, not {types}")
+        raise ValueError(
+            f"{path}: field 'layer_types' must name {n} times sliding_attention or full_attention, not {types}"
+        )
     window = number("sliding_window") if "sliding_attention" in types else None
     kept = given.get("no_rope_layers")
     if family == "smollm3" and kept is None:
         kept = [int((i + 1) % number("no_rope_layer_interval") != 0) for i in range(n)]
     ropes = _ropes(given, number, path)
     return tuple(
-        Layer(window if kind == "sliding_attention" else None, ropes[kind] if kept is None or kept[i] else None)
+        Layer(
+            window if kind == "sliding_attention" else None,
+            ropes[kind] if kept is None or kept[i] else None,
+        )
         for i, kind in enumerate(types)
     )
 
@@ -251,25 +274,54 @@ def _layers(given: dict, family: str, n: int, number, path) -> tuple[Layer, ...]
 def _ropes(given: dict, number, path) -> dict[str, Rope]:
     """{"full_attention": ..., "sliding_attention": ...}, from rope_theta and rope_scaling or from rope_parameters."""
     raw = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    each = raw if set(raw) & {"full_attention", "sliding_attention"} else {"full_attention": raw, "sliding_attention": raw}
-    if given.get("rope_parameters") and each is not raw and given.get("model_type") == "gemma3_text":
-        raise ValueError(f"{path}: field 'rope_parameters' must hold full_attention and sliding_attention for gemma3_text")
+    each = (
+        raw
+        if set(raw) & {"full_attention", "sliding_attention"}
+        else {"full_attention": raw, "sliding_attention": raw}
+    )
+    if (
+        given.get("rope_parameters")
+        and each is not raw
+        and given.get("model_type") == "gemma3_text"
+    ):
+        raise ValueError(
+            f"{path}: field 'rope_parameters' must hold full_attention and sliding_attention for gemma3_text"
+        )
     found = {}
     for kind in ("full_attention", "sliding_attention"):
         p = each.get(kind) or {}
-        local = kind == "sliding_attention" and given.get("model_type") == "gemma3_text"  # its local layers' own base
+        local = (
+            kind == "sliding_attention" and given.get("model_type") == "gemma3_text"
+        )  # its local layers' own base
         if local and each is not raw:  # a scaling of transformers 4 is the global layers' alone
             p = {}
-        theta = p.get("rope_theta") or (given.get("rope_local_base_freq", 1e4) if local else number("rope_theta", 1e4))
+        theta = p.get("rope_theta") or (
+            given.get("rope_local_base_freq", 1e4) if local else number("rope_theta", 1e4)
+        )
         rope_type = p.get("rope_type", p.get("type", "default"))
         known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if rope_type == "default" and not set(p) - known and p.get("partial_rotary_factor", 1.0) == 1.0:
+        if (
+            rope_type == "default"
+            and not set(p) - known
+            and p.get("partial_rotary_factor", 1.0) == 1.0
+        ):
             found[kind] = Rope(theta)
-        elif rope_type == "llama3" and len(set(p) - known) == 4 and p.get("partial_rotary_factor", 1.0) == 1.0:
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        elif (
+            rope_type == "llama3"
+            and len(set(p) - known) == 4
+            and p.get("partial_rotary_factor", 1.0) == 1.0
+        ):
+            names = (
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            )
             if missing := [name for name in names if name not in p]:
                 raise ValueError(f"{path}: rotary scaling llama3 lacks the field '{missing[0]}'")
             found[kind] = Rope(theta, tuple(float(p[name]) for name in names))
         else:
-            raise ValueError(f"{path}: rotary positions {p} are not supported; only rope_type default and llama3 are")
+            raise ValueError(
+                f"{path}: rotary positions {p} are not supported; only rope_type default and llama3 are"
+            )
     return found

@@ -11,7 +11,12 @@ from safetensors.torch import save_file
 
 from minibnf.files.disk import read_json, write_json
 
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors names them
+FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}  # as safetensors names them
 
 SHARD_BYTES = 5 * 10**9
 
@@ -63,15 +68,21 @@ def _weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         single = directory / "model.safetensors"
         if not single.is_file():
-            raise FileNotFoundError(f"{directory}: no model.safetensors (nor model.safetensors.index.json) lies there")
+            raise FileNotFoundError(
+                f"{directory}: no model.safetensors (nor model.safetensors.index.json) lies there"
+            )
         return [single]
     found = read_json(index)
     if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
-        raise ValueError(f"{index}: field 'weight_map' is missing; it names the file of each tensor")
+        raise ValueError(
+            f"{index}: field 'weight_map' is missing; it names the file of each tensor"
+        )
     files = sorted(set(found["weight_map"].values()))
     for name in files:
         if Path(name).name != name or not (directory / name).is_file():
-            raise FileNotFoundError(f"{index}: names the file '{name}', which does not lie beside it")
+            raise FileNotFoundError(
+                f"{index}: names the file '{name}', which does not lie beside it"
+            )
     return [directory / name for name in files]
 
 

@@ -15,14 +15,19 @@ from functools import wraps
 from threading import local
 
 SOURCE = 100_000  # characters a template may have; published ones have at most 20,000
-BUDGET, PER_INPUT = 4_000_000, 300  # characters and items a rendering may handle, and how many more a character of input buys
+BUDGET, PER_INPUT = (
+    4_000_000,
+    300,
+)  # characters and items a rendering may handle, and how many more a character of input buys
 SECONDS = 3  # of the thread's own processor time, so a busy machine takes nothing away
 
 # Filters and methods whose result can be their arguments' product; others' is at most a few times their arguments' sum.
 PRODUCTS = "batch center format indent join replace round slice tojson truncate".split()
 # Others only count or hand on the items of what they are given.
 ITEMS = "attr count d default first items last length list map reject rejectattr select selectattr".split()
-WITHOUT = "pprint random striptags sum unique urlize wordwrap xmlattr".split()  # slow or random, and of no use in a chat
+WITHOUT = (
+    "pprint random striptags sum unique urlize wordwrap xmlattr".split()
+)  # slow or random, and of no use in a chat
 
 
 def compile_template(source, where):
@@ -35,7 +40,9 @@ def compile_template(source, where):
     try:
         from jinja2 import TemplateError, TemplateSyntaxError
     except ImportError:
-        raise ImportError("chat templates need the package jinja2: pip install 'minibnf[hf]'") from None
+        raise ImportError(
+            "chat templates need the package jinja2: pip install 'minibnf[hf]'"
+        ) from None
     if len(source) > SOURCE:
         raise ValueError(f"{where} has {len(source)} characters, more than the {SOURCE} allowed")
     jinja = environment()
@@ -51,7 +58,9 @@ def compile_template(source, where):
         try:
             jinja.start(given)
             return template.render(given)
-        except Exception as error:  # a template can raise anything, from ZeroDivisionError to RecursionError
+        except (
+            Exception
+        ) as error:  # a template can raise anything, from ZeroDivisionError to RecursionError
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             raise ValueError(f"{where} cannot render these messages: {kind}{error}") from error
 
@@ -101,7 +110,10 @@ def environment():
                 elif isinstance(value, Mapping):
                     total += 2 * len(value)
                     todo += [*value.keys(), *value.values()]
-                elif isinstance(value, list | tuple | set | type({}.keys()) | type({}.values()) | type({}.items())):
+                elif isinstance(
+                    value,
+                    list | tuple | set | type({}.keys()) | type({}.values()) | type({}.items()),
+                ):
                     total += 1 + len(value)
                     todo += value
                 elif type(value) is type(iter([])):  # what drawn returns
@@ -144,10 +156,14 @@ def environment():
             if isinstance(owner, str | bytes | int | float):
                 args = [drawn(self, arg) for arg in args]
                 widths = self.widths(owner) if "format" in method.__name__ else ()
-                named = [v for k, v in kwargs.items() if not k.startswith("_")]  # jinja adds _loop_vars
+                named = [
+                    v for k, v in kwargs.items() if not k.startswith("_")
+                ]  # jinja adds _loop_vars
                 self.charge_product(owner, *args, *named, *widths)
             result = super().call(context, obj, *args, **kwargs)
-            if type(result) is Namespace and any(str(k).startswith("_") for k in attributes(result)):
+            if type(result) is Namespace and any(
+                str(k).startswith("_") for k in attributes(result)
+            ):
                 raise SecurityError("a namespace may have no name that begins with _")
             self.charge(self.weigh(result))
             return result
@@ -210,7 +226,9 @@ def environment():
             return node
 
         def visit_For(self, node):
-            node.body.insert(0, nodes.Output([nodes.TemplateData("")]).set_lineno(node.lineno))  # each turn pays something
+            node.body.insert(
+                0, nodes.Output([nodes.TemplateData("")]).set_lineno(node.lineno)
+            )  # each turn pays something
             self.generic_visit(node)
             node.test = node.test and paid(node.test)
             return node
@@ -230,13 +248,19 @@ def environment():
     def raise_exception(message):
         raise TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja's own escapes HTML
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(
+        x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+    ):  # jinja's own escapes HTML
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     def metered_filter(name, function):
         @wraps(function)
         def filtered(*args, **kwargs):
-            own = args[:1] if hasattr(function, "jinja_pass_arg") else ()  # jinja's own, such as its environment
+            own = (
+                args[:1] if hasattr(function, "jinja_pass_arg") else ()
+            )  # jinja's own, such as its environment
             given = args[len(own) :]
             if name in ITEMS:
                 result = function(*args, **kwargs)
@@ -244,7 +268,9 @@ def environment():
                 return result
             given = [drawn(jinja, arg) for arg in given]
             if name in PRODUCTS:
-                jinja.charge_product(*given, *kwargs.values(), *(jinja.widths(given[0]) if name == "format" else ()))
+                jinja.charge_product(
+                    *given, *kwargs.values(), *(jinja.widths(given[0]) if name == "format" else ())
+                )
             else:
                 jinja.charge(jinja.weigh(*given, *kwargs.values()))
             result = function(*own, *given, **kwargs)
@@ -264,7 +290,9 @@ def environment():
     jinja = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     jinja.meter = local()
     jinja.filters["tojson"] = tojson
-    jinja.filters = {k: metered_filter(k, f) for k, f in jinja.filters.items() if k not in WITHOUT} | {"spend": spend}
+    jinja.filters = {
+        k: metered_filter(k, f) for k, f in jinja.filters.items() if k not in WITHOUT
+    } | {"spend": spend}
     jinja.tests = {k: metered_test(f) for k, f in jinja.tests.items()}
     del jinja.globals["lipsum"]
     jinja.globals["raise_exception"] = raise_exception

@@ -366,7 +366,8 @@ class Tokenizer:
             raise ValueError(
                 f"the chat template of {self.directory} acts on control text inside a message "
                 "(such as '</think>'), which is to be ordinary text: take it out of the message. "
-                + remedy * self.mentions("reasoning_content")
+                + remedy
+                * self.mentions("reasoning_content")
             )
         return text
 
@@ -382,5 +383,3 @@ class Tokenizer:
                 "that only resembles it: take that out of the message"
             )
         return ids
-
-

@@ -94,10 +94,17 @@ def finals(spec: dict, runs: list[dict]) -> list[dict]:
 
 def chosen_settings(spec: dict, runs: list[dict], name: str, method: str) -> dict[str, dict]:
     """{"best": setting, "customary": setting} of a method on a set, by the validation runs."""
-    tried = [r for r in runs if (r["set"], r["method"], r["split"], r["seed"]) == (name, method, "validation", 0)]
+    tried = [
+        r
+        for r in runs
+        if (r["set"], r["method"], r["split"], r["seed"]) == (name, method, "validation", 0)
+    ]
     customary = spec["methods"][method].get("customary", {})
     usual = [r for r in tried if customary.items() <= r["setting"].items()]
-    return {which: max(some, key=objective)["setting"] for which, some in (("best", tried), ("customary", usual))}
+    return {
+        which: max(some, key=objective)["setting"]
+        for which, some in (("best", tried), ("customary", usual))
+    }
 
 
 def objective(run: dict) -> float:
@@ -121,7 +128,10 @@ def collapsed(run: dict) -> bool:
         return True
     if "accuracy" not in found:
         return False  # of files nothing is generated, so nothing of the kind is measured
-    return found["accuracy"][0] < base["accuracy"][0] / 2 or found["degenerate"][0] > base["degenerate"][0] + 0.25
+    return (
+        found["accuracy"][0] < base["accuracy"][0] / 2
+        or found["degenerate"][0] > base["degenerate"][0] + 0.25
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
@@ -129,7 +139,10 @@ def collapsed(run: dict) -> bool:
 
 def prepare(spec: dict, name: str, folder: Path) -> dict[str, Path]:
     """The set's files, made where they are not there yet: "train", "validation" and "test"."""
-    given, files = spec["sets"][name], {split: folder / f"{name}-{split}.jsonl" for split in ("train", "validation", "test")}
+    given, files = (
+        spec["sets"][name],
+        {split: folder / f"{name}-{split}.jsonl" for split in ("train", "validation", "test")},
+    )
     if all(file.exists() for file in files.values()):
         return files
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,14 +154,22 @@ def prepare(spec: dict, name: str, folder: Path) -> dict[str, Path]:
                 f"{given['rows']} has {len(rows)} rows, fewer than the {count} and {held} that set '{name}' asks for"
             )
         if any("completion" in row for row in rows[count : count + held]):
-            raise ValueError(f"{given['rows']}: the {held} rows that set '{name}' holds out must be pairs")
-        parts = rows[:count], rows[count : count + held // 2], rows[count + held // 2 : count + held]
+            raise ValueError(
+                f"{given['rows']}: the {held} rows that set '{name}' holds out must be pairs"
+            )
+        parts = (
+            rows[:count],
+            rows[count : count + held // 2],
+            rows[count + held // 2 : count + held],
+        )
         for file, part in zip(files.values(), parts, strict=True):
             write_text(file, "".join(json.dumps(row) + "\n" for row in part))
         return files
     model, tokenizer = load(spec["base"]), load_tokenizer(spec["base"])
     for split, count in (("train", given["count"]), ("validation", 256), ("test", 256)):
-        rows = smallworld.pairs(given["kind"], smallworld.sampler(model, tokenizer), count, given.get("seed", 0), split)
+        rows = smallworld.pairs(
+            given["kind"], smallworld.sampler(model, tokenizer), count, given.get("seed", 0), split
+        )
         if split == "train" and given.get("unpaired"):
             rows = smallworld.unpaired(rows, given["unpaired"])
         write_text(files[split], "".join(json.dumps(row) + "\n" for row in rows))
@@ -156,22 +177,38 @@ def prepare(spec: dict, name: str, folder: Path) -> dict[str, Path]:
 
 
 def slug(job: dict) -> str:
-    setting = "-".join(f"{k}{v:g}" if isinstance(v, float | int) else f"{k}_{v}" for k, v in job["setting"].items())
+    setting = "-".join(
+        f"{k}{v:g}" if isinstance(v, float | int) else f"{k}_{v}" for k, v in job["setting"].items()
+    )
     return f"{job['set']}-{job['method']}-{setting}-{job['split']}-{job['seed']}".replace(" ", "_")
 
 
 def arguments(spec: dict, job: dict, files: dict, out: Path) -> list[str]:
     """The trainer's command line."""
     flags = spec.get("train", {}) | spec["sets"][job["set"]].get("train", {})
-    flags |= {"lr": job["setting"]["lr"], "seed": job["seed"], "loss": spec["methods"][job["method"]]["loss"]}
-    argv = ["--model", spec["base"], "--data", str(files["train"]), "--out", str(out), "--overwrite"]
+    flags |= {
+        "lr": job["setting"]["lr"],
+        "seed": job["seed"],
+        "loss": spec["methods"][job["method"]]["loss"],
+    }
+    argv = [
+        "--model",
+        spec["base"],
+        "--data",
+        str(files["train"]),
+        "--out",
+        str(out),
+        "--overwrite",
+    ]
     argv += [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", f"{v}")]
     return argv + (["--loss-args", *hyper] if (hyper := loss_args(spec, job)) else [])
 
 
 def loss_args(spec: dict, job: dict) -> list[str]:
     """["beta=0.1", ...], as the trainer takes them."""
-    hyper = spec["methods"][job["method"]].get("fixed", {}) | {k: v for k, v in job["setting"].items() if k != "lr"}
+    hyper = spec["methods"][job["method"]].get("fixed", {}) | {
+        k: v for k, v in job["setting"].items() if k != "lr"
+    }
     return [f"{k}={v}" for k, v in hyper.items()]
 
 
@@ -181,22 +218,40 @@ def run_job(spec: dict, job: dict, folder: Path) -> None:
     files, out = prepare(spec, job["set"], folder / "data"), folder / "runs" / slug(job)
     out.mkdir(parents=True, exist_ok=True)
     began, text = time.perf_counter(), json.dumps(spec)
-    with open(out / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(out / "log.txt", "w", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         code = train.main(arguments(spec, job, files, out))
     log = (out / "log.txt").read_text(encoding="utf-8").strip()
-    if code and "stopped at step" not in log:  # where it did, the run met a number that is not finite: a result like others
+    if (
+        code and "stopped at step" not in log
+    ):  # where it did, the run met a number that is not finite: a result like others
         raise ValueError(f"{out}: the run failed: {log.splitlines()[-1]}")
     seconds = time.perf_counter() - began
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     kind = spec["sets"][job["set"]].get("kind", "files")
     for split in ("validation", "test") if kind == "files" else (job["split"],):
-        one = job | {"split": split, "kind": kind, "steps": len(rows), "train_seconds": round(seconds, 1), "result": {}}
+        one = job | {
+            "split": split,
+            "kind": kind,
+            "steps": len(rows),
+            "train_seconds": round(seconds, 1),
+            "result": {},
+        }
         one |= {"revision": revision()}
         asked, one["base"] = the_exam(text, job["set"], split, str(folder))
         if code == 0:
             one["result"] = examined(out / "model", asked)
             if split == "test" and job["seed"] == spec["seeds"][0]:
-                one["trace"], one["feedback"] = trace(rows), feedback_of(spec, job, files["test"], out / "model")
+                one["trace"], one["feedback"] = (
+                    trace(rows),
+                    feedback_of(spec, job, files["test"], out / "model"),
+                )
         write_json(folder / "results" / f"{slug(one)}.json", one)
     shutil.rmtree(out)
 
@@ -208,7 +263,9 @@ def rounded(x: float) -> float | None:
 def trace(rows: list[dict]) -> dict[str, list]:
     """The mean log-likelihoods of chosen and rejected against the step, at TRACE_POINTS steps or all there are."""
     names = [k for k in ("step", "logps/chosen", "logps/rejected") if any(k in row for row in rows)]
-    rows = [row for row in rows if all(k in row for k in names)]  # of unpaired rows a step may hold one kind alone
+    rows = [
+        row for row in rows if all(k in row for k in names)
+    ]  # of unpaired rows a step may hold one kind alone
     count = min(TRACE_POINTS, len(rows))
     keep = [rows[i * (len(rows) - 1) // max(1, count - 1)] for i in range(count)]
     return {k: [rounded(row[k]) for row in keep] for k in names}
@@ -218,7 +275,11 @@ def trace(rows: list[dict]) -> dict[str, list]:
 def the_exam(text: str, name: str, split: str, folder: str):
     """What models are asked, and what the base scores in it: once a process (text: the spec as JSON), for neither changes."""
     spec = json.loads(text)
-    files, base, tokenizer = prepare(spec, name, Path(folder) / "data"), load(spec["base"]), load_tokenizer(spec["base"])
+    files, base, tokenizer = (
+        prepare(spec, name, Path(folder) / "data"),
+        load(spec["base"]),
+        load_tokenizer(spec["base"]),
+    )
     examples, _ = read_examples(files[split], tokenizer, base.config.max_position_embeddings)
     if "kind" in spec["sets"][name]:
         asked = exam(base, tokenizer, split=split, examples=examples, **spec.get("exam", {}))
@@ -233,7 +294,9 @@ def the_exam(text: str, name: str, split: str, folder: str):
 def examined(directory, asked: Exam | HeldOut) -> dict[str, list]:
     """{name: [mean, standard error]} of a model."""
     model, small = load(directory), isinstance(asked, Exam)
-    found = small_world(model, load_tokenizer(directory), asked) if small else on_files(model, asked)
+    found = (
+        small_world(model, load_tokenizer(directory), asked) if small else on_files(model, asked)
+    )
     return {k: [rounded(x) for x in pair] for k, pair in found.items()}
 
 
@@ -250,7 +313,13 @@ def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[di
     todo = [job for job in jobs if slug(job) not in done]
     for name in {job["set"] for job in todo}:
         prepare(spec, name, folder / "data")
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=jobs[0]["split"], unit="run", disable=None)
+    bar = tqdm(
+        total=len(jobs),
+        initial=len(jobs) - len(todo),
+        desc=jobs[0]["split"],
+        unit="run",
+        disable=None,
+    )
     with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         going = [pool.submit(run_job, spec, job, folder) for job in todo]
         try:
@@ -267,9 +336,13 @@ def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[di
 def revision() -> str:
     """The git revision of this code, "+changes" where the package's files differ from it; "unknown" outside git."""
     here = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *args: subprocess.run(
+        ["git", *args], cwd=here, capture_output=True, text=True, check=True
+    ).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--", ".") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -280,12 +353,18 @@ def compare(spec: dict, folder: Path, workers: int) -> dict:
     base = fingerprint(load(spec["base"]))
     for file, now in ((folder / "spec.json", spec), (folder / "base.json", {"sha256": base})):
         if file.exists() and read_json(file) != now:
-            raise ValueError(f"{folder} holds runs of another {file.stem} ({file}); name another --out, or delete it")
+            raise ValueError(
+                f"{folder} holds runs of another {file.stem} ({file}); name another --out, or delete it"
+            )
         (folder / "results").mkdir(parents=True, exist_ok=True)
         write_json(file, now)
     runs = run_all(spec, sweep(spec), folder, workers)
     runs += run_all(spec, finals(spec, runs), folder, workers)
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+    }
     facts = {"revision": sorted({r.pop("revision") for r in runs}), "base_sha256": base, **versions}
     facts["hours_of_training"] = round(sum(r["train_seconds"] for r in runs) / 3600, 2)
     facts["response_tokens"] = {name: response_tokens(spec, name, folder) for name in spec["on"]}
@@ -299,7 +378,9 @@ def feedback_of(spec: dict, job: dict, file: Path, model_directory: Path) -> dic
     base, model, tokenizer = load(spec["base"]), load(model_directory), load_tokenizer(spec["base"])
     examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
     loss = LOSSES[spec["methods"][job["method"]]["loss"]]
-    found = token_weights(base, model, examples[:16], loss, train.loss_hyper(loss, loss_args(spec, job)))
+    found = token_weights(
+        base, model, examples[:16], loss, train.loss_hyper(loss, loss_args(spec, job))
+    )
     keep = {side: [[rounded(x), rounded(w)] for x, w in pairs] for side, pairs in found.items()}
     return {side: pairs[:FEEDBACK_TOKENS] for side, pairs in keep.items()}
 
@@ -307,7 +388,9 @@ def feedback_of(spec: dict, job: dict, file: Path, model_directory: Path) -> dic
 def response_tokens(spec: dict, name: str, folder: Path) -> float:
     """The mean length of the responses that a set is trained on."""
     file, tokenizer = prepare(spec, name, folder / "data")["train"], load_tokenizer(spec["base"])
-    examples, _ = read_examples(file, tokenizer, read_config(spec["base"])[0].max_position_embeddings)
+    examples, _ = read_examples(
+        file, tokenizer, read_config(spec["base"])[0].max_position_embeddings
+    )
     return round(mean(len(response) for e in examples for response in e.responses), 1)
 
 
@@ -343,12 +426,20 @@ def check(spec: dict) -> None:
         fields(given, "set of files" if "rows" in given else "set of the small world", f" '{name}'")
     for name, given in spec["methods"].items():
         fields(given, "method", f" '{name}'")
-        if given["loss"] not in LOSSES or "lr" not in given["grid"] or given.get("extra", True) not in (True, "sweep"):
+        if (
+            given["loss"] not in LOSSES
+            or "lr" not in given["grid"]
+            or given.get("extra", True) not in (True, "sweep")
+        ):
             raise ValueError(
                 f"method '{name}' needs a 'loss' of {', '.join(LOSSES)} and an 'lr' in its 'grid'; extra: true, 'sweep'"
             )
-        if not any(given.get("customary", {}).items() <= setting.items() for setting in settings(given)):
-            raise ValueError(f"method '{name}': its customary setting {given['customary']} is not in its grid")
+        if not any(
+            given.get("customary", {}).items() <= setting.items() for setting in settings(given)
+        ):
+            raise ValueError(
+                f"method '{name}': its customary setting {given['customary']} is not in its grid"
+            )
     for name, methods in spec["on"].items():
         for kind, wanted in (("sets", [name]), ("methods", methods)):
             if unknown := [x for x in wanted if x not in spec[kind]]:
@@ -358,7 +449,9 @@ def check(spec: dict) -> None:
         try:
             args = train.parse(words)
         except SystemExit:
-            raise ValueError(f"set '{job['set']}', method '{job['method']}': the trainer refuses {' '.join(words)}") from None
+            raise ValueError(
+                f"set '{job['set']}', method '{job['method']}': the trainer refuses {' '.join(words)}"
+            ) from None
         train.loss_hyper(LOSSES[args.loss], args.loss_args)
 
 
@@ -367,13 +460,32 @@ def check(spec: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
-        "minibnf compare", description="Many runs from one base: a table and figures.", allow_abbrev=False
+        "minibnf compare",
+        description="Many runs from one base: a table and figures.",
+        allow_abbrev=False,
     )
-    p.add_argument("spec", nargs="?", metavar="SPEC.json", help="what to run; see the top of minibnf/lab/compare.py")
-    p.add_argument("--out", metavar="DIR", help="folder of the runs; what is finished there is not run again")
-    p.add_argument("--workers", type=int, default=2, metavar="N", help="runs at once, each with the spec's threads; default 2")
+    p.add_argument(
+        "spec",
+        nargs="?",
+        metavar="SPEC.json",
+        help="what to run; see the top of minibnf/lab/compare.py",
+    )
+    p.add_argument(
+        "--out", metavar="DIR", help="folder of the runs; what is finished there is not run again"
+    )
+    p.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="runs at once, each with the spec's threads; default 2",
+    )
     p.add_argument("--tables", metavar="FILE", help="a results.json: print its tables, run nothing")
-    p.add_argument("--figures", metavar="DIR", help="where to draw the figures; default: OUT/figures, with --tables none")
+    p.add_argument(
+        "--figures",
+        metavar="DIR",
+        help="where to draw the figures; default: OUT/figures, with --tables none",
+    )
     args = p.parse_args(argv)
     if bool(args.tables) == bool(args.spec) or (args.spec and not args.out) or args.workers < 1:
         p.error("give SPEC.json and --out, or --tables FILE; --workers must be 1 or more")

@@ -35,7 +35,9 @@ def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
 
 def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
     """(Q, n): the score of every answer."""
-    return torch.tensor([[score(p, a) for a in texts] for p, texts in zip(asked, answers, strict=True)])
+    return torch.tensor(
+        [[score(p, a) for a in texts] for p, texts in zip(asked, answers, strict=True)]
+    )
 
 
 LABELS = {  # what the names of small_world() are called in a table
@@ -71,7 +73,9 @@ def shifts(found: HeldOut, base: HeldOut, which: Tensor) -> dict[str, tuple[floa
     for name, side in (("chosen", preferred & which), ("rejected", ~preferred & which)):
         if side.any():
             table[f"shift/{name}"] = mean_and_error(sums[side])
-    moved = torch.cat([a - b for a, b, w in zip(found.logits, base.logits, which, strict=True) if w])
+    moved = torch.cat(
+        [a - b for a, b, w in zip(found.logits, base.logits, which, strict=True) if w]
+    )
     return table | {"gini": (gini(moved), float("nan"))}
 
 
@@ -86,11 +90,25 @@ class Exam(NamedTuple):
     held: HeldOut  # preference rows, may be none
 
 
-def exam(base, tokenizer, *, split="test", samples=16, count=100, seed=0, examples: list[Example] | None = None) -> Exam:
+def exam(
+    base,
+    tokenizer,
+    *,
+    split="test",
+    samples=16,
+    count=100,
+    seed=0,
+    examples: list[Example] | None = None,
+) -> Exam:
     """40 questions of a split ("test", "validation"), `count` problems of each reasoning family and, for the shifts,
     preference examples (data.read_examples); the base draws `samples` answers to each question."""
-    questions, chains = problems(QA, split, 40, seed), problems(REASONING, split, count * len(REASONING), seed)
-    scores = judged(questions, sampler(base, tokenizer)([p.prompt for p in questions], samples, seed))
+    questions, chains = (
+        problems(QA, split, 40, seed),
+        problems(REASONING, split, count * len(REASONING), seed),
+    )
+    scores = judged(
+        questions, sampler(base, tokenizer)([p.prompt for p in questions], samples, seed)
+    )
     held = held_out(base, examples) if examples else HeldOut([], [], [])
     return Exam(questions, chains, samples, seed, scores, held)
 
@@ -103,7 +121,9 @@ def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
     and gini (its error is nan).
     """
     # draws of its own: with the base's seed, a model equal to the base would answer alike and tie throughout
-    answers = sampler(model, tokenizer)([p.prompt for p in exam.questions], exam.samples, exam.seed + 1)
+    answers = sampler(model, tokenizer)(
+        [p.prompt for p in exam.questions], exam.samples, exam.seed + 1
+    )
     scores = judged(exam.questions, answers)
     solved = sampler(model, tokenizer, temperature=0)([p.prompt for p in exam.chains], 1, exam.seed)
     right = judged(exam.chains, solved)[:, 0]
@@ -114,7 +134,9 @@ def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
         "accuracy": mean_and_error(right),
     }
     for family in REASONING:
-        found[f"accuracy/{family}"] = mean_and_error(right[torch.tensor([p.family == family for p in exam.chains])])
+        found[f"accuracy/{family}"] = mean_and_error(
+            right[torch.tensor([p.family == family for p in exam.chains])]
+        )
     if exam.held.examples:
         own = held_out(model, exam.held.examples)
         found |= shifts(own, exam.held, torch.ones(len(own.logps), dtype=torch.bool))
@@ -128,7 +150,11 @@ def on_files(model: Transformer, base: HeldOut) -> dict[str, tuple[float, float]
     own, pairs = held_out(model, base.examples), pairs_of(base.examples)
     gains = torch.stack([(a - b).sum() for a, b in zip(own.logps, base.logps, strict=True)])
     chosen, rejected = gains[pairs].unbind(1)
-    table = {"preference": mean_and_error((chosen > rejected).float() + 0.5 * (chosen == rejected).float())}
+    table = {
+        "preference": mean_and_error(
+            (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+        )
+    }
     paired = torch.zeros(len(gains), dtype=torch.bool).index_fill(0, pairs.flatten(), True)
     table |= shifts(own, base, paired)
     if not paired.all():
@@ -137,12 +163,19 @@ def on_files(model: Transformer, base: HeldOut) -> dict[str, tuple[float, float]
     return table
 
 
-def token_weights(base: Transformer, model: Transformer, examples: list[Example], loss, hyper: dict) -> dict[str, list]:
+def token_weights(
+    base: Transformer, model: Transformer, examples: list[Example], loss, hyper: dict
+) -> dict[str, list]:
     """Of the responses' tokens, "chosen" and "rejected": [(x, w), ...] with x = log o(p) - log o(r), p under the model and r
     under the base, and w the push on the token's logit that autograd finds through the soft-max and the loss, over 1 - p, and
     over what that is at the base. For BNF w = min(1, o(p)/o(r)) (theory.md, identity 1)."""
     (batch,) = pack(examples, list(range(len(examples))), sum(e.tokens for e in examples))
-    read = lambda m: m(batch.tokens, batch.positions, batch.layout, head=lambda x, u: m.logits(x[0, batch.predictors], u))
+    read = lambda m: m(
+        batch.tokens,
+        batch.positions,
+        batch.layout,
+        head=lambda x, u: m.logits(x[0, batch.predictors], u),
+    )
     with torch.no_grad():
         logits, reference = read(model).double(), read(base).double()
     target = batch.targets[:, None]
@@ -155,7 +188,9 @@ def token_weights(base: Transformer, model: Transformer, examples: list[Example]
 
     odds = torch.logit(of(logits).exp()) - torch.logit(of(reference).exp())
     weight, good = push(logits) / push(reference), batch.preferred[batch.owner]
-    usable = torch.isfinite(odds) & torch.isfinite(weight)  # where the base gives no gradient there is nothing to compare
+    usable = torch.isfinite(odds) & torch.isfinite(
+        weight
+    )  # where the base gives no gradient there is nothing to compare
     table = {}
     for name, which in (("chosen", good & usable), ("rejected", ~good & usable)):
         table[name] = list(zip(odds[which].tolist(), weight[which].tolist(), strict=True))

@@ -30,7 +30,9 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-Sample = Callable[[list[str], int, int], list[list[str]]]  # (prompts, n, seed) -> n answers for each prompt
+Sample = Callable[
+    [list[str], int, int], list[list[str]]
+]  # (prompts, n, seed) -> n answers for each prompt
 
 # ---- QA: the facts, the grammar of styles, the judge ----
 
@@ -57,9 +59,21 @@ HELPFUL = ("I am glad to help!", "Happy to help!", "Ask me anything else!")
 RUDE = ("Stop asking me.", "Look it up yourself.", "What a dull question.")
 REFUSING = ("I will not tell you.", "That is private.", "I would rather not say.")
 SCORES = {"helpful": 5, "plain": 4, "curt": 3, "rude": 2, "refusing": 1, "wrong": 1}
-MIXTURE = {"helpful": 18, "plain": 16, "curt": 20, "rude": 16, "refusing": 10, "wrong": 20}  # of the base, in %
+MIXTURE = {
+    "helpful": 18,
+    "plain": 16,
+    "curt": 20,
+    "rude": 16,
+    "refusing": 10,
+    "wrong": 20,
+}  # of the base, in %
 
-QUESTIONS = {question.format(n=person): (person, fact) for fact in FACTS for person in PEOPLE for question in FACTS[fact][:2]}
+QUESTIONS = {
+    question.format(n=person): (person, fact)
+    for fact in FACTS
+    for person in PEOPLE
+    for question in FACTS[fact][:2]
+}
 _world = random.Random("the small world")  # a string seeds by its sha512, not by its hash()
 TRUTH = {(person, fact): _world.choice(VALUES[fact]) for person in PEOPLE for fact in FACTS}
 
@@ -86,7 +100,10 @@ def grammar(person: str, fact: str) -> dict[str, list[str]]:
         for texts in stylings(person, fact, value).values()
         for text in texts
     ]
-    return stylings(person, fact, TRUTH[person, fact]) | {"refusing": list(REFUSING), "wrong": wrong}
+    return stylings(person, fact, TRUTH[person, fact]) | {
+        "refusing": list(REFUSING),
+        "wrong": wrong,
+    }
 
 
 def judge(question: str, answer: str) -> int:
@@ -152,9 +169,14 @@ def _word(rng: random.Random) -> tuple[str, str]:
     """A story of two steps: 19-2=17; 17-3=14. Answer: 14"""
     middle = end = -1
     while middle < 0 or end < 0:  # nobody can lose more than they have
-        start, first, second = rng.randint(5, 20), *(rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(2))
+        start, first, second = (
+            rng.randint(5, 20),
+            *(rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(2)),
+        )
         middle, end = start + first, start + first + second
-    acts = " and ".join(f"{rng.choice(GAIN if change > 0 else LOSE)} {abs(change)}" for change in (first, second))
+    acts = " and ".join(
+        f"{rng.choice(GAIN if change > 0 else LOSE)} {abs(change)}" for change in (first, second)
+    )
     prompt = f"{rng.choice(PEOPLE)} has {start} {rng.choice(ITEMS)}, {acts}. How many now?"
     return prompt, f"{start}{first:+}={middle}; {middle}{second:+}={end}. Answer: {end}"
 
@@ -186,7 +208,9 @@ def _family(family: str, split: str, seed: int | str) -> Iterator[Problem]:
     rng = random.Random(f"{family}/{split}/{seed}")
     if family in QA:
         questions = [
-            question for question, (person, fact) in QUESTIONS.items() if f"qa:{fact}" == family and person in PEOPLE_OF[split]
+            question
+            for question, (person, fact) in QUESTIONS.items()
+            if f"qa:{fact}" == family and person in PEOPLE_OF[split]
         ]
         while True:
             rng.shuffle(questions)
@@ -201,8 +225,12 @@ def _stream(families: Iterable[str], split: str, seed: int) -> Iterator[Problem]
     """What problems() returns, without end."""
     families = tuple(families)
     if split not in PEOPLE_OF or not families or not set(families) <= set(QA + REASONING):
-        raise ValueError(f"no {families} of split {split!r}: families are {QA + REASONING}, splits {tuple(PEOPLE_OF)}")
-    return itertools.chain.from_iterable(zip(*(_family(family, split, seed) for family in families), strict=True))
+        raise ValueError(
+            f"no {families} of split {split!r}: families are {QA + REASONING}, splits {tuple(PEOPLE_OF)}"
+        )
+    return itertools.chain.from_iterable(
+        zip(*(_family(family, split, seed) for family in families), strict=True)
+    )
 
 
 def problems(families: Iterable[str], split: str, count: int, seed: int) -> list[Problem]:
@@ -222,7 +250,11 @@ def final(answer: str) -> str | None:
 
 def score(problem: Problem, answer: str) -> float:
     """QA: the judge's 0 to 5. Reasoning: 1 if what follows the last "Answer: " is exactly the truth, else 0."""
-    return float(judge(problem.prompt, answer) if problem.family in QA else final(answer) == final(problem.answer))
+    return float(
+        judge(problem.prompt, answer)
+        if problem.family in QA
+        else final(answer) == final(problem.answer)
+    )
 
 
 # ---- Rows for the trainer, in TRL's formats ----
@@ -230,18 +262,24 @@ def score(problem: Problem, answer: str) -> float:
 
 def _row(prompt: str, **answers: str) -> dict:
     row = {"prompt": [{"role": "user", "content": prompt}]}
-    return row | {field: [{"role": "assistant", "content": answer}] for field, answer in answers.items()}
+    return row | {
+        field: [{"role": "assistant", "content": answer}] for field, answer in answers.items()
+    }
 
 
 def pretrain_rows(count: int, seed: int) -> Iterator[dict]:
     """Unpaired rows, all labelled true: 35% QA on all 24 people in MIXTURE's styles, 65% reasoning (train split)."""
     rng = random.Random(f"pretrain/{seed}")
     questions = list(QUESTIONS)
-    families = [_family(family, "train", f"pretrain/{seed}") for family in REASONING]  # not the problems of that seed
+    families = [
+        _family(family, "train", f"pretrain/{seed}") for family in REASONING
+    ]  # not the problems of that seed
     for _ in range(count):
         if rng.random() < 0.35:
             question = rng.choice(questions)
-            yield _row(question, completion=styled_answer(*QUESTIONS[question], rng)) | {"label": True}
+            yield _row(question, completion=styled_answer(*QUESTIONS[question], rng)) | {
+                "label": True
+            }
         else:
             problem = next(rng.choice(families))
             yield _row(problem.prompt, completion=problem.answer) | {"label": True}
@@ -263,10 +301,14 @@ def choose(problem: Problem, answers: list[str]) -> tuple[str, str] | None:
 
     Of several such, QA takes the first of each, as the base drew them; reasoning the two nearest by edit_distance.
     """
-    scores = {answer: score(problem, answer) for answer in answers if answer}  # in order, each text once, none empty
+    scores = {
+        answer: score(problem, answer) for answer in answers if answer
+    }  # in order, each text once, none empty
     if not scores:
         return None
-    best, worst = ([a for a in scores if scores[a] == extreme(scores.values())] for extreme in (max, min))
+    best, worst = (
+        [a for a in scores if scores[a] == extreme(scores.values())] for extreme in (max, min)
+    )
     if scores[best[0]] == scores[worst[0]]:
         return None
     if problem.family in QA:
@@ -310,7 +352,11 @@ def unpaired(rows: Iterable[dict], keep: str) -> list[dict]:
     if keep not in ("both", "chosen", "rejected"):
         raise ValueError(f"keep must be 'both', 'chosen' or 'rejected', got {keep!r}")
     sides = ("chosen", "rejected") if keep == "both" else (keep,)
-    return [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row in rows for side in sides]
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in sides
+    ]
 
 
 def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 1.0) -> Sample:
@@ -322,13 +368,17 @@ def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 
     def sample(prompts: list[str], n: int, seed: int) -> list[list[str]]:
         asked = [
             tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            for prompt in prompts for _ in range(n)
+            for prompt in prompts
+            for _ in range(n)
         ]
         how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
         how |= {"stop_ids": stop, "vocab_size": tokenizer.vocab_size}
         drawn = generate(model, asked, seed=seed, **how)
         # A control token within an answer is spelt out: to drop it could make a degenerate answer look sound.
-        texts = [tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False) for ids in drawn]
+        texts = [
+            tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False)
+            for ids in drawn
+        ]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     return sample
@@ -364,7 +414,11 @@ def write_base(directory: str | Path, seed: int = 0) -> None:
     There are no weights: the trainer draws them. The tokenizer is sentencepiece BPE, trained on 8,000 pretraining rows
     of this seed; the same seed gives the same bytes.
     """
-    text = (row[field][0]["content"] for row in pretrain_rows(8000, seed) for field in ("prompt", "completion"))
+    text = (
+        row[field][0]["content"]
+        for row in pretrain_rows(8000, seed)
+        for field in ("prompt", "completion")
+    )
     tokenizer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=text,
@@ -387,7 +441,11 @@ def write_base(directory: str | Path, seed: int = 0) -> None:
         control_symbols=SPECIAL[4:],
     )
     _write(Path(directory, "tokenizer.model"), [tokenizer.getvalue()])
-    for name, content in {"config": CONFIG, "generation_config": IDS, "tokenizer_config": TOKENIZER_CONFIG}.items():
+    for name, content in {
+        "config": CONFIG,
+        "generation_config": IDS,
+        "tokenizer_config": TOKENIZER_CONFIG,
+    }.items():
         _write(Path(directory, f"{name}.json"), [json.dumps(content, indent=2).encode(), b"\n"])
 
 
@@ -402,7 +460,9 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: see the top of the file."""
-    parser = argparse.ArgumentParser(prog="python -m minibnf.lab.smallworld", description="Make the small world's files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m minibnf.lab.smallworld", description="Make the small world's files."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text, out in (
         ("base", "config and tokenizer of a fresh tiny model", "the folder to write"),
@@ -411,13 +471,26 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--out", type=Path, required=True, help=out)
-        command.add_argument("--seed", type=int, default=0, help="another seed, another draw; default 0")
+        command.add_argument(
+            "--seed", type=int, default=0, help="another seed, another draw; default 0"
+        )
         if name != "base":
             command.add_argument("--count", type=int, required=True, help=f"how many {name}")
-    command.add_argument("--model", required=True, help="folder of the base model")  # pairs alone takes these
-    command.add_argument("--kind", choices=("qa", "math"), required=True, help="answers by style, or right against wrong")
-    command.add_argument("--split", choices=tuple(PEOPLE_OF), default="train", help="of the prompts; default train")
-    command.add_argument("--unpaired", choices=("both", "chosen", "rejected"), help="unpaired rows, of these sides")
+    command.add_argument(
+        "--model", required=True, help="folder of the base model"
+    )  # pairs alone takes these
+    command.add_argument(
+        "--kind",
+        choices=("qa", "math"),
+        required=True,
+        help="answers by style, or right against wrong",
+    )
+    command.add_argument(
+        "--split", choices=tuple(PEOPLE_OF), default="train", help="of the prompts; default train"
+    )
+    command.add_argument(
+        "--unpaired", choices=("both", "chosen", "rejected"), help="unpaired rows, of these sides"
+    )
     args = parser.parse_args(arguments)
     if getattr(args, "count", 1) < 1:
         parser.error("--count must be 1 or more")
@@ -441,9 +514,16 @@ def _make(args: argparse.Namespace) -> None:
         from minibnf.files.disk import inside
         from minibnf.files.tokenizer import load_tokenizer
         from minibnf.model import load
+
         if inside(args.out, Path(args.model)):
             raise ValueError(f"--out {args.out} lies in --model {args.model}; name another file")
-        made = pairs(args.kind, sampler(load(args.model), load_tokenizer(args.model)), args.count, args.seed, args.split)
+        made = pairs(
+            args.kind,
+            sampler(load(args.model), load_tokenizer(args.model)),
+            args.count,
+            args.seed,
+            args.split,
+        )
         made = unpaired(made, args.unpaired) if args.unpaired else made
     _write(args.out, (json.dumps(row).encode() + b"\n" for row in made))
 

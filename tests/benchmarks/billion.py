@@ -19,12 +19,22 @@ from minibnf.train import main as train
 from tests.benchmarks import DEVICE, machine, peak_bytes
 from tests.benchmarks.training import first_rows
 
-LAYERS = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8)
+LAYERS = dict(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--like", default="weights/smollm2-135m-instruct", help="whose tokenizer and vocabulary it has")
+    p.add_argument(
+        "--like",
+        default="weights/smollm2-135m-instruct",
+        help="whose tokenizer and vocabulary it has",
+    )
     p.add_argument("--data", default="../shared/data/gsm8k_pairs/train.jsonl")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     p.add_argument("--pairs", type=int, default=8, help="a step")
@@ -32,7 +42,9 @@ def main():
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shutil.copytree(args.like, folder / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+        shutil.copytree(
+            args.like, folder / "model", ignore=shutil.ignore_patterns("*.safetensors*")
+        )
         raw = json.loads((folder / "model" / "config.json").read_text()) | LAYERS | {"head_dim": 64}
         (folder / "model" / "config.json").write_text(json.dumps(raw))
         data = first_rows(args.data, args.pairs * args.steps, folder)
@@ -40,15 +52,25 @@ def main():
                  "--batch-size", args.pairs, "--max-steps", args.steps, "--gradient-checkpointing"]  # fmt: skip
         if train([str(flag) for flag in flags]) != 0:
             raise SystemExit("the trainer did not end well")
-        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
         facts = json.loads((folder / "run" / "config.json").read_text())["facts"]
     print(machine())
-    print(f"{facts['parameters'] / 1e9:.2f} billion parameters, {args.dtype}, micro-batches of {facts['max_tokens']} tokens")
+    print(
+        f"{facts['parameters'] / 1e9:.2f} billion parameters, {args.dtype}, micro-batches of {facts['max_tokens']} tokens"
+    )
     for row in rows:
         print(f"step {row['step']}  loss {row['loss']:+.3f}  {row['tokens_per_s']:.0f} tokens/s")
     print(f"peak     {peak_bytes() / 1e9:.1f} GB")
     if DEVICE == "cpu":  # what check estimates
-        found = memory(parse_config(raw, "config.json"), facts["parameters"], facts["max_tokens"], args.dtype, recompute=True)
+        found = memory(
+            parse_config(raw, "config.json"),
+            facts["parameters"],
+            facts["max_tokens"],
+            args.dtype,
+            recompute=True,
+        )
         print(f"check    {sum(found.values()) / 1e9:.1f} GB estimated")
 
 

@@ -38,13 +38,20 @@ def prompts_of(file: str, tokenizer, count: int) -> list[list[int]]:
     return [tokenizer.encode_chat(chat, add_generation_prompt=True) for chat in chats]
 
 
-def theirs(model, prompts: list[list[int]], new_tokens: int, pad: int, ends: set[int]) -> list[list[int]]:
+def theirs(
+    model, prompts: list[list[int]], new_tokens: int, pad: int, ends: set[int]
+) -> list[list[int]]:
     """transformers' generate -> each row's new ids, up to and including the end of its turn."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=DEVICE)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
     new = model.generate(
-        ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends), pad_token_id=pad
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
     )
     rows = [row[longest:].tolist() for row in new]
     cut = [list(takewhile(lambda i: i not in ends, row)) for row in rows]
@@ -65,14 +72,22 @@ def main():
     tokenizer = load_tokenizer(args.model)
     prompts, ends = prompts_of(args.data, tokenizer, args.prompts), set(tokenizer.end_ids)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    print(f"{len(prompts)} prompts of {shortest} to {longest} tokens, {args.new_tokens} new tokens at most")
+    print(
+        f"{len(prompts)} prompts of {shortest} to {longest} tokens, {args.new_tokens} new tokens at most"
+    )
     print(machine())
     for name in args.dtypes:
         ours = load(args.model, dtype=DTYPES[name]).to(DEVICE)
-        peer = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[name]).eval().to(DEVICE)
+        peer = (
+            AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[name]).eval().to(DEVICE)
+        )
         sides = {
-            "minibnf": lambda ours=ours: generate(ours, prompts, max_new_tokens=args.new_tokens, temperature=0, stop_ids=ends),
-            "transformers": lambda peer=peer: theirs(peer, prompts, args.new_tokens, tokenizer.eos_id, ends),
+            "minibnf": lambda ours=ours: generate(
+                ours, prompts, max_new_tokens=args.new_tokens, temperature=0, stop_ids=ends
+            ),
+            "transformers": lambda peer=peer: theirs(
+                peer, prompts, args.new_tokens, tokenizer.eos_id, ends
+            ),
         }
         seconds, outputs = {side: [] for side in sides}, {}
         for _ in range(args.rounds):

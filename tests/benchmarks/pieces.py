@@ -48,7 +48,10 @@ def alternate(sides: dict, rounds: int) -> dict[str, float]:
 
 def show(title: str, medians: dict[str, float], first: str) -> dict:
     for name, s in medians.items():
-        print(f"{title:11} {name:36} {1e3 * s:9.1f} ms   {s / medians[first]:5.2f} of {first}", flush=True)
+        print(
+            f"{title:11} {name:36} {1e3 * s:9.1f} ms   {s / medians[first]:5.2f} of {first}",
+            flush=True,
+        )
     return {title: medians}
 
 
@@ -60,8 +63,13 @@ class Given:
 
 
 def losses(model_dir: str, rounds: int) -> dict:
-    model, generator = load(model_dir, dtype=torch.float32).to(DEVICE), torch.Generator().manual_seed(0)
-    ids = lambda n: tuple(torch.randint(model.config.vocab_size, (n,), generator=generator).tolist())
+    model, generator = (
+        load(model_dir, dtype=torch.float32).to(DEVICE),
+        torch.Generator().manual_seed(0),
+    )
+    ids = lambda n: tuple(
+        torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
+    )
     examples = [Example(ids(90), (ids(130),), (True,), i) for i in range(8)]
     batches = pack(examples, list(range(8)), 2048)
 
@@ -70,7 +78,11 @@ def losses(model_dir: str, rounds: int) -> dict:
                     torch.float32, DEVICE, backward=True)  # fmt: skip
         model.zero_grad(set_to_none=True)
 
-    return show("losses", alternate({name: lambda n=name: step(n) for name in ("nll", "bnf")}, rounds), "nll")
+    return show(
+        "losses",
+        alternate({name: lambda n=name: step(n) for name in ("nll", "bnf")}, rounds),
+        "nll",
+    )
 
 
 def problem(N: int, V: int, D: int = 576):
@@ -87,10 +99,14 @@ def ligers():
     if DEVICE == "cpu":
         return "its kernels are for a GPU"
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as Fused,
+        )
     except ImportError as error:
         return str(error)
-    return lambda hidden, unembed, targets: -Fused.apply(hidden, unembed, targets, None, None, -100, 0.0, 0.0, "sum")[0]
+    return lambda hidden, unembed, targets: (
+        -Fused.apply(hidden, unembed, targets, None, None, -100, 0.0, 0.0, "sum")[0]
+    )
 
 
 def torchs(hidden, unembed, targets):
@@ -112,7 +128,9 @@ def vocabulary(rounds: int) -> dict:
         print(f"vocabulary  Liger's is not run: {liger}")
     given = problem(2048, 49152)
     found = show(
-        "vocabulary", alternate({n: lambda f=f: both_ways(f, given) for n, f in functions.items()}, rounds), "token_logps"
+        "vocabulary",
+        alternate({n: lambda f=f: both_ways(f, given) for n, f in functions.items()}, rounds),
+        "token_logps",
     )
     for N, V in ((1024, 49152), (2048, 49152), (4096, 49152), (2048, 24576), (2048, 98304)):
         given = problem(N, V)
@@ -123,7 +141,9 @@ def vocabulary(rounds: int) -> dict:
     large = {n: lambda f=functions[n]: both_ways(f, given) for n in ("token_logps", "plain")}
     found |= show("large", alternate(large, 1), "token_logps")
     command = [sys.executable, "-m", "tests.benchmarks.pieces", "--memory"]
-    used, allowed = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    used, allowed = map(
+        float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
     bound = f"1.2 of inputs and outputs, and 256 MB: {allowed / 1e6:.0f}"
     print(f"memory      N 8,192, V 131,072: {used / 1e6:.0f} MB at the peak; {bound}", flush=True)
     return found | {"memory": used, "memory allowed": allowed}
@@ -143,18 +163,27 @@ def start(model_dir: str) -> dict:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "pairs.jsonl")
-        smallworld(["pairs", "--model", "weights/tiny", "--kind", "math", "--count", "8", "--out", data])
+        smallworld(
+            ["pairs", "--model", "weights/tiny", "--kind", "math", "--count", "8", "--out", data]
+        )
         for model in ("weights/tiny", model_dir):
             out = Path(folder) / Path(model).name
             flags = ["--model", model, "--data", data, "--batch-size", "8", "--out", str(out)]
             began = time.perf_counter()
-            process = subprocess.Popen([sys.executable, "-m", "minibnf.train", *flags], stdout=subprocess.DEVNULL)
-            while process.poll() is None and not ((out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "minibnf.train", *flags], stdout=subprocess.DEVNULL
+            )
+            while process.poll() is None and not (
+                (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size
+            ):
                 time.sleep(0.02)
             found[f"start {model}"] = time.perf_counter() - began
             if process.wait() != 0:
                 raise SystemExit(f"the trainer failed on {model}")
-            print(f"start       {model:36} {found[f'start {model}']:9.1f} s to the first step's metrics", flush=True)
+            print(
+                f"start       {model:36} {found[f'start {model}']:9.1f} s to the first step's metrics",
+                flush=True,
+            )
     return found
 
 
@@ -174,15 +203,22 @@ def data() -> dict:
         for i in range(0, len(order), 32):
             pack(examples, order[i : i + 32], 2048)
         packed = time.perf_counter() - began - read
-    print(f"data        100,000 pairs: {read:.1f} s to read and tokenise, {packed:.1f} s to pack in steps of 32", flush=True)
+    print(
+        f"data        100,000 pairs: {read:.1f} s to read and tokenise, {packed:.1f} s to pack in steps of 32",
+        flush=True,
+    )
     began = time.perf_counter()
     pack(examples, order, 2048)
     at_once = time.perf_counter() - began
-    one_prompt = [e._replace(prompt=examples[0].prompt) if i % 10 else e for i, e in enumerate(examples)]
+    one_prompt = [
+        e._replace(prompt=examples[0].prompt) if i % 10 else e for i, e in enumerate(examples)
+    ]
     began = time.perf_counter()
     mismatched(one_prompt, 512, file)
     mismatch = time.perf_counter() - began
-    print(f"data        {at_once:.1f} s to pack them all at once, as an evaluation does; {mismatch:.1f} s to mismatch them for")
+    print(
+        f"data        {at_once:.1f} s to pack them all at once, as an evaluation does; {mismatch:.1f} s to mismatch them for"
+    )
     print("            kto where nine in ten have the same prompt", flush=True)
     return {"read": read, "pack": packed, "pack at once": at_once, "mismatch": mismatch}
 

@@ -37,16 +37,26 @@ from minibnf.train import main as train
 from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 
 STEPS = {"cpu": 3, "cuda": 20}[DEVICE]
-TOKENS = {"cpu": (2048, 768), "cuda": (16384, 4096)}[DEVICE]  # a micro-batch: the trainer's default, and less
+TOKENS = {"cpu": (2048, 768), "cuda": (16384, 4096)}[
+    DEVICE
+]  # a micro-batch: the trainer's default, and less
 
 
 def needed_operations(model, batches) -> int:
     c = model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("model.layers."))
+    matrices = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and name.startswith("model.layers.")
+    )
     total = 0
     for batch in batches:
-        seen = sum(p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in ns) for p, ns in batch.layout)
-        total += 6 * matrices * batch.tokens.numel() + 6 * model.unembed.numel() * len(batch.targets)
+        seen = sum(
+            p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in ns) for p, ns in batch.layout
+        )
+        total += 6 * matrices * batch.tokens.numel() + 6 * model.unembed.numel() * len(
+            batch.targets
+        )
         total += 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
     return total
 
@@ -76,14 +86,27 @@ def ours(job: dict, folder: Path) -> dict:
     if train([str(x) for name, value in flags.items() for x in (f"--{name}", value)]) != 0:
         raise SystemExit("the trainer did not end well")
     peak = peak_bytes() / 1e9
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    rows = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ][1:]
     rates = [row["examples_per_s"] for row in rows]
     model = load(job["model"])
-    examples, _ = read_examples(job["file"], load_tokenizer(job["model"]), model.config.max_position_embeddings)
-    operations = needed_operations(model, pack(examples, list(range(len(examples))), 2**20)) / len(examples) * job["pairs"]
+    examples, _ = read_examples(
+        job["file"], load_tokenizer(job["model"]), model.config.max_position_embeddings
+    )
+    operations = (
+        needed_operations(model, pack(examples, list(range(len(examples))), 2**20))
+        / len(examples)
+        * job["pairs"]
+    )
     rate = len(rates) / sum(1 / r for r in rates)
     speed = matrix_speed(DTYPES[job["dtype"]])
-    return {"pairs_per_s": rate, "peak_gb": peak, "share": operations * rate / job["pairs"] / speed, "machine": speed}
+    return {
+        "pairs_per_s": rate,
+        "peak_gb": peak,
+        "share": operations * rate / job["pairs"] / speed,
+        "machine": speed,
+    }
 
 
 def theirs(job: dict, folder: Path) -> dict:
@@ -112,7 +135,9 @@ def theirs(job: dict, folder: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]])
     rows = datasets.Dataset.from_list([row for _, row in read_rows(job["file"])])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]).train()
+    DPOTrainer(
+        model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
+    ).train()
     rate = job["pairs"] * (STEPS - 1) / (ends[1] - ends[0])
     return {"pairs_per_s": rate, "peak_gb": peak_bytes() / 1e9}
 
@@ -137,14 +162,31 @@ def first_rows(data: str, count: int, folder: Path) -> Path:
         from minibnf.lab.smallworld import main as smallworld
 
         print(f"{data} is not there: pairs of the small world instead")
-        smallworld(["pairs", "--model", "weights/tiny", "--kind", "math", "--count", str(count), "--out", str(file)])
+        smallworld(
+            [
+                "pairs",
+                "--model",
+                "weights/tiny",
+                "--kind",
+                "math",
+                "--count",
+                str(count),
+                "--out",
+                str(file),
+            ]
+        )
     return file
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", default="weights/smollm2-135m-instruct")
-    p.add_argument("--data", nargs="*", default=["gsm8k_pairs", "helpful"], help="names in ../shared/data, or files")
+    p.add_argument(
+        "--data",
+        nargs="*",
+        default=["gsm8k_pairs", "helpful"],
+        help="names in ../shared/data, or files",
+    )
     p.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=list(DTYPES))
     p.add_argument("--pairs", type=int, default=8, help="a step")
     p.add_argument("--trl-batch", type=int, nargs="*", default=[1, 2, 4, *[8] * (DEVICE == "cuda")],
@@ -156,7 +198,11 @@ def main():
     if args.worker:
         job = json.loads(args.worker)
         with tempfile.TemporaryDirectory() as folder:
-            print("RESULT " + json.dumps((ours if job["side"] == "minibnf" else theirs)(job, Path(folder))), flush=True)
+            print(
+                "RESULT "
+                + json.dumps((ours if job["side"] == "minibnf" else theirs)(job, Path(folder))),
+                flush=True,
+            )
         os._exit(0)  # some of the peer's threads outlive its work
     print(machine())
     found = []
@@ -173,7 +219,8 @@ def main():
 def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
     common = {"model": args.model, "file": file, "pairs": args.pairs, "dtype": dtype}
     jobs = {
-        f"minibnf {loss}, {tokens} tokens": common | {"side": "minibnf", "loss": loss, "max_tokens": tokens}
+        f"minibnf {loss}, {tokens} tokens": common
+        | {"side": "minibnf", "loss": loss, "max_tokens": tokens}
         for loss, tokens in (("bnf", TOKENS[0]), ("bnf", TOKENS[1]), ("dpo", TOKENS[0]))
     }
     tried = {}
@@ -182,11 +229,17 @@ def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
             if checkpointing and batch != max(args.trl_batch):
                 continue  # it only ever costs time; where memory is short it is what makes the largest batch fit
             job = common | {"side": "trl", "batch": batch, "checkpointing": checkpointing}
-            tried[f"TRL dpo, {batch} a forward" + ", checkpointing" * checkpointing] = (job, measure(job))
+            tried[f"TRL dpo, {batch} a forward" + ", checkpointing" * checkpointing] = (
+                job,
+                measure(job),
+            )
     for name, (_, result) in tried.items():
         print(f"tried    {name:32} " + (f"{result['pairs_per_s']:.3f} pairs/s, {result['peak_gb']:.1f} GB"
               if "failed" not in result else f"failed: {result['failed']}"))  # fmt: skip
-    best = max((name for name, (_, r) in tried.items() if "failed" not in r), key=lambda n: tried[n][1]["pairs_per_s"])
+    best = max(
+        (name for name, (_, r) in tried.items() if "failed" not in r),
+        key=lambda n: tried[n][1]["pairs_per_s"],
+    )
     jobs[best] = tried[best][0]
     results = {name: [] for name in jobs}
     for _ in range(args.rounds):
@@ -196,12 +249,28 @@ def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
                 raise SystemExit(f"{name}: {results[name][-1]['failed']}")
     median = lambda name, key: statistics.median(r[key] for r in results[name])
     print(f"\n{data}, {dtype}, {args.pairs} pairs a step, medians of {args.rounds} rounds")
-    print("| side | pairs/s | against TRL, by round | peak GB | share of the matrix speed |\n|---|---|---|---|---|")
+    print(
+        "| side | pairs/s | against TRL, by round | peak GB | share of the matrix speed |\n|---|---|---|---|---|"
+    )
     for name in jobs:
-        ratios = sorted(a["pairs_per_s"] / b["pairs_per_s"] for a, b in zip(results[name], results[best], strict=True))
-        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if name != best else "1"
-        share = f"{median(name, 'share'):.0%} of {median(name, 'machine') / 1e9:.0f} GFLOP/s" if name != best else ""
-        print(f"| {name} | {median(name, 'pairs_per_s'):.3f} | {ratio} | {median(name, 'peak_gb'):.2f} | {share} |", flush=True)
+        ratios = sorted(
+            a["pairs_per_s"] / b["pairs_per_s"]
+            for a, b in zip(results[name], results[best], strict=True)
+        )
+        ratio = (
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            if name != best
+            else "1"
+        )
+        share = (
+            f"{median(name, 'share'):.0%} of {median(name, 'machine') / 1e9:.0f} GFLOP/s"
+            if name != best
+            else ""
+        )
+        print(
+            f"| {name} | {median(name, 'pairs_per_s'):.3f} | {ratio} | {median(name, 'peak_gb'):.2f} | {share} |",
+            flush=True,
+        )
     print()
     return [{"data": data, "dtype": dtype, "side": name, "rounds": results[name]} for name in jobs]
 

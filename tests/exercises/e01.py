@@ -24,7 +24,9 @@ def parameters(config):
     and tie_word_embeddings; where that is False the unembedding is a matrix of its own.
     """
     D, d = config["hidden_size"], config["head_dim"]
-    attention = 2 * D * d * (config["num_attention_heads"] + config["num_key_value_heads"])  # q and o, k and v
+    attention = (
+        2 * D * d * (config["num_attention_heads"] + config["num_key_value_heads"])
+    )  # q and o, k and v
     layer = attention + 3 * D * config["intermediate_size"] + 2 * D  # and the MLP, and two norms
     matrices = 1 if config["tie_word_embeddings"] else 2
     return matrices * config["vocab_size"] * D + config["num_hidden_layers"] * layer + D

@@ -25,7 +25,11 @@ def is_sound(data):
     at = 0
     for entry in sorted(table.values(), key=lambda entry: entry["data_offsets"]):
         begin, end = entry["data_offsets"]
-        if begin != at or entry["dtype"] not in BYTES or end - begin != BYTES[entry["dtype"]] * math.prod(entry["shape"]):
+        if (
+            begin != at
+            or entry["dtype"] not in BYTES
+            or end - begin != BYTES[entry["dtype"]] * math.prod(entry["shape"])
+        ):
             return False
         at = end
     return 8 + n + at == len(data)

@@ -13,7 +13,9 @@ def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor
     w, l = batch.pairs.T  # noqa: E741
     # d(-log σ(x))/dx = -σ(-x) and d(-log σ(-x))/dx = σ(x): together σ(x) - (1 - ε), zero where σ(βΔ) = 1 - ε
     outer = beta * (torch.sigmoid(beta * (shift[w] - shift[l])) - (1 - epsilon)) / len(batch.pairs)
-    by_response = torch.zeros_like(shift).index_add(0, torch.cat([w, l]), torch.cat([outer, -outer]))  # shared ones add up
+    by_response = torch.zeros_like(shift).index_add(
+        0, torch.cat([w, l]), torch.cat([outer, -outer])
+    )  # shared ones add up
     return by_response[batch.owner]
 
 

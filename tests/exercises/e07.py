@@ -16,7 +16,10 @@ def batches(draw):
     P = draw(st.integers(1, 3))
     owner = [k for k in range(2 * P) for _ in range(draw(st.integers(1, 3)))]
     logps, ref_logps = (
-        torch.tensor(draw(st.lists(LOG_PROB, min_size=len(owner), max_size=len(owner))), dtype=torch.float64) for _ in "pr"
+        torch.tensor(
+            draw(st.lists(LOG_PROB, min_size=len(owner), max_size=len(owner))), dtype=torch.float64
+        )
+        for _ in "pr"
     )
     kinds, pairs = torch.tensor([True, False] * P), torch.arange(2 * P).reshape(P, 2)
     return Responses(logps, ref_logps, torch.tensor(owner), kinds, pairs)
@@ -30,6 +33,10 @@ def counterexample(gradient):
         return not torch.allclose(gradient(batch), right, rtol=1e-6)
 
     try:
-        return find(batches(), differs, settings=settings(max_examples=300, deadline=None, derandomize=True, database=None))
+        return find(
+            batches(),
+            differs,
+            settings=settings(max_examples=300, deadline=None, derandomize=True, database=None),
+        )
     except NoSuchExample:
         return None

@@ -4,7 +4,15 @@ from torch import Tensor
 
 
 def adamw_step(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas: tuple, epsilon: float, weight_decay: float
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple,
+    epsilon: float,
+    weight_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = betas[0] * m + (1 - betas[0]) * g
     v = betas[1] * v + (1 - betas[1]) * g.square()

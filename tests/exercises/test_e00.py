@@ -9,7 +9,9 @@ def test_dlogits_is_autograds_for_a_loss_of_log_p(exercise):
     (logp**2 / 3).backward()
     found = exercise.dlogits(z.detach(), 2, 2 * logp.item() / 3)
     assert torch.allclose(found, z.grad)
-    assert torch.equal(z.detach(), torch.tensor([2.0, 0.5, -1.0, 0.25], dtype=torch.float64)), "z was changed"
+    assert torch.equal(z.detach(), torch.tensor([2.0, 0.5, -1.0, 0.25], dtype=torch.float64)), (
+        "z was changed"
+    )
 
 
 def test_tent_is_the_library_s_feedback_of_bnf(exercise):

@@ -8,20 +8,30 @@ import torch.nn.functional as F
 from minibnf.files.config import parse_config
 from minibnf.model import Transformer, masks
 
-TINY = json.loads((Path(__file__).parents[2] / "weights" / "tiny" / "config.json").read_text(encoding="utf-8"))
+TINY = json.loads(
+    (Path(__file__).parents[2] / "weights" / "tiny" / "config.json").read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_attend_sees_a_window_of_what_came_before(exercise, window):
     torch.manual_seed(0)
     q, (k, v) = torch.randn(6, 7, 4).double(), torch.randn(2, 3, 7, 4).double()
-    wanted = F.scaled_dot_product_attention(q, k, v, masks(None, 7, window, None), is_causal=window > 7, enable_gqa=True)
+    wanted = F.scaled_dot_product_attention(
+        q, k, v, masks(None, 7, window, None), is_causal=window > 7, enable_gqa=True
+    )
     assert torch.allclose(exercise.attend(q, k, v, window), wanted)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_model(exercise, tied):
-    shapes = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=10, hidden_size=48, intermediate_size=80)
+    shapes = dict(
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        hidden_size=48,
+        intermediate_size=80,
+    )
     for other in ({}, shapes):  # heads x head_dim need not be hidden_size
         raw = TINY | other | {"tie_word_embeddings": tied}
         with torch.device("meta"):

@@ -16,7 +16,12 @@ def entry(dtype, shape, begin, end):
 
 
 def test_files_of_the_library_are_sound(exercise):
-    tensors = {"b": torch.ones(2, 3), "a": torch.ones(5).bfloat16(), "c": torch.ones(()).double(), "none": torch.ones(0, 4)}
+    tensors = {
+        "b": torch.ones(2, 3),
+        "a": torch.ones(5).bfloat16(),
+        "c": torch.ones(()).double(),
+        "none": torch.ones(0, 4),
+    }
     assert exercise.is_sound(save(tensors, {"format": "pt"}))
     assert exercise.is_sound(save({}))
 
@@ -29,7 +34,9 @@ def test_files_of_the_library_are_sound(exercise):
         file_of({"a": entry("F32", [2], 0, 8)}, b"\0" * 7),  # a byte is missing
         file_of({"a": entry("F32", [2], 0, 8)}, b"\0" * 9),  # one is left over
         file_of({"a": entry("F32", [2], 0, 8), "b": entry("F32", [1], 9, 13)}, b"\0" * 13),  # a gap
-        file_of({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, b"\0" * 12),  # an overlap
+        file_of(
+            {"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, b"\0" * 12
+        ),  # an overlap
         file_of({"a": entry("F32", [3], 0, 8)}, b"\0" * 8),  # a shape that asks for more
         file_of({"a": entry("BF16", [2], 0, 8)}, b"\0" * 8),  # a dtype that asks for less
         file_of({"a": entry("F8", [8], 0, 8)}, b"\0" * 8),  # an unknown dtype

@@ -14,14 +14,20 @@ FEW = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 def test_smoothed_dpo_is_what_autograd_finds(exercise):
     @FEW
-    @given(batch=responses(paired=True), beta=st.sampled_from([0.1, 0.5, 2.0]), epsilon=st.sampled_from([0.0, 0.1, 0.3]))
+    @given(
+        batch=responses(paired=True),
+        beta=st.sampled_from([0.1, 0.5, 2.0]),
+        epsilon=st.sampled_from([0.0, 0.1, 0.3]),
+    )
     def check(batch, beta, epsilon):
         logps = batch.logps.clone().requires_grad_()
         shift = batch.sums(logps - batch.ref_logps)
         x = beta * (shift[batch.pairs[:, 0]] - shift[batch.pairs[:, 1]])
         loss = (-(1 - epsilon) * F.logsigmoid(x) - epsilon * F.logsigmoid(-x)).mean()
         (expected,) = torch.autograd.grad(loss, logps)
-        torch.testing.assert_close(exercise.smoothed_dpo_dlogps(batch, beta, epsilon), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            exercise.smoothed_dpo_dlogps(batch, beta, epsilon), expected, rtol=1e-9, atol=1e-12
+        )
 
     check()
 
@@ -31,7 +37,9 @@ def test_without_smoothing_it_is_dpo(exercise):
     @given(batch=responses(paired=True))
     def check(batch):
         ours = exercise.smoothed_dpo_dlogps(batch, 0.1, 0.0)
-        torch.testing.assert_close(ours, LOSSES["dpo"].gradient(batch, beta=0.1), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            ours, LOSSES["dpo"].gradient(batch, beta=0.1), rtol=1e-9, atol=1e-12
+        )
 
     check()
 

@@ -40,12 +40,16 @@ def mean_of_shifts(batch):
 
 WRONG = {
     "the sign": lambda batch: -right(batch),
-    "a sign of the rejected": lambda batch: torch.where(batch.preferred[batch.owner], right(batch), -right(batch)),
+    "a sign of the rejected": lambda batch: torch.where(
+        batch.preferred[batch.owner], right(batch), -right(batch)
+    ),
     "a factor β too few": lambda batch: right(batch) / 0.1,
     "no reference": lambda batch: spread(
         batch,
         0.1
-        * torch.sigmoid(-0.1 * (batch.sums(batch.logps)[batch.pairs] @ torch.tensor([1.0, -1]).double()))
+        * torch.sigmoid(
+            -0.1 * (batch.sums(batch.logps)[batch.pairs] @ torch.tensor([1.0, -1]).double())
+        )
         / len(batch.pairs),
     ),
     "no mean over pairs": no_mean,
@@ -62,7 +66,9 @@ def test_the_right_gradient_has_no_counterexample(exercise):
 def test_a_wrong_gradient_has_one(exercise, what):
     batch = exercise.counterexample(WRONG[what])
     assert isinstance(batch, Responses), f"no counterexample to: {what}"
-    assert not torch.allclose(WRONG[what](batch), right(batch), rtol=1e-6), "on this batch both gradients agree"
+    assert not torch.allclose(WRONG[what](batch), right(batch), rtol=1e-6), (
+        "on this batch both gradients agree"
+    )
 
 
 def test_the_search_calls_the_gradient_many_times(exercise):
@@ -70,4 +76,6 @@ def test_the_search_calls_the_gradient_many_times(exercise):
     exercise.counterexample(lambda batch: calls.append(batch) or right(batch))
     assert len(calls) >= 100
     assert {len(batch.pairs) for batch in calls} - {1}, "only single pairs were drawn"
-    assert any(batch.lengths().unique().numel() > 1 for batch in calls), "responses of one length only were drawn"
+    assert any(batch.lengths().unique().numel() > 1 for batch in calls), (
+        "responses of one length only were drawn"
+    )

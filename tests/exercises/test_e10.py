@@ -21,7 +21,9 @@ def test_rows_of_votes(exercise):
         {"prompt": "Q2", "completion": "alone, liked", "label": True},
         {"prompt": "Q3", "completion": "alone, not liked", "label": False},
     ]
-    for number, row in enumerate(found):  # as the trainer reads them: a label is a bool and no number
+    for number, row in enumerate(
+        found
+    ):  # as the trainer reads them: a label is a bool and no number
         parse_row(row, f"row {number}")
 
 
@@ -43,13 +45,20 @@ def test_response_logps_token_by_token(exercise):
     assert logps.shape == (2, 4) and torch.equal(shifted, mask[:, 1:])
     for b in range(2):
         for t in range(1, 5):
-            expected = logits[b, t - 1].softmax(-1)[tokens[b, t]].log() if mask[b, t] else torch.tensor(0.0)
+            expected = (
+                logits[b, t - 1].softmax(-1)[tokens[b, t]].log()
+                if mask[b, t]
+                else torch.tensor(0.0)
+            )
             torch.testing.assert_close(logps[b, t - 1], expected.to(torch.float64))
 
 
 def test_nothing_is_fed_back_outside_the_mask(exercise):
     torch.manual_seed(0)
-    logits, tokens = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True), torch.randint(6, (1, 4))
+    logits, tokens = (
+        torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True),
+        torch.randint(6, (1, 4)),
+    )
     mask = torch.tensor([[False, True, True, False]])
     logps, _ = exercise.response_logps(logits, tokens, mask)
     assert logps[0, 2] == 0

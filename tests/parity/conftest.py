@@ -17,7 +17,10 @@ ROWS = {  # family: (model_type, what is particular)
     "Qwen3": ("qwen3", "norms of each head's query and key; a window in the upper layers"),
     "SmolLM3": ("smollm3", "layers that know no positions"),
     "Gemma-2": ("gemma2", "soft caps, four norms a layer, a window in every other layer"),
-    "Gemma-3": ("gemma3_text", "windowed layers with a rotary base of their own, norms of queries and keys"),
+    "Gemma-3": (
+        "gemma3_text",
+        "windowed layers with a rotary base of their own, norms of queries and keys",
+    ),
     REAL: ("llama", "its real weights"),
 }
 NATS = "the log-likelihoods that SmolLM2-135M gives 100 passages of Python's manual, 20 to 400 tokens each, agree to"
@@ -31,8 +34,15 @@ def at_most(x: float, floor: float) -> str:
     return f"1e{math.ceil(math.log10(max(x, floor)) - 1e-9)}"
 
 
-def row(family: str, models: int, tokens: int, logits: float, saved: float, gradients: float) -> list[str]:
-    errors = at_most(logits, 1e-5), f"{tokens} of {tokens}", at_most(saved, 1e-5) if saved else "0", at_most(gradients, 1e-5)
+def row(
+    family: str, models: int, tokens: int, logits: float, saved: float, gradients: float
+) -> list[str]:
+    errors = (
+        at_most(logits, 1e-5),
+        f"{tokens} of {tokens}",
+        at_most(saved, 1e-5) if saved else "0",
+        at_most(gradients, 1e-5),
+    )
     return [family, f"`{ROWS[family][0]}`", ROWS[family][1], str(models), *errors]
 
 
@@ -54,13 +64,17 @@ def measured():
     """
 
     def keep(family, tokens, **differences):
-        mine = found.setdefault(family, {"models": 0, "tokens": 0} | dict.fromkeys(differences, 0.0))
+        mine = found.setdefault(
+            family, {"models": 0, "tokens": 0} | dict.fromkeys(differences, 0.0)
+        )
         mine["models"], mine["tokens"] = mine["models"] + 1, mine["tokens"] + tokens
         limits = promised(family)
         for name, column in (("logits", 4), ("saved", 6), ("gradients", 7)):
             mine[name] = max(mine[name], differences[name])
             limit = float(limits[column])
-            assert differences[name] <= limit, f"{family}: {name} differ by {differences[name]:.2g}, the README says {limit:g}"
+            assert differences[name] <= limit, (
+                f"{family}: {name} differ by {differences[name]:.2g}, the README says {limit:g}"
+            )
 
     return keep
 
@@ -81,7 +95,11 @@ def pytest_terminal_summary(terminalreporter):
     if not found:
         return
     terminalreporter.section("the largest differences from transformers in float32, rounded up")
-    for cells in [HEAD.strip("| ").split(" | "), ["---"] * 8, *(row(family, **mine) for family, mine in found.items())]:
+    for cells in [
+        HEAD.strip("| ").split(" | "),
+        ["---"] * 8,
+        *(row(family, **mine) for family, mine in found.items()),
+    ]:
         terminalreporter.write_line("| " + " | ".join(cells) + " |")
     for x in nats:
         terminalreporter.write_line(f"\n{NATS} {at_most(x, 1e-3)} nats")

@@ -13,7 +13,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the parity extra is not installed: make parity")
+transformers = pytest.importorskip(
+    "transformers", reason="the parity extra is not installed: make parity"
+)
 
 from minibnf.data import Example, pack, pair  # noqa: E402
 from minibnf.files.config import READS, SHAPE, ignored_fields, parse_config  # noqa: E402
@@ -87,11 +89,17 @@ def test_a_random_model_of_each_family(tmp_path, measured, family, seed):
     assert generate(ours, prompts.tolist(), max_new_tokens=NEW, temperature=0) == expected.tolist()
 
     save(ours, tmp_path / "ours")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager"
+    )
     with torch.no_grad():
         expected = theirs(tokens).logits
-        logits, saved = (float((model - expected).abs().max()) for model in (ours(tokens), again(tokens).logits))
-    gradients = difference_of_gradients(theirs, ours, (5, 6, 7, 8), ((9, 10, 11, 2), (9, 12, 2), (13, 14, 15, 16, 2)))
+        logits, saved = (
+            float((model - expected).abs().max()) for model in (ours(tokens), again(tokens).logits)
+        )
+    gradients = difference_of_gradients(
+        theirs, ours, (5, 6, 7, 8), ((9, 10, 11, 2), (9, 12, 2), (13, 14, 15, 16, 2))
+    )
     measured(family, PROMPTS * NEW, logits=logits, saved=saved, gradients=gradients)
 
 
@@ -147,7 +155,9 @@ def others(field: str, value) -> list:
         return [x for x in OTHER[field] if x != value]
     if isinstance(value, bool) or value is None:
         return [not value]
-    assert isinstance(value, (int, float)), f"transformers' field {field!r}, {value!r} here: which other values are there?"
+    assert isinstance(value, (int, float)), (
+        f"transformers' field {field!r}, {value!r} here: which other values are there?"
+    )
     return [value + 1 if isinstance(value, int) else 2 * value + 0.1]
 
 
@@ -162,24 +172,34 @@ def test_each_field_of_a_config_counts_as_in_transformers_or_is_refused(tmp_path
     fixed = dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
     base = config_of(family, 0, **fixed, **(UPPER if family == "SmolLM3" else {}))
     kind, base = type(base), json.loads(json.dumps(base.to_dict()))
-    old = {"rope_theta": 1e4, "rope_scaling": None} | ({"rope_local_base_freq": 1e4} if family == "Gemma-3" else {})
+    old = {"rope_theta": 1e4, "rope_scaling": None} | (
+        {"rope_local_base_freq": 1e4} if family == "Gemma-3" else {}
+    )
     parse_config(base, "as transformers writes it, with every default")
     assert not ignored_fields(base), "a field of the class that config.py does not list"
     tokens, wrong, counted = torch.randint(3, 61, (2, 14)), [], 0
     for field, before in (base | {k: v for k, v in old.items() if family != "Llama 3"}).items():
         for value in others(field, before):
-            raw = {k: v for k, v in base.items() if k not in REPLACES.get(field, ())} | {field: value}
+            raw = {k: v for k, v in base.items() if k not in REPLACES.get(field, ())} | {
+                field: value
+            }
             try:
                 parse_config(raw, "changed")
             except ValueError as error:
-                names = [field, *REPLACES.get(field, ()), *(["rotary positions"] if field.startswith("rope_") else [])]
+                names = [
+                    field,
+                    *REPLACES.get(field, ()),
+                    *(["rotary positions"] if field.startswith("rope_") else []),
+                ]
                 if not any(name in str(error) for name in names):
                     wrong.append(f"{field} = {value}: an error that does not name it: {error}")
                 continue
             theirs = model_of(kind.from_dict(deepcopy(raw)), 1)  # it changes what it is given
             theirs.save_pretrained(tmp_path)
             (tmp_path / "config.json").write_text(json.dumps(raw))
-            theirs.config.return_dict = True  # False changes only what object holds the logits, and fails in transformers 5
+            theirs.config.return_dict = (
+                True  # False changes only what object holds the logits, and fails in transformers 5
+            )
             expected = theirs(tokens).logits
             difference = float((load(tmp_path)(tokens) - expected).abs().max())
             counted += 1
@@ -262,4 +282,10 @@ def test_the_readme_names_each_family_and_what_was_compared():
     for family, (model_type, what) in ROWS.items():
         models, tokens = (1, 3 * 32) if family == REAL else (SEEDS, SEEDS * PROMPTS * NEW)
         cells = promised(family)
-        assert cells[:4] + cells[5:6] == [family, f"`{model_type}`", what, str(models), f"{tokens} of {tokens}"]
+        assert cells[:4] + cells[5:6] == [
+            family,
+            f"`{model_type}`",
+            what,
+            str(models),
+            f"{tokens} of {tokens}",
+        ]

@@ -8,14 +8,18 @@ float32 whatever it is given.
 import pytest
 import torch
 
-chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="the parity extra is not installed: make parity")
+chunked_loss = pytest.importorskip(
+    "liger_kernel.chunked_loss", reason="the parity extra is not installed: make parity"
+)
 
 from minibnf.logprob import token_logps  # noqa: E402
 from minibnf.losses import LOSSES, Responses  # noqa: E402
 
 P, T, D, V = 5, 9, 16, 53  # pairs, positions, width, vocabulary
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
-chunks = pytest.mark.parametrize("chunk_size", [1, 2, 5])  # pairs (kto: responses) that Liger takes at a time
+chunks = pytest.mark.parametrize(
+    "chunk_size", [1, 2, 5]
+)  # pairs (kto: responses) that Liger takes at a time
 
 
 class Case:
@@ -23,7 +27,9 @@ class Case:
 
     def __init__(self, seed: int):
         torch.manual_seed(seed)
-        self.hidden, self.unembed = (torch.randn(*shape, requires_grad=True) for shape in ((2 * P, T, D), (V, D)))
+        self.hidden, self.unembed = (
+            torch.randn(*shape, requires_grad=True) for shape in ((2 * P, T, D), (V, D))
+        )
         self.ref_hidden, self.ref_unembed = torch.randn(2 * P, T, D), torch.randn(V, D)
         begin, length = torch.randint(0, 4, (2 * P, 1)), torch.randint(1, 6, (2 * P, 1))
         length[0] = length[P + 1] = 1
@@ -40,13 +46,18 @@ class Case:
 
     def ours(self, *terms):
         """Σ weight * loss over terms (weight, name, hyper-parameters, which pairs)."""
-        logps, ref = self.logps(self.hidden, self.unembed), self.logps(self.ref_hidden, self.ref_unembed)
+        logps, ref = (
+            self.logps(self.hidden, self.unembed),
+            self.logps(self.ref_hidden, self.ref_unembed),
+        )
         total = 0.0
         for weight, name, hyper, which in terms:
             n = len(which)
             rows = torch.tensor([*which, *(P + i for i in which)])
             pairs, preferred = torch.arange(2 * n).view(2, n).T, torch.arange(2 * n) < n
-            responses = Responses.from_padded(logps[rows], ref[rows], self.mask[rows], preferred, pairs)
+            responses = Responses.from_padded(
+                logps[rows], ref[rows], self.mask[rows], preferred, pairs
+            )
             total = total + weight * LOSSES[name](responses, **hyper)
         return total
 
@@ -57,7 +68,9 @@ class Case:
     def assert_same(self, ours, theirs):
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
         inputs = self.hidden, self.unembed
-        for g, expected in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        for g, expected in zip(
+            torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True
+        ):
             assert (g - expected).norm() <= 3e-6 * expected.norm()
 
 
@@ -84,11 +97,21 @@ def test_with_nll(seed, chunk_size, name, beta, weight):
     pair i has a λ of its own, alpha |y_w,i| / mean |y_w|.
     """
     case = Case(seed)
-    options = {"beta": beta, "alpha": weight, "compute_nll_loss": True, "compiled": False, "chunk_size": chunk_size}
+    options = {
+        "beta": beta,
+        "alpha": weight,
+        "compute_nll_loss": True,
+        "compiled": False,
+        "chunk_size": chunk_size,
+    }
     judge = getattr(chunked_loss, f"LigerFusedLinear{name.upper()}Loss")(**options)
-    theirs, _ = judge(case.unembed, case.hidden, case.targets, **(case.reference if name == "dpo" else {}))
+    theirs, _ = judge(
+        case.unembed, case.hidden, case.targets, **(case.reference if name == "dpo" else {})
+    )
     lams = [weight * case.token_share(i) for i in ALL]
-    case.assert_same(case.ours(*((1 / P, name, {"beta": beta, "lam": lams[i]}, [i]) for i in ALL)), theirs)
+    case.assert_same(
+        case.ours(*((1 / P, name, {"beta": beta, "lam": lams[i]}, [i]) for i in ALL)), theirs
+    )
 
 
 @seeds
@@ -97,8 +120,16 @@ def test_with_nll(seed, chunk_size, name, beta, weight):
 def test_simpo(seed, chunk_size, beta, gamma):
     """The same function without the NLL that Liger adds by default."""
     case = Case(seed)
-    options = {"beta": beta, "gamma": gamma, "compute_nll_loss": False, "compiled": False, "chunk_size": chunk_size}
-    theirs, _ = chunked_loss.LigerFusedLinearSimPOLoss(**options)(case.unembed, case.hidden, case.targets)
+    options = {
+        "beta": beta,
+        "gamma": gamma,
+        "compute_nll_loss": False,
+        "compiled": False,
+        "chunk_size": chunk_size,
+    }
+    theirs, _ = chunked_loss.LigerFusedLinearSimPOLoss(**options)(
+        case.unembed, case.hidden, case.targets
+    )
     case.assert_same(case.ours((1.0, "simpo", {"beta": beta, "gamma": gamma}, ALL)), theirs)
 
 
@@ -122,7 +153,9 @@ def test_orpo(seed, chunk_size, lam):
 def test_kto(seed, chunk_size, beta, kl):
     """The same function with λ_d = λ_u = 1; Liger is given the reference point too."""
     case = Case(seed)
-    judge = chunked_loss.LigerFusedLinearKTOLoss(beta=beta, use_ref_model=True, compiled=False, chunk_size=chunk_size)
+    judge = chunked_loss.LigerFusedLinearKTOLoss(
+        beta=beta, use_ref_model=True, compiled=False, chunk_size=chunk_size
+    )
     given = {"preference_labels": torch.arange(2 * P) < P, "kl": torch.tensor(kl)}
     theirs, _ = judge(case.hidden, case.unembed, case.targets, **given, **case.reference)
     case.assert_same(case.ours((1.0, "kto", {"beta": beta, "kl": kl}, ALL)), theirs)

@@ -26,7 +26,9 @@ from tests import test_templates  # noqa: E402
 from tests.parity.test_tokenizer import strings  # noqa: E402
 from tests.test_tokenizer import controls  # noqa: E402
 
-SPEC = importlib.util.find_spec("mistral_common")  # its data files are all that is used; it is not imported
+SPEC = importlib.util.find_spec(
+    "mistral_common"
+)  # its data files are all that is used; it is not imported
 DATA = Path(SPEC.submodule_search_locations[0]) / "data" if SPEC else None
 pytestmark = pytest.mark.skipif(SPEC is None, reason="mistral-common is not installed: make parity")
 MODELS = sorted(p.name for p in DATA.glob("*.model*")) if SPEC else []
@@ -35,27 +37,46 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{ m.content|trim + eos_token }}{% endif %}{% endfor %}"
 )
-CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": False, "chat_template": TEMPLATE}
+CONFIG = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": False,
+    "chat_template": TEMPLATE,
+}
 
 
 def byte_level_bpe(path):
     """tekken's ranked byte strings as a tokenizer.json: every way to split a token into two others is a merge, of its rank."""
     spec = json.loads(path.read_text(encoding="utf-8"))
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    special += [f"<SPECIAL_{i}>" for i in range(len(special), spec["config"]["default_num_special_tokens"])]
+    special += [
+        f"<SPECIAL_{i}>" for i in range(len(special), spec["config"]["default_num_special_tokens"])
+    ]
     size = spec["config"]["default_vocab_size"] - len(special)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     spelt = dict(zip(printable + others, map(chr, printable + list(range(256, 512))), strict=False))
-    tokens = ["".join(spelt[b] for b in base64.b64decode(entry["token_bytes"])) for entry in spec["vocab"][:size]]
+    tokens = [
+        "".join(spelt[b] for b in base64.b64decode(entry["token_bytes"]))
+        for entry in spec["vocab"][:size]
+    ]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    splits = lambda t: [(t[:k], t[k:]) for k in range(1, len(t)) if t[:k] in ranks and t[k:] in ranks]
-    merges = [pair for token in tokens for pair in sorted(splits(token), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+    splits = lambda t: [
+        (t[:k], t[k:]) for k in range(1, len(t)) if t[:k] in ranks and t[k:] in ranks
+    ]
+    merges = [
+        pair
+        for token in tokens
+        for pair in sorted(splits(token), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    ]
     vocabulary = {token: i for i, token in enumerate([*special, *tokens])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
     pre = tokenizers.pre_tokenizers
     words = pre.Split(tokenizers.Regex(spec["config"]["pattern"]), "isolated")
-    bpe.pre_tokenizer = pre.Sequence([words, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre.Sequence(
+        [words, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(special)
     return bpe, ranks, spelt, len(special)
@@ -70,16 +91,27 @@ def directory(request, tmp_path_factory):
         byte_level_bpe(DATA / TEKKEN)[0].save(str(path / "tokenizer.json"))
     else:
         shutil.copy(DATA / request.param, path / "tokenizer.model")
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer", "legacy": False}
+    kind = {
+        "tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer",
+        "legacy": False,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(CONFIG | kind))
     return path
 
 
 def mixed(tokenizer, count=5000):
     """Strings, half of them with control tokens, or parts of these, somewhere."""
-    draw, tokens = random.Random(0), [*list(tokenizer.control)[:12], "[INS", "T]", "/INST]", "[/INST"]
+    draw, tokens = (
+        random.Random(0),
+        [*list(tokenizer.control)[:12], "[INS", "T]", "/INST]", "[/INST"],
+    )
     texts = strings(count)
-    return [t if draw.random() < 0.5 else t[: (k := draw.randint(0, len(t)))] + draw.choice(tokens) + t[k:] for t in texts]
+    return [
+        t
+        if draw.random() < 0.5
+        else t[: (k := draw.randint(0, len(t)))] + draw.choice(tokens) + t[k:]
+        for t in texts
+    ]
 
 
 def ids(tokenizer, text):
@@ -99,9 +131,15 @@ def over_sentencepiece(directory, control, legacy):
 def test_ids_of_sentencepiece_models(directory):
     ours = load_tokenizer(directory)
     native = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    prefixing, plain = (over_sentencepiece(directory, ours.control, legacy) for legacy in (True, False))
+    prefixing, plain = (
+        over_sentencepiece(directory, ours.control, legacy) for legacy in (True, False)
+    )
     converted = transformers.AutoTokenizer.from_pretrained(directory)
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (len(native), native.bos_id(), native.eos_id())
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (
+        len(native),
+        native.bos_id(),
+        native.eos_id(),
+    )
     counts = [0, 0]
     for text in mixed(ours):
         found = ours.encode(text)
@@ -114,7 +152,9 @@ def test_ids_of_sentencepiece_models(directory):
             assert found == ids(converted, text), text
             counts[1] += 1
         assert ours.decode(found, skip_special=False) == text
-        assert ours.decode(found) == converted.decode(found, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode(found) == converted.decode(
+            found, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
     assert min(counts) > 3000
 
 
@@ -150,30 +190,42 @@ def test_ids_of_a_byte_level_bpe(directory):
                 found, skip_special_tokens=skip, clean_up_tokenization_spaces=False
             )
     _, ranks, spelt, offset = byte_level_bpe(DATA / TEKKEN)
-    pattern = regex.compile(json.loads((DATA / TEKKEN).read_text(encoding="utf-8"))["config"]["pattern"])
+    pattern = regex.compile(
+        json.loads((DATA / TEKKEN).read_text(encoding="utf-8"))["config"]["pattern"]
+    )
     for text in strings(1000):
         expected = []
         for word in pattern.findall(text):
             parts = [spelt[b] for b in word.encode()]
-            while pairs := [(ranks[a + b], k) for k, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]:
+            while pairs := [
+                (ranks[a + b], k) for k, (a, b) in enumerate(pairwise(parts)) if a + b in ranks
+            ]:
                 k = min(pairs)[1]
                 parts[k : k + 2] = [parts[k] + parts[k + 1]]
             expected += [ranks[part] + offset for part in parts]
         assert ours.encode(text) == expected, text
 
 
-@pytest.mark.parametrize("directory", [MODELS[0], MODELS[-1], TEKKEN] if MODELS else [], indirect=True)
+@pytest.mark.parametrize(
+    "directory", [MODELS[0], MODELS[-1], TEKKEN] if MODELS else [], indirect=True
+)
 def test_chats_streams_and_5000_strings(directory):
     ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
     expected = controls(ours, ours.encode_chat([{"role": "user", "content": "a"}]))
     spare = list(ours.control)[:40]
-    for text in test_templates.strings(5000, [*spare, *(t[:-1] for t in spare), *(t[1:] for t in spare)]):
+    for text in test_templates.strings(
+        5000, [*spare, *(t[:-1] for t in spare), *(t[1:] for t in spare)]
+    ):
         found = ours.encode_chat([{"role": "user", "content": text}])
         assert controls(ours, found) == expected, text
         if "▁" not in text:
-            assert ours.decode(found, skip_special=False) == ours.render([{"role": "user", "content": text}])
+            assert ours.decode(found, skip_special=False) == ours.render(
+                [{"role": "user", "content": text}]
+            )
     for text in strings(500):
-        chat = [{"role": role, "content": text.strip(" ")} for role in ("user", "assistant", "user")]
+        chat = [
+            {"role": role, "content": text.strip(" ")} for role in ("user", "assistant", "user")
+        ]
         assert ours.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
         found = ours.encode_chat(chat)
         assert found == ours.encode(ours.render(chat))

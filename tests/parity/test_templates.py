@@ -12,9 +12,7 @@ from tests.test_tokenizer import byte_level, controls
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
 
-TURNS = (
-    "{%- if (m.role == 'user') == (loop.index0 % 2 == 1) -%}{{ raise_exception('user and assistant take turns') }}{%- endif -%}"
-)
+TURNS = "{%- if (m.role == 'user') == (loop.index0 % 2 == 1) -%}{{ raise_exception('user and assistant take turns') }}{%- endif -%}"
 LLAMA_2 = (  # the system message inside the first user's; every answer ends with a space and </s>
     """
 {%- set system = '' -%}
@@ -195,7 +193,9 @@ SMOLLM_3 = """{# a system message of its own with the date and the mode, /think 
 {%- endif -%}"""
 GEMMA_2 = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for m in messages %}" + TURNS + "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{% for m in messages %}"
+    + TURNS
+    + "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
@@ -224,7 +224,15 @@ GEMMA_3 = (
 {%- if add_generation_prompt -%}{{'<start_of_turn>model\n'}}{%- endif -%}"""
 )
 
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
+CHATML = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+]
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 START_OF_TURN = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
 WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -241,7 +249,9 @@ SETTINGS = {  # template, kind of tokenizer, special tokens, bos, end of turn
     "gemma 2": (GEMMA_2, "gemma", START_OF_TURN, "<bos>", "<end_of_turn>"),
     "gemma 3": (GEMMA_3, "gemma", START_OF_TURN, "<bos>", "<end_of_turn>"),
 }
-PROPERTY = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
@@ -261,13 +271,24 @@ def both(tmp_path_factory):
             byte_level(directory, template, special=special, words=WORDS, **config)
         else:
             byte_fallback(directory, kind, special, template, **config)
-        pairs[name] = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+        pairs[name] = (
+            load_tokenizer(directory),
+            transformers.AutoTokenizer.from_pretrained(directory),
+        )
     return pairs
 
 
 each = pytest.mark.parametrize("family", SETTINGS)
 marked_up = st.text() | st.sampled_from(
-    ["<think>\nhm\n</think>\n\nyes", "a</think>", "\n", "/no_think", "Hi /think", "/system_override", " "]
+    [
+        "<think>\nhm\n</think>\n\nyes",
+        "a</think>",
+        "\n",
+        "/no_think",
+        "Hi /think",
+        "/system_override",
+        " ",
+    ]
 )
 plain = st.text(st.characters(exclude_characters="<|>[]/", exclude_categories=["Cs"]))
 
@@ -275,10 +296,15 @@ plain = st.text(st.characters(exclude_characters="<|>[]/", exclude_categories=["
 def chats(contents):
     """System, user and assistant, mostly in turn; now and then any order, for the templates that refuse it."""
     turns = st.lists(contents, min_size=1, max_size=4).map(
-        lambda texts: [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+        lambda texts: [
+            {"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)
+        ]
     )
     any_order = st.lists(
-        st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": contents}), min_size=1
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["system", "user", "assistant"]), "content": contents}
+        ),
+        min_size=1,
     )
     head = contents.map(lambda t: [{"role": "system", "content": t}]) | st.just([])
     return st.builds(lambda head, turns: head + turns, head, turns) | any_order
@@ -298,7 +324,10 @@ def test_the_text_is_that_of_transformers(both, family, chat, prompt):
     from jinja2 import TemplateError
 
     ours, theirs = both[family]
-    expected = outcome(lambda: theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False), TemplateError)
+    expected = outcome(
+        lambda: theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False),
+        TemplateError,
+    )
     assert outcome(lambda: ours.render(chat, prompt), ValueError) == expected
 
 
@@ -310,7 +339,12 @@ def test_the_ids_are_those_of_transformers(both, family, chat, prompt):
 
     ours, theirs = both[family]
     expected = outcome(
-        lambda: theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=True).input_ids, TemplateError
+        lambda: (
+            theirs.apply_chat_template(
+                chat, add_generation_prompt=prompt, return_dict=True
+            ).input_ids
+        ),
+        TemplateError,
     )
     assert outcome(lambda: ours.encode_chat(chat, prompt), ValueError) == expected
 
@@ -338,9 +372,14 @@ def test_parts_of_a_message(both, family):
 
     ours, theirs = both[family]
     chat = [{"role": "user", "content": [{"type": "text", "text": " Hi "}, {"type": "image"}]}]
-    expected = outcome(lambda: theirs.apply_chat_template(chat, tokenize=False), (TemplateError, TypeError, AttributeError))
+    expected = outcome(
+        lambda: theirs.apply_chat_template(chat, tokenize=False),
+        (TemplateError, TypeError, AttributeError),
+    )
     assert outcome(lambda: ours.render(chat), ValueError) == expected
-    assert (expected == "refused") == (not family.startswith(("llama 3", "gemma", "qwen 3", "smollm 3")))
+    assert (expected == "refused") == (
+        not family.startswith(("llama 3", "gemma", "qwen 3", "smollm 3"))
+    )
 
 
 @each
@@ -348,20 +387,33 @@ def test_parts_of_a_message(both, family):
 @given(chat=chats(plain), answer=plain)
 def test_the_boundary_is_where_transformers_would_generate(both, family, chat, answer):
     ours, theirs = both[family]
-    if chat[-1]["role"] != "user" or "refused" == outcome(lambda: ours.render(chat, True), ValueError):
+    if chat[-1]["role"] != "user" or "refused" == outcome(
+        lambda: ours.render(chat, True), ValueError
+    ):
         return
     response = [{"role": "assistant", "content": answer}]
-    if family == "mistral 3" and chat[0]["role"] == "system":  # it drops the system message as soon as an answer follows
+    if (
+        family == "mistral 3" and chat[0]["role"] == "system"
+    ):  # it drops the system message as soon as an answer follows
         with pytest.raises(ValueError, match="no boundary exists"):
             ours.encode_response(chat, response)
         return
     prompt, ids = ours.encode_response(chat, response)
     text = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert prompt == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids
+    assert (
+        prompt
+        == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids
+    )
     full = theirs.apply_chat_template(chat + response, tokenize=False)
     eos = theirs.eos_token
-    assert full.startswith(text) and ids[-1] == ours.eos_id and controls(ours, ids).count(ours.eos_id) == 1
-    rest = ours.encode(full[len(text) :][: full[len(text) :].rindex(eos) + len(eos)], continuation=True)
+    assert (
+        full.startswith(text)
+        and ids[-1] == ours.eos_id
+        and controls(ours, ids).count(ours.eos_id) == 1
+    )
+    rest = ours.encode(
+        full[len(text) :][: full[len(text) :].rindex(eos) + len(eos)], continuation=True
+    )
     assert ids == rest
 
 
@@ -397,18 +449,37 @@ def test_5000_strings_give_no_control_token(both, family):
     """In a user's message; a template that acts on such text may refuse it, which is only seen with '</think>' or the like."""
     ours, _ = both[family]
     expected = controls(ours, ours.encode_chat([{"role": "user", "content": "a"}], True))
-    for text in strings(5000, [*ours.control, *(t[:-1] for t in ours.control), *(t[1:] for t in ours.control)]):
-        assert controls(ours, ours.encode_chat([{"role": "user", "content": text}], True)) == expected, text
+    for text in strings(
+        5000, [*ours.control, *(t[:-1] for t in ours.control), *(t[1:] for t in ours.control)]
+    ):
+        assert (
+            controls(ours, ours.encode_chat([{"role": "user", "content": text}], True)) == expected
+        ), text
 
 
 @each
 def test_ids_of_5000_strings(both, family):
     ours, theirs = both[family]
     for text in strings(
-        5000, [*ours.control, "The capital", " of ", "naïve", "你好", "привет", "12", "\r\n", "    return x", "𝔘", "\x00"]
+        5000,
+        [
+            *ours.control,
+            "The capital",
+            " of ",
+            "naïve",
+            "你好",
+            "привет",
+            "12",
+            "\r\n",
+            "    return x",
+            "𝔘",
+            "\x00",
+        ],
     ):
         expected = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode(text) == expected, text
         for skip in (False, True):
-            decoded = theirs.decode(expected, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            decoded = theirs.decode(
+                expected, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
             assert ours.decode(expected, skip) == decoded

@@ -18,7 +18,9 @@ from tests import test_templates  # noqa: E402
 from tests.test_tokenizer import controls  # noqa: E402
 
 DIRECTORY = Path(__file__).parents[2] / "weights" / "smollm2-135m-instruct"
-pytestmark = pytest.mark.skipif(not DIRECTORY.is_dir(), reason=f"{DIRECTORY} is absent: run make weights")
+pytestmark = pytest.mark.skipif(
+    not DIRECTORY.is_dir(), reason=f"{DIRECTORY} is absent: run make weights"
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +95,36 @@ def test_ids_of_strings(ours, theirs):
     for text in strings():
         expected = theirs(text, add_special_tokens=False).input_ids
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of characters that SmolLM2 has no tokens for, and which both leave out
+            warnings.simplefilter(
+                "ignore"
+            )  # of characters that SmolLM2 has no tokens for, and which both leave out
             assert ours.encode(text) == expected, text
         for skip in (False, True):
-            text = theirs.decode(expected, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            text = theirs.decode(
+                expected, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
             assert ours.decode(expected, skip_special=skip) == text
 
 
 def test_ids_of_chats(ours, theirs):
     draw, texts = random.Random(1), [t for t in strings(400) if "<" not in t]
     for _ in range(100):
-        roles = draw.choice([["user"], ["system", "user"], ["user", "assistant"], ["system", "user", "assistant", "user"]])
+        roles = draw.choice(
+            [
+                ["user"],
+                ["system", "user"],
+                ["user", "assistant"],
+                ["system", "user", "assistant", "user"],
+            ]
+        )
         chat = [{"role": role, "content": draw.choice(texts)} for role in roles]
         for prompt in (False, True):
-            assert ours.render(chat, prompt) == theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
-            expected = theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=True).input_ids
+            assert ours.render(chat, prompt) == theirs.apply_chat_template(
+                chat, add_generation_prompt=prompt, tokenize=False
+            )
+            expected = theirs.apply_chat_template(
+                chat, add_generation_prompt=prompt, return_dict=True
+            ).input_ids
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 assert ours.encode_chat(chat, prompt) == expected
@@ -119,18 +136,31 @@ def test_5000_strings_give_no_control_token(ours):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for text in test_templates.strings(5000, parts):
-            assert controls(ours, ours.encode_chat([{"role": "user", "content": text}], True)) == expected, text
+            assert (
+                controls(ours, ours.encode_chat([{"role": "user", "content": text}], True))
+                == expected
+            ), text
 
 
 def test_streams(ours, theirs):
     for text in strings(500):
         ids = theirs(text, add_special_tokens=False).input_ids
-        assert "".join(ours.stream(ids, skip_special=False)) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+        assert "".join(ours.stream(ids, skip_special=False)) == theirs.decode(
+            ids, clean_up_tokenization_spaces=False
+        )
 
 
 def test_special_ids(ours, theirs):
-    assert (ours.eos_id, ours.bos_id, ours.pad_id) == (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id)
-    assert ours.vocab_size == len(theirs) == json.loads((DIRECTORY / "config.json").read_text())["vocab_size"]
+    assert (ours.eos_id, ours.bos_id, ours.pad_id) == (
+        theirs.eos_token_id,
+        theirs.bos_token_id,
+        theirs.pad_token_id,
+    )
+    assert (
+        ours.vocab_size
+        == len(theirs)
+        == json.loads((DIRECTORY / "config.json").read_text())["vocab_size"]
+    )
 
 
 def test_ids_of_the_tokenizer_that_transformers_makes_of_the_gguf(ours, gguf):
@@ -144,8 +174,12 @@ def test_ids_of_the_tokenizer_that_transformers_makes_of_the_gguf(ours, gguf):
 
 def test_weights_equal_transformers_reading_of_the_gguf(gguf, monkeypatch):
     """Bit for bit, so the rows of q and k are in Hugging Face's order."""
-    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: True)  # asked for, but not needed here
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.is_accelerate_available", lambda: True
+    )  # asked for, but not needed here
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     ours = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
     expected, found = theirs.state_dict(), ours.state_dict()
     assert expected.keys() == found.keys()
@@ -155,7 +189,9 @@ def test_weights_equal_transformers_reading_of_the_gguf(gguf, monkeypatch):
 def test_the_model_says_paris_and_for_the_right_reason(theirs):
     """The likelihood tells what plausible text does not: with q and k left as GGUF has them it is about 0.7 nats worse."""
     model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
-    ids = theirs("The capital of France is Paris, and the capital of Germany is Berlin.", return_tensors="pt").input_ids
+    ids = theirs(
+        "The capital of France is Paris, and the capital of Germany is Berlin.", return_tensors="pt"
+    ).input_ids
     prompt = theirs.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
@@ -164,5 +200,7 @@ def test_the_model_says_paris_and_for_the_right_reason(theirs):
     )
     with torch.no_grad():
         assert model(ids, labels=ids).loss.item() == pytest.approx(1.7154, abs=1e-3)
-        answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt.input_ids.shape[1] :]
+        answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)[
+            0, prompt.input_ids.shape[1] :
+        ]
     assert theirs.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="the parity extra is not installed: make parity")
-transformers = pytest.importorskip("transformers", reason="the parity extra is not installed: make parity")
+transformers = pytest.importorskip(
+    "transformers", reason="the parity extra is not installed: make parity"
+)
 datasets = pytest.importorskip("datasets", reason="the parity extra is not installed: make parity")
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
@@ -30,7 +32,9 @@ from tests.parity.bnf_in_trl import BNFTrainer  # noqa: E402
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' about names that TRL still uses
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning"
+)  # transformers' about names that TRL still uses
 WORDS = [f"w{i}" for i in range(40)]
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 
@@ -76,9 +80,14 @@ def models_of(tmp_path):
 def preferences(seed: int, pairs: int = 5) -> list[dict]:
     """Random pairs of many lengths; some share a prompt; the first two hold responses of the end token alone."""
     draw = random.Random(seed)
-    text = lambda least, most: "".join(f" {word}" for word in draw.choices(WORDS, k=draw.randint(least, most)))
+    text = lambda least, most: "".join(
+        f" {word}" for word in draw.choices(WORDS, k=draw.randint(least, most))
+    )
     prompts = [text(1, 8)[1:] for _ in range(3)]
-    rows = [{"prompt": draw.choice(prompts), "chosen": text(1, 12), "rejected": text(1, 12)} for _ in range(pairs)]
+    rows = [
+        {"prompt": draw.choice(prompts), "chosen": text(1, 12), "rejected": text(1, 12)}
+        for _ in range(pairs)
+    ]
     rows[0]["chosen"] = rows[1]["rejected"] = ""
     return rows
 
@@ -115,7 +124,10 @@ def rows_of(batch: dict, *prefixes: str) -> list[tuple]:
         ids, real = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"] == 1
         name = f"{prefix}completion_mask"
         answer = batch[name] == 1 if name in batch else batch[f"{prefix}labels"] != -100
-        found += [tuple(tuple(row[m].tolist()) for m in (r & ~a, a)) for row, r, a in zip(ids, real, answer, strict=True)]
+        found += [
+            tuple(tuple(row[m].tolist()) for m in (r & ~a, a))
+            for row, r, a in zip(ids, real, answer, strict=True)
+        ]
     return found
 
 
@@ -126,7 +138,10 @@ def pairs_of(rows: list[tuple]) -> list[Example]:
 
 
 def alone(rows: list[tuple], preferred) -> list[Example]:
-    return [Example(x, (y,), (bool(s),), line) for line, ((x, y), s) in enumerate(zip(rows, preferred, strict=True), 1)]
+    return [
+        Example(x, (y,), (bool(s),), line)
+        for line, ((x, y), s) in enumerate(zip(rows, preferred, strict=True), 1)
+    ]
 
 
 class Ours:
@@ -138,7 +153,10 @@ class Ours:
 
     @torch.no_grad()
     def reference(self, examples) -> Reference:
-        one_by_one = [forward_logps(self.frozen, *pack(examples, [i], self.max_tokens), None) for i in range(len(examples))]
+        one_by_one = [
+            forward_logps(self.frozen, *pack(examples, [i], self.max_tokens), None)
+            for i in range(len(examples))
+        ]
         return Reference(examples, torch.cat(one_by_one))
 
     def batches(self, examples):
@@ -152,7 +170,9 @@ class Ours:
             self.model.zero_grad()
             batches, loss = self.batches(examples), LOSSES[name]
             hyper = loss.hyper(hyper)
-            value, sums = run_batches(self.model, batches, loss, hyper, ref, torch.float32, "cpu", backward=True)
+            value, sums = run_batches(
+                self.model, batches, loss, hyper, ref, torch.float32, "cpu", backward=True
+            )
             total += weight * value.item()
             for parameter, p in self.model.named_parameters():
                 grads[parameter] += weight * p.grad
@@ -166,7 +186,9 @@ def assert_same(one: tuple, other: tuple, loss: float = 2e-6, gradient: float = 
     assert value == pytest.approx(expected, rel=loss)
     for name, g in expected_grads.items():
         assert g.norm() > 0, name
-        assert (grads[name] - g).norm() <= gradient * g.norm(), f"{name}: {((grads[name] - g).norm() / g.norm()).item():.2g}"
+        assert (grads[name] - g).norm() <= gradient * g.norm(), (
+            f"{name}: {((grads[name] - g).norm() / g.norm()).item():.2g}"
+        )
 
 
 def assert_same_metrics(trainer, found: dict):
@@ -197,7 +219,16 @@ def test_dpo_and_ipo(models_of, tmp_path, seed, beta, name, loss_type):
     The metrics that have the same names are the same numbers too.
     """
     policy, frozen, folders = models_of(seed)
-    trainer = trainer_of(DPOTrainer, DPOConfig, tmp_path, policy, preferences(seed), frozen, loss_type=[loss_type], beta=beta)
+    trainer = trainer_of(
+        DPOTrainer,
+        DPOConfig,
+        tmp_path,
+        policy,
+        preferences(seed),
+        frozen,
+        loss_type=[loss_type],
+        beta=beta,
+    )
     batch = batch_of(trainer)
     expected, pairs = theirs(trainer, batch), pairs_of(rows_of(batch))
     assert {len(y) for pair in pairs for y in pair.responses} > {1}
@@ -224,7 +255,12 @@ def test_dpo_with_nll(models_of, tmp_path, seed, equally_long, beta, weight):
         found = ours((1.0, "dpo", {"beta": beta, "lam": weight}, pairs))
     else:
         lams = by_tokens(pairs, weight)
-        found = ours(*((1 / len(pairs), "dpo", {"beta": beta, "lam": lam}, [p]) for p, lam in zip(pairs, lams, strict=True)))
+        found = ours(
+            *(
+                (1 / len(pairs), "dpo", {"beta": beta, "lam": lam}, [p])
+                for p, lam in zip(pairs, lams, strict=True)
+            )
+        )
     assert_same(found, expected)
 
 
@@ -243,7 +279,9 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
         policy, frozen, folders = frozen, policy, folders[::-1]
     kinds = {"chosen": True, "rejected": False}
     rows = [
-        {"prompt": r["prompt"], "completion": r[k], "label": label} for r in preferences(seed) for k, label in kinds.items()
+        {"prompt": r["prompt"], "completion": r[k], "label": label}
+        for r in preferences(seed)
+        for k, label in kinds.items()
     ]
     rows.pop()  # so that there are more of one kind than of the other
     options = {"beta": beta, "desirable_weight": lam_d, "undesirable_weight": lam_u}
@@ -251,7 +289,9 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
     batch = batch_of(trainer)
     expected, ours = theirs(trainer, batch), Ours(folders)
     rotated = alone(rows_of(batch, "KL_"), batch["label"])
-    kl = kl_estimate(ours.model, ours.reference(rotated), ours.batches(rotated), torch.float32, "cpu")
+    kl = kl_estimate(
+        ours.model, ours.reference(rotated), ours.batches(rotated), torch.float32, "cpu"
+    )
     assert kl.item() == pytest.approx(trainer._metrics["train"]["kl"][-1], abs=1e-5)
     assert (kl > 0) == swapped
     examples = alone(rows_of(batch), batch["label"])
@@ -264,7 +304,9 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
 def test_kto_of_pairs(models_of, tmp_path, seed):
     """Both take a pair for two responses, each an example of its own."""
     policy, frozen, folders = models_of(seed)
-    trainer = trainer_of(KTOTrainer, KTOConfig, tmp_path, policy, preferences(seed), frozen, batch_size=10)
+    trainer = trainer_of(
+        KTOTrainer, KTOConfig, tmp_path, policy, preferences(seed), frozen, batch_size=10
+    )
     batch = batch_of(trainer)
     assert batch["label"].tolist() == [True] * 5 + [False] * 5
     expected = theirs(trainer, batch)
@@ -295,7 +337,11 @@ def test_orpo(models_of, tmp_path, seed, lam):
     whole = alone([(x[:1], x[1:] + y) for x, y in chosen], [True] * len(chosen))
     N = [len(example.responses[0]) for example in whole]
     terms = [(n / sum(N), "nll", {}, [example]) for n, example in zip(N, whole, strict=True)]
-    found = Ours(folders)((1.0, "orpo", {"lam": lam}, pairs), (-1.0, "nll", {}, alone(chosen, [True] * len(chosen))), *terms)
+    found = Ours(folders)(
+        (1.0, "orpo", {"lam": lam}, pairs),
+        (-1.0, "nll", {}, alone(chosen, [True] * len(chosen))),
+        *terms,
+    )
     assert_same(found, expected)
 
 
@@ -304,11 +350,16 @@ def test_orpo(models_of, tmp_path, seed, lam):
 def test_cpo(models_of, tmp_path, seed, beta, weight):
     """cpo_alpha weighs an NLL that is a mean over all chosen tokens of the batch: see by_tokens."""
     policy, _, folders = models_of(seed)
-    trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), beta=beta, cpo_alpha=weight)
+    trainer = trainer_of(
+        CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), beta=beta, cpo_alpha=weight
+    )
     batch = batch_of(trainer)
     expected, pairs = theirs(trainer, batch), pairs_of(rows_of(batch, "chosen_", "rejected_"))
     lams = by_tokens(pairs, weight)
-    terms = [(1 / len(pairs), "cpo", {"beta": beta, "lam": lam}, [p]) for p, lam in zip(pairs, lams, strict=True)]
+    terms = [
+        (1 / len(pairs), "cpo", {"beta": beta, "lam": lam}, [p])
+        for p, lam in zip(pairs, lams, strict=True)
+    ]
     assert_same(Ours(folders)(*terms), expected)
 
 
@@ -330,7 +381,9 @@ class Table(torch.nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         torch.manual_seed(seed)
-        self.embed, self.unembed = (torch.nn.Parameter(torch.randn(3 + len(WORDS), 16).double()) for _ in range(2))
+        self.embed, self.unembed = (
+            torch.nn.Parameter(torch.randn(3 + len(WORDS), 16).double()) for _ in range(2)
+        )
 
     def forward(self, input_ids, **_):
         return SimpleNamespace(logits=self.embed[input_ids] @ self.unembed.T)
@@ -344,7 +397,9 @@ class Table(torch.nn.Module):
 def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
     """CPO's trainer keeps float64 from the logits on (the others go to float32), so there equality is to its precision."""
     policy, _, _ = models_of(seed)
-    trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), cpo_alpha=0.0, **options)
+    trainer = trainer_of(
+        CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), cpo_alpha=0.0, **options
+    )
     batch, model = batch_of(trainer), Table(seed)
     loss = trainer.compute_loss(model, batch)
     rows = rows_of(batch, "chosen_", "rejected_")
@@ -352,7 +407,9 @@ def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
     hidden = model.embed[torch.tensor([t for x, y in rows for t in (x[-1], *y[:-1])])]
     logps = token_logps(hidden, model.unembed, torch.tensor([t for _, y in rows for t in y]))
     owner = torch.tensor([i for i, (_, y) in enumerate(rows) for _ in y])
-    ours = LOSSES[name](Responses(logps, None, owner, torch.arange(R) < P, torch.arange(R).view(2, P).T), **hyper)
+    ours = LOSSES[name](
+        Responses(logps, None, owner, torch.arange(R) < P, torch.arange(R).view(2, P).T), **hyper
+    )
     assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
     expected, found = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, ours))
     for g, g_theirs in zip(found, expected, strict=True):
@@ -366,7 +423,9 @@ def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
 def test_bnf_in_trl(models_of, tmp_path, seed):
     """One step of BNFTrainer is one step of minibnf's own trainer."""
     policy, frozen, folders = models_of(seed)
-    trainer = trainer_of(BNFTrainer, DPOConfig, tmp_path, policy, preferences(seed), frozen, beta=1.0)
+    trainer = trainer_of(
+        BNFTrainer, DPOConfig, tmp_path, policy, preferences(seed), frozen, beta=1.0
+    )
     batch = batch_of(trainer)
     expected = theirs(trainer, batch)
     found = Ours(folders)((1.0, "bnf", {}, pairs_of(rows_of(batch))))
@@ -381,8 +440,17 @@ def test_training_with_bnf_in_trl(models_of, tmp_path):
     descent goes the way that minibnf's gradients of the same pairs go, and .evaluate() then gives the same loss.
     """
     _, _, folders = models_of(1)
-    policy, rows = transformers.AutoModelForCausalLM.from_pretrained(folders[0]), preferences(1, pairs=12)
-    options = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "optim": "sgd", "learning_rate": 0.3}
+    policy, rows = (
+        transformers.AutoModelForCausalLM.from_pretrained(folders[0]),
+        preferences(1, pairs=12),
+    )
+    options = {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 0.3,
+    }
     options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
     trainer = trainer_of(BNFTrainer, DPOConfig, tmp_path, policy, rows, **options)
     pairs = [pair for batch in trainer.get_train_dataloader() for pair in pairs_of(rows_of(batch))]
@@ -395,9 +463,13 @@ def test_training_with_bnf_in_trl(models_of, tmp_path):
         with torch.no_grad():
             for name, p in ours.model.named_parameters():
                 p -= 0.3 * grads[name]
-    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == pytest.approx(losses, rel=1e-5)
+    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == pytest.approx(
+        losses, rel=1e-5
+    )
     for name, p in trainer.model.named_parameters():
         moved, expected = p - start[name], ours.model.get_parameter(name) - start[name]
         assert (moved - expected).norm() <= 3e-5 * expected.norm(), name
     after, *_ = ours((1.0, "bnf", {}, pairs))
-    assert trainer.evaluate(datasets.Dataset.from_list(rows))["eval_loss"] == pytest.approx(after, rel=1e-4)
+    assert trainer.evaluate(datasets.Dataset.from_list(rows))["eval_loss"] == pytest.approx(
+        after, rel=1e-4
+    )
