@@ -260,11 +260,15 @@ def _next_different(values: list) -> list[int]:
 class Batch:
     """A packed micro-batch. T tokens in all, N of them response tokens, R responses.
 
-    tokens, positions (1, T): groups one after another, each its prompt once, then its responses less their last token,
-    which predicts nothing; their positions all continue from the prompt's end.  layout: the groups' lengths (model.py).
-    predictors (N,): where in T the hidden state stands that predicts each response token; targets (N,): that token.
-    owner (N,), preferred (R,), pairs (P, 2): as in losses.Responses.  order (R,): which responses of the data these are,
-    as (index of the example, index in it).  lines: the lines of the file they come from.
+    tokens, positions (1, T): groups one after another, each its prompt once, then its responses less
+    their last token, which predicts nothing. Their positions all continue from the prompt's end.
+    layout: the groups' lengths (attention.py).
+    predictors (N,): where in T the hidden state stands that predicts each response token.
+    targets (N,): that token.
+    owner (N,), preferred (R,), pairs (P, 2): as in responses.Responses.  lengths (R,).
+    order (R,): which responses these are, as (index of the example, index in it).
+    starts: {token in N: (response, pair)}: where each row begins, and at last where all end.
+    lines: the lines of the file that the rows come from.
     examples: how many a loss sees, pairs and responses in no pair.
     """
 
@@ -276,7 +280,9 @@ class Batch:
     owner: Tensor
     preferred: Tensor
     pairs: Tensor
+    lengths: Tensor
     order: list[tuple[int, int]]
+    starts: dict[int, tuple[int, int]]
     lines: list[int]
     examples: int
 
@@ -284,10 +290,8 @@ class Batch:
         return Responses(logps, ref_logps, self.owner, self.preferred, self.pairs)
 
     def to(self, device) -> "Batch":
-        return replace(
-            self,
-            **{k: to_device(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)},
-        )
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: to_device(v, device) for k, v in tensors.items()})
 
 
 def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[Batch]:
@@ -349,26 +353,17 @@ def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
 
 
 def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
-    tokens, positions, layout, predictors, targets, owner, preferred, pairs, order = (
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-    )
+    tokens, positions, layout, predictors, targets = [], [], [], [], []
+    owner, preferred, pairs, order, starts = [], [], [], [], {}
     for members in groups:
         prompt, lengths = examples[members[0]].prompt, []
-        last = (
-            len(tokens) + len(prompt) - 1
-        )  # the prompt's last token predicts every response's first
+        # the prompt's last token predicts the first one of every response
+        last = len(tokens) + len(prompt) - 1
         tokens += prompt
         positions += range(len(prompt))
         for i in members:
             first = len(preferred)
+            starts[len(targets)] = first, len(pairs)
             pairs += [(first + chosen, first + rejected) for chosen, rejected in examples[i].pairs]
             for k, response in enumerate(examples[i].responses):
                 read = response[:-1]
@@ -381,6 +376,7 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
                 preferred.append(examples[i].preferred[k])
                 order.append((i, k))
         layout.append((len(prompt), lengths))
+    starts[len(targets)] = len(preferred), len(pairs)
     return Batch(
         tokens=torch.tensor([tokens]),
         positions=torch.tensor([positions]),
@@ -390,7 +386,9 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         owner=torch.tensor(owner),
         preferred=torch.tensor(preferred),
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        lengths=torch.tensor([len(examples[i].responses[k]) for i, k in order]),
         order=order,
+        starts=starts,
         lines=[examples[i].line for members in groups for i in members],
         examples=sum(examples[i].count for members in groups for i in members),
     )

@@ -1,18 +1,23 @@
 """Alignment losses as functions of token log-probabilities, each with its gradient derived by hand.
 
-Shapes: N tokens, R responses, P pairs, E examples. Everything is flat: token i belongs to response owner[i].
-Letters: p = exp(logps) under the policy, r = exp(ref_logps) under the frozen reference, o(p) = p / (1 - p) the odds,
-s = +1 for a preferred response and -1 for a dispreferred one; of a response y, |y| is the length, S the sum and a = S/|y| the
-mean of its log-probabilities; w and l mark a pair's chosen and rejected one; σ is the logistic function.
-Units: nats. The loss of a batch is the mean over its E examples; an example is a pair, or a response in no pair (for kto
-each response). A pair's bnf, rbnf, nll and unlikelihood is the sum of its two responses'.
+Shapes: N tokens, R responses, P pairs, E examples. Everything is flat: token i belongs to response
+owner[i].
+Letters: p = exp(logps) under the policy, r = exp(ref_logps) under the frozen reference,
+o(p) = p / (1 - p) the odds, s = +1 for a preferred response and -1 for a dispreferred one. Of a
+response y, |y| is the length, S the sum and a = S/|y| the mean of its log-probabilities. w and l
+mark a pair's chosen and rejected response. σ is the logistic function.
+Units: nats. The loss of a batch is the mean over its E examples; an example is a pair, or a
+response in no pair (for kto each response). A pair's bnf, rbnf, nll and unlikelihood is the sum of
+its two responses'.
 
-No loss here knows of logits. Because d log p_y / dz_v = 1[v = y] - p_v, one chain rule serves them all:
+No loss here knows of logits. Because d log p_y / dz_v = 1[v = y] - p_v, one chain rule serves all:
 
-    dL/dz_v = dlogps * (1[v = y] - p_v)          dlogps = dL/dlog p_y, the hand-derived part
+    dL/dz_v = dlogps * (1[v = y] - p_v)          dlogps = dL/dlog p_y, the part derived by hand
 
-Needs torch alone. Source of BNF: Mao et al., "As Simple as Fine-tuning: LLM Alignment via Bidirectional Negative
-Feedback Loss", ICLR 2025, arXiv 2410.04834. Losses whose tokens couple stand in rivals.py.
+Needs torch alone. Source of BNF: Mao et al., "As Simple as Fine-tuning: LLM Alignment via
+Bidirectional Negative Feedback Loss", ICLR 2025, arXiv 2410.04834. Losses whose tokens couple stand
+in rivals.py. To add a loss, write its value and its gradient and enter them in LOSSES at the end of
+this file (CONTRIBUTING.md shows one).
 """
 
 from collections.abc import Callable
@@ -24,10 +29,9 @@ from torch import Tensor
 from minibnf import rivals
 from minibnf.responses import Responses
 
-# ------------------------------------------------------------------------------- losses whose tokens do not couple
-# L = Σ_i c_i Φ(log p_i): a coefficient that depends on lengths and labels only, times a potential of the one token.
-# dlogps_i = c_i w_i with w = dΦ/dlog p. Because no token waits for another, value and gradient come out of a single
-# sweep over chunks of tokens (logprob.one_sweep).
+# ---------------------------------------------------------------- losses whose tokens do not couple
+# L = Σ_i c_i Φ(log p_i): a coefficient that depends on lengths and labels only, times a potential
+# of the one token. dlogps_i = c_i w_i with w = dΦ/dlog p. No token waits for another.
 
 
 def coefficients(responses: Responses, length: str | float) -> Tensor:
@@ -35,11 +39,13 @@ def coefficients(responses: Responses, length: str | float) -> Tensor:
 
     length says what |y| is:
       "own"      each response's own length;
-      "shorter"  the shorter length of a pair for both its responses (BNF as published); an unpaired response's own;
-      "batch"    the mean length of the batch's responses, so that every token of a batch weighs the same;
-      a number   that number (a trainer passes the whole batch's mean length to each micro-batch).
-    A response in several pairs counts once in each. The paper's released code divides by the shortest response of the
-    whole micro-batch, which makes the loss depend on how a batch was split; that is not followed here.
+      "shorter"  the shorter length of a pair for both its responses (BNF as published); an
+                 unpaired response's own;
+      "batch"    the mean length of the batch's responses, so that all tokens weigh the same;
+      a number   that number (a trainer passes the whole step's mean length to each part).
+    A response in several pairs counts once in each. The paper's released code divides by the
+    shortest response of the whole micro-batch, which makes the loss depend on how a batch was
+    split; that is not followed here.
     """
     n, paired = responses.lengths(), responses.pairs.flatten()  # (R,), (2P,)
     if length in ("own", "shorter"):
@@ -55,44 +61,51 @@ def coefficients(responses: Responses, length: str | float) -> Tensor:
 
 
 def bnf_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor | None = None) -> Tensor:
-    """Φ(p), elementwise: BNF's closed-form potential, free of stop-gradients (minibnf's identity 2).
+    """Φ(p), elementwise: BNF's closed-form potential, free of stop-gradients (identity 2).
 
-    The paper's target q(y) = min(p/r, 1) is held constant when differentiating; the field of gradients it makes is
-    conservative, so it has a potential, continuous with its first derivative at p = r:
+    The paper's target q(y) = min(p/r, 1) is held constant when differentiating. The field of
+    gradients that it makes is conservative, so it has a potential, continuous with its first
+    derivative at p = r:
 
         p >= r    Φ = log p
         p <  r    Φ = log r + (log(1-r) - log(1-p)) / o(r)
 
-    Below the reference, put (1-p)/(1-r) = 1 + (r-p)/(1-r) = 1 + o(r) u with u = 1 - p/r = -expm1(log p - log r):
+    Below the reference, put u = 1 - p/r = -expm1(log p - log r), so that
+    (1-p)/(1-r) = 1 + (r-p)/(1-r) = 1 + o(r) u:
 
-        Φ = log r - log1p(o(r) u) / o(r) = log r - u h(u/E)      h(x) = log1p(x)/x     E = 1/o(r) = expm1(-log r)
+        Φ = log r - log1p(o(r) u) / o(r) = log r - u h(u/E)
+        h(x) = log1p(x)/x          E = 1/o(r) = expm1(-log r)
 
-    In this form nothing cancels, for log-probabilities from 0 to where exp underflows: h(0) = 1 is the limit of a tiny r
-    (E = inf), h(inf) = 0 that of r = 1 (E = 0, Φ = 0). From the reference down Φ falls by at most one nat.
+    In this form nothing cancels, for log-probabilities from 0 to where exp underflows. h(0) = 1 is
+    the limit of a tiny r (E = inf), h(inf) = 0 that of r = 1 (E = 0, Φ = 0). From the reference
+    down, Φ falls by at most one nat.
     """
     below, d, x = _below_reference(logps, ref_logps)
     return torch.where(below, ref_logps + torch.expm1(d) * _log1p_over(x), logps)
 
 
 def bnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor | None = None) -> Tensor:
-    """w = dΦ/dlog p = min(1, o(p)/o(r)), elementwise: supervised fine-tuning's gradient times this is BNF's.
+    """w = dΦ/dlog p = min(1, o(p)/o(r)), elementwise. Fine-tuning's gradient times this is BNF's.
 
-    Above the reference Φ = log p, so w = 1. Below, differentiate log r - log1p(o(r) u)/o(r), with du/dlog p = -p/r:
+    Above the reference Φ = log p, so w = 1. Below, differentiate log r - log1p(o(r) u)/o(r), with
+    du/dlog p = -p/r:
 
         w = (p/r) / (1 + o(r) u) = (p/r) (1-r)/(1-p) = o(p)/o(r)
 
-    which is (q(y) - p)/(1 - p) of the paper's target (identity 1): its gradient in z_v is -(s/|y|) w (1[v=y] - π_v).
-    The released code adds 1e-6 to two denominators, which halves the gradient at p = r = 1e-6; here there is no epsilon.
+    This is (q(y) - p)/(1 - p) of the paper's target (identity 1): its gradient in z_v is
+    -(s/|y|) w (1[v=y] - π_v). The released code adds 1e-6 to two denominators, which halves the
+    gradient at p = r = 1e-6; here there is no epsilon.
     """
     below, d, x = _below_reference(logps, ref_logps)
     return torch.where(below, torch.exp(d) / (1 + x), 1.0)
 
 
 def rbnf_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    """BNF with retrieval, minibnf's own and not in the paper: a preferred token's Φ has slope max(r, w).
+    """BNF with retrieval, this project's own: a preferred token's Φ has the slope max(r, w).
 
-    BNF's w = o(p)/o(r) meets r at p*, where o(p*) = r o(r), so p* = r² / (1 - r + r²). From there down Φ goes on with
-    slope r:   Φ = Φ_bnf(p*) + r (log p - log p*).   With y = r (1-r) and h2 = -log1p(-y)/y, 1 - r + r² = 1 - y gives
+    BNF's w = o(p)/o(r) meets r at p*, where o(p*) = r o(r), so p* = r² / (1 - r + r²). From there
+    down, Φ goes on with slope r:  Φ = Φ_bnf(p*) + r (log p - log p*).
+    With y = r (1-r), 1 - r + r² = 1 - y and h2 = -log1p(-y)/y:
 
         log p* = 2 log r + y h2        Φ_bnf(p*) = log r + log1p(-y)/o(r) = log r - (1-r)² h2
     """
@@ -105,34 +118,39 @@ def rbnf_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tenso
 
 
 def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    """max(r, w) for a preferred token, so that it is pulled back from far below with the reference's own confidence; w
-    for a dispreferred one. It is dΦ/dlog p of rbnf_potential: w above p* (where w >= r), r below it.
+    """max(r, w) for a preferred token, w for a dispreferred one.
+
+    So a preferred token is pulled back from far below with the reference's own confidence. It is
+    dΦ/dlog p of rbnf_potential: w above p* (where w >= r), r below it.
     """
     w = bnf_weight(logps, ref_logps)
     return torch.where(preferred, torch.maximum(w, torch.exp(ref_logps)), w)
 
 
 def _below_reference(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether p < r; log(p/r) there (0 elsewhere); and x = o(r) u = (r - p)/(1 - r), in [0, inf]."""
+    """Whether p < r; log(p/r) there, else 0; and x = o(r) u = (r - p)/(1 - r), in [0, inf]."""
     below = logps < ref_logps
     d = torch.where(below, logps - ref_logps, 0.0)
     E = torch.expm1(-ref_logps)  # 1/o(r)
     certain = E < torch.finfo(E.dtype).tiny  # r = 1, or rounded above it
-    x = torch.where(certain & below, torch.inf, -torch.expm1(d) / torch.where(certain, 1.0, E))
-    return below, d, x
+    x = -torch.expm1(d) / torch.where(certain, 1.0, E)
+    return below, d, torch.where(certain & below, torch.inf, x)
 
 
 def _log1p_over(x: Tensor) -> Tensor:
     """log1p(x)/x with its limits, 1 at 0 and 0 at inf; x > -1."""
     middle = (x != 0) & (x < torch.inf)
-    x_safe = torch.where(
-        middle, x, 1.0
-    )  # autograd makes NaN of the infinite slope of a branch it does not take
-    return torch.where(middle, torch.log1p(x_safe) / x_safe, torch.where(x == 0, 1.0, 0.0))
+    # autograd makes NaN of the infinite slope of a branch that is not taken
+    x_safe = torch.where(middle, x, 1.0)
+    limits = torch.where(x == 0, 1.0, 0.0)
+    return torch.where(middle, torch.log1p(x_safe) / x_safe, limits)
 
 
 def nll_potential(logps: Tensor, ref_logps: Tensor | None, preferred: Tensor) -> Tensor:
-    """Supervised fine-tuning, -a on preferred responses: Φ = log p, 0 for a dispreferred one (still an example)."""
+    """Supervised fine-tuning on preferred responses: Φ = log p, and 0 for a dispreferred one.
+
+    A dispreferred response still counts as an example.
+    """
     return torch.where(preferred, logps, 0.0)
 
 
@@ -142,9 +160,10 @@ def nll_weight(logps: Tensor, ref_logps: Tensor | None, preferred: Tensor) -> Te
 
 
 def unlikelihood_potential(logps: Tensor, ref_logps: Tensor | None, preferred: Tensor) -> Tensor:
-    """-s a without any feedback: Φ = log p for both kinds. Minimising +log p has no end: the control that collapses.
+    """Φ = log p for both kinds, without any feedback: the control that collapses.
 
-    (Welleck et al. 2020, arXiv 1908.04319, minimise -log(1 - p) instead, which is bounded below.)
+    Minimising +log p has no end. (Welleck et al. 2020, arXiv 1908.04319, minimise -log(1 - p)
+    instead, which is bounded below.)
     """
     return logps
 
@@ -154,33 +173,28 @@ def unlikelihood_weight(logps: Tensor, ref_logps: Tensor | None, preferred: Tens
     return torch.ones_like(logps)
 
 
-# ------------------------------------------------------------------------------------------------------- the family
+# --------------------------------------------------------------------------------------- the family
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss: `loss(responses, **hyper)` is a scalar, differentiable through responses.logps by `gradient`.
+    """One loss: `loss(responses, **hyper)` is a scalar whose gradient is the hand-derived one.
 
-    `value` is the same scalar in plain torch operations, `gradient` the hand-derived dL/dlogps (N,). defaults holds the
-    hyper-parameters with their papers' recommended values. Either value_of and gradient_of are given or, where tokens do not
-    couple, potential and slope. learning_rate is the trainer's default (see WIDTH there).
-    Raises ValueError for an unknown, missing or impossible hyper-parameter, a missing reference, or missing pairs.
+    value_of(responses, **hyper): the scalar in plain torch operations, which autograd can
+    differentiate. gradient_of: the hand-derived dL/dlogps (N,). defaults: the hyper-parameters with
+    their papers' recommended values. token_local: a token's gradient depends on no other token, so
+    a trainer may cut the batch anywhere.
+    Raises ValueError for an unknown, missing or impossible hyper-parameter, a missing reference, or
+    missing pairs.
     """
 
     name: str
     defaults: dict
-    needs_ref: bool
-    needs_pairs: bool
-    learning_rate: float
-    value_of: Callable | None = None
-    gradient_of: Callable | None = None
-    potential: Callable | None = None  # (logps, ref_logps, preferred), all (N,) -> Φ
-    slope: Callable | None = None  # the same -> w = dΦ/dlog p
-
-    @property
-    def couples(self) -> bool:
-        """Whether a token's gradient depends on other tokens, so that it cannot be made in one sweep."""
-        return self.potential is None
+    value_of: Callable
+    gradient_of: Callable
+    needs_ref: bool = False
+    needs_pairs: bool = False
+    token_local: bool = False
 
     @property
     def per_response(self) -> bool:
@@ -192,32 +206,19 @@ class Loss:
         return _HandDerived.apply(responses.logps, self, responses, hyper)
 
     def value(self, responses: Responses, **hyper) -> Tensor:
-        return self._value(*self.prepare(responses, hyper))
+        responses, hyper = self.prepare(responses, hyper)
+        return self.value_of(responses, **hyper)
 
     def gradient(self, responses: Responses, **hyper) -> Tensor:
+        responses, hyper = self.prepare(responses, hyper)
         with torch.no_grad():
-            return self._gradient(*self.prepare(responses, hyper))
-
-    def _value(self, responses, hyper):
-        if self.couples:
-            return self.value_of(responses, **hyper)
-        phi = self.potential(
-            responses.logps, responses.ref_logps, responses.preferred[responses.owner]
-        )
-        return (self.token_coefficients(responses, **hyper) * phi).sum()
-
-    def _gradient(self, responses, hyper):
-        if self.couples:
             return self.gradient_of(responses, **hyper)
-        w = self.slope(responses.logps, responses.ref_logps, responses.preferred[responses.owner])
-        return self.token_coefficients(responses, **hyper) * w
-
-    def token_coefficients(self, responses: Responses, length: str | float = "own") -> Tensor:
-        """(N,): c of a loss whose tokens do not couple."""
-        return coefficients(responses, length)
 
     def hyper(self, given: dict) -> dict:
-        """The defaults, overridden by what is given. Raises ValueError for what this loss does not have or allow."""
+        """The defaults, overridden by what is given.
+
+        Raises ValueError for what this loss does not have or allow.
+        """
         if unknown := sorted(set(given) - set(self.defaults)):
             has = ", ".join(self.defaults) or "none"
             raise ValueError(
@@ -225,10 +226,8 @@ class Loss:
             )
         merged = {**self.defaults, **given}
         for name, x in merged.items():
-            if (
-                name == "kl" and isinstance(x, Tensor) and x.numel() == 1
-            ):  # a trainer leaves it on its device
-                continue
+            if name == "kl" and isinstance(x, Tensor) and x.numel() == 1:
+                continue  # a trainer leaves it on its device
             if name == "length" and x in ("shorter", "own", "batch"):
                 continue
             wanted = _WANTED.get(name, "a number, 0 or more")
@@ -238,23 +237,23 @@ class Loss:
         return merged
 
     def prepare(self, responses: Responses, hyper: dict) -> tuple[Responses, dict]:
-        """Check that this loss can be computed on these responses; half-precision log-probabilities become float32."""
+        """Check that the loss can be computed here; half precision becomes float32."""
         hyper = self.hyper(hyper)
         logps, ref = responses.logps, responses.ref_logps
         if len(responses.preferred) == 0:
             raise ValueError(f"loss '{self.name}': the batch holds no response")
         if self.needs_ref and ref is None:
             raise ValueError(
-                f"loss '{self.name}' needs ref_logps, the reference model's log-probabilities of the tokens"
+                f"loss '{self.name}' needs ref_logps, "
+                "the reference model's log-probabilities of the tokens"
             )
-        lone = 2 * len(responses.pairs) < len(
-            responses.preferred
-        )  # enough for pairs that share no response
-        if self.needs_pairs and (
-            lone or (logps.device.type == "cpu" and bool(responses.unpaired().any()))
-        ):
+        # fewer places in pairs than responses; exact where no two pairs share a response
+        lone = 2 * len(responses.pairs) < len(responses.preferred)
+        if self.needs_pairs and not lone and logps.device.type == "cpu":
+            lone = bool(responses.unpaired().any())
+        if self.needs_pairs and lone:
             raise ValueError(
-                f"loss '{self.name}' needs every response in a pair; unpaired ones: bnf, rbnf, kto, nll"
+                f"loss '{self.name}' needs every response in a pair; unpaired ones: bnf, kto, nll"
             )
         dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
         ref = None if ref is None else ref.detach().to(dtype)
@@ -275,8 +274,8 @@ class _HandDerived(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logps, loss, responses, hyper):
-        ctx.save_for_backward(loss._gradient(responses, hyper))
-        return loss._value(responses, hyper)
+        ctx.save_for_backward(loss.gradient_of(responses, **hyper))
+        return loss.value_of(responses, **hyper)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -285,56 +284,57 @@ class _HandDerived(torch.autograd.Function):
         return dloss * dlogps, None, None, None
 
 
-_BNF = dict(needs_ref=True, needs_pairs=False, learning_rate=4e-5)
-_PAIRED = dict(needs_ref=True, needs_pairs=True, learning_rate=2e-5)  # against a reference
-_FREE = dict(needs_ref=False, needs_pairs=True)  # without one
+def token_local(name: str, potential: Callable, weight: Callable, length: str, ref: bool) -> Loss:
+    """The Loss Σ_i c_i Φ(log p_i) of a potential Φ and its slope w, both elementwise functions of
+    (logps, ref_logps, preferred), all (N,). length: its default; ref: whether it needs a reference.
+    """
+
+    def value(responses: Responses, length: str | float) -> Tensor:
+        kind = responses.preferred[responses.owner]
+        phi = potential(responses.logps, responses.ref_logps, kind)
+        return (coefficients(responses, length) * phi).sum()
+
+    def gradient(responses: Responses, length: str | float) -> Tensor:
+        kind = responses.preferred[responses.owner]
+        w = weight(responses.logps, responses.ref_logps, kind)
+        return coefficients(responses, length) * w
+
+    return Loss(name, {"length": length}, value, gradient, needs_ref=ref, token_local=True)
 
 
-def _rival(name: str) -> dict:
-    return dict(
-        value_of=getattr(rivals, f"{name}_value"), gradient_of=getattr(rivals, f"{name}_gradient")
-    )
+def _rival(name: str, ref: bool, pairs: bool = True, **defaults) -> Loss:
+    value, gradient = getattr(rivals, f"{name}_value"), getattr(rivals, f"{name}_gradient")
+    return Loss(name, defaults, value, gradient, needs_ref=ref, needs_pairs=pairs)
 
 
 _FAMILY = [
-    Loss("bnf", dict(length="shorter"), **_BNF, potential=bnf_potential, slope=bnf_weight),
-    Loss("rbnf", dict(length="batch"), **_BNF, potential=rbnf_potential, slope=rbnf_weight),
-    Loss("nll", {}, False, False, learning_rate=4e-5, potential=nll_potential, slope=nll_weight),
-    Loss(
-        "unlikelihood",
-        {},
-        False,
-        False,
-        1e-5,
-        potential=unlikelihood_potential,
-        slope=unlikelihood_weight,
+    token_local("bnf", bnf_potential, bnf_weight, length="shorter", ref=True),
+    token_local("rbnf", rbnf_potential, rbnf_weight, length="batch", ref=True),
+    token_local("nll", nll_potential, nll_weight, length="own", ref=False),
+    token_local(
+        "unlikelihood", unlikelihood_potential, unlikelihood_weight, length="own", ref=False
     ),
-    Loss("dpo", dict(beta=0.1, lam=0.0), **_PAIRED, **_rival("dpo")),
-    Loss("rdpo", dict(beta=0.1, alpha=0.01), **_PAIRED, **_rival("rdpo")),
-    Loss("ipo", dict(beta=0.1), **_PAIRED, **_rival("ipo")),
-    Loss("slic", dict(delta=1.0, lam=0.1), **_FREE, learning_rate=2e-5, **_rival("slic")),
-    Loss(
-        "kto",
-        dict(beta=0.1, lam_d=1.0, lam_u=1.0, kl=None),
-        True,
-        False,
-        learning_rate=2e-5,
-        **_rival("kto"),
-    ),
-    Loss("orpo", dict(lam=0.1), **_FREE, learning_rate=2e-5, **_rival("orpo")),
-    Loss("simpo", dict(beta=2.0, gamma=1.0), **_FREE, learning_rate=2e-5, **_rival("simpo")),
-    Loss("cpo", dict(beta=0.1, lam=1.0), **_FREE, learning_rate=2e-5, **_rival("cpo")),
+    _rival("dpo", ref=True, beta=0.1, lam=0.0),
+    _rival("rdpo", ref=True, beta=0.1, alpha=0.01),
+    _rival("ipo", ref=True, beta=0.1),
+    _rival("slic", ref=False, delta=1.0, lam=0.1),
+    _rival("kto", ref=True, pairs=False, beta=0.1, lam_d=1.0, lam_u=1.0, kl=None),
+    _rival("orpo", ref=False, lam=0.1),
+    _rival("simpo", ref=False, beta=2.0, gamma=1.0),
+    _rival("cpo", ref=False, beta=0.1, lam=1.0),
 ]
 LOSSES = {loss.name: loss for loss in _FAMILY}
 
 
 def bnf_loss(policy_logps, ref_logps, mask, preferred, pairs=None) -> Tensor:
-    """BNF for somebody else's training loop: the scalar loss of a padded batch, ready for .backward().
+    """BNF for somebody else's training loop: a scalar of a padded batch, ready for .backward().
 
     policy_logps (B, T): log-probability of each token under the model in training, with its graph.
     ref_logps (B, T): the same under the frozen reference, without a graph.
-    mask (B, T) bool: True on response tokens.  preferred (B,) bool.  pairs (P, 2) int64: (chosen, rejected) rows.
-    Without pairs every response is an example of its own, divided by its own length; with pairs both responses of a
-    pair are divided by the shorter length, as published. Raises ValueError where the shapes do not fit.
+    mask (B, T) bool: True on response tokens.  preferred (B,) bool.
+    pairs (P, 2) int64: (chosen, rejected) rows.
+    Without pairs every response is an example of its own, divided by its own length. With pairs
+    both responses of a pair are divided by the shorter length, as published.
+    Raises ValueError where the shapes do not fit.
     """
     return LOSSES["bnf"](Responses.from_padded(policy_logps, ref_logps, mask, preferred, pairs))

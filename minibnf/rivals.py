@@ -1,7 +1,8 @@
-"""The losses that BNF is compared with and whose tokens couple: dpo rdpo ipo slic orpo simpo cpo, and kto.
+"""The losses that BNF is compared with and whose tokens couple: dpo and its kin, and kto.
 
-Letters, shapes and units as in losses.py. Each has a value in plain torch operations and a gradient dlogps (N,) by hand. Where
-public implementations differ from a paper, the docstring says so and which one is followed; "TRL" is its release 1.x.
+Letters, shapes and units as in losses.py. Each loss has a value in plain torch operations and a
+gradient dlogps (N,) by hand. Where public implementations differ from a paper, the docstring says
+so and which one is followed; "TRL" is its release 1.x.
 """
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from minibnf.responses import Responses
 
-# ----------------------------------------------------------------------------------- losses that couple a pair's tokens
-# Each is a function of two numbers a pair, sums or means of its responses' log-probabilities, so its gradient is two
-# numbers a pair, given to every token of the response (divided by its length where the number is a mean).
+# --------------------------------------------------------------- losses that couple a pair's tokens
+# Each is a function of two numbers per pair: sums or means of its responses' log-probabilities. So
+# its gradient is two numbers per pair, given to every token of the response (divided by its length
+# where the number is a mean).
 
 
 def _of_pair(responses: Responses, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,77 +28,93 @@ def _sums(responses: Responses, against_reference: bool = False) -> tuple[Tensor
 
 
 def _means(responses: Responses, against_reference: bool = False) -> tuple[Tensor, Tensor]:
-    S, n = _sums(responses, against_reference), _of_pair(responses, responses.lengths())
-    return S[0] / n[0], S[1] / n[1]
+    S_w, S_l = _sums(responses, against_reference)
+    n_w, n_l = _of_pair(responses, responses.lengths())
+    return S_w / n_w, S_l / n_l
 
 
 def _spread(responses: Responses, chosen: Tensor, rejected: Tensor, mean: bool = False) -> Tensor:
-    """(P,) dL_pair/dS_w and dL_pair/dS_l (mean: by a_w, a_l) -> (N,) dlogps of the mean over pairs."""
-    both = torch.stack([chosen, rejected], 1).flatten() / len(responses.pairs)
-    g = both.new_zeros(len(responses.preferred)).index_add(
-        0, responses.pairs.flatten(), both
-    )  # shared ones add up
+    """A pair's two derivatives, given to its tokens, for the mean over pairs.
+
+    chosen, rejected (P,): dL_pair/dS_w and dL_pair/dS_l, or by a_w and a_l (mean). -> (N,) dlogps.
+    """
+    pairs = responses.pairs.flatten()  # (2P,)
+    both = torch.stack([chosen, rejected], 1).flatten()
+    both = both / (responses.step_examples or len(responses.pairs))
+    # those of a response in several pairs add up
+    g = both.new_zeros(len(responses.preferred)).index_add(0, pairs, both)
     return (g / responses.lengths() if mean else g)[responses.owner]
+
+
+def _likelihood_gradient(responses: Responses) -> Tensor:
+    """(N,) dlogps of the mean over pairs of -a_w: -1/|y_w| for a chosen token."""
+    one = responses.logps.new_ones(len(responses.pairs))
+    return _spread(responses, -one, torch.zeros_like(one), mean=True)
 
 
 def dpo_value(responses: Responses, beta: float, lam: float) -> Tensor:
     """-log σ(β Δ) - λ a_w;  Δ = (S_w - S_ref,w) - (S_l - S_ref,l), sequence sums in nats.
 
-    Rafailov et al. 2023, arXiv 2305.18290, equation 7; λ > 0 adds the chosen response's mean negative log-likelihood:
-    DPO + NLL, iterative RPO (Pang et al. 2024, arXiv 2404.19733v3, equation 1, λ = 1 there). TRL's `sigmoid` is λ = 0 (it
-    takes no notice of label_smoothing); its `sft` term averages over all chosen tokens of the batch at once.
+    Rafailov et al. 2023, arXiv 2305.18290, equation 7. λ > 0 adds the chosen response's mean
+    negative log-likelihood: DPO + NLL, iterative RPO (Pang et al. 2024, arXiv 2404.19733v3,
+    equation 1, λ = 1 there). TRL's `sigmoid` is λ = 0 (it takes no notice of label_smoothing); its
+    `sft` term averages over all chosen tokens of the batch at once.
     """
     S_w, S_l = _sums(responses, against_reference=True)
-    return (-F.logsigmoid(beta * (S_w - S_l)) - lam * _means(responses)[0]).mean()
+    a_w, _ = _means(responses)
+    return responses.mean(-F.logsigmoid(beta * (S_w - S_l)) - lam * a_w)
 
 
 def dpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
-    """d(-log σ(x))/dx = -σ(-x) and dΔ/dlog p = ±1, so a chosen token has -β σ(-βΔ) and a rejected one the opposite;
-    the second term adds -λ/|y_w| to a chosen token. One number a pair: every token of a response is pushed alike, and
-    until the margin Δ grows, however improbable a rejected token has become (unidirectional feedback).
+    """d(-log σ(x))/dx = -σ(-x) and dΔ/dlog p = ±1.
+
+    So a chosen token has -β σ(-βΔ) and a rejected one the opposite; the second term adds -λ/|y_w|
+    to a chosen token. There is one number per pair: every token of a response is pushed alike,
+    until the margin Δ grows, however improbable a rejected token has become (unidirectional
+    feedback).
     """
     S_w, S_l = _sums(responses, against_reference=True)
     push = beta * torch.sigmoid(-beta * (S_w - S_l))
-    return _spread(responses, -push, push) + lam * _spread(
-        responses, -torch.ones_like(S_w), torch.zeros_like(S_l), mean=True
-    )
+    return _spread(responses, -push, push) + lam * _likelihood_gradient(responses)
 
 
 def rdpo_value(responses: Responses, beta: float, alpha: float) -> Tensor:
-    """-log σ(β Δ + α (|y_w| - |y_l|)): DPO for the reward r - α|y|, which makes length cost α nats a token.
+    """-log σ(β Δ + α (|y_w| - |y_l|)): DPO for the reward r - α|y|; a token costs α nats.
 
-    Park et al. 2024, arXiv 2403.19159. Secondary sources disagree on α's sign; it follows from the optimum, where
-    β log(π/π_ref) = r - α|y| + const, so r is the log-ratio plus α|y|, hence the + inside σ. TRL has no such loss.
+    Park et al. 2024, arXiv 2403.19159. Secondary sources disagree on α's sign. It follows from the
+    optimum, where β log(π/π_ref) = r - α|y| + const: r is the log-ratio plus α|y|, hence the +
+    inside σ. TRL has no such loss.
     """
-    return -F.logsigmoid(_rdpo_margin(responses, beta, alpha)).mean()
+    return responses.mean(-F.logsigmoid(_rdpo_margin(responses, beta, alpha)))
 
 
 def rdpo_gradient(responses: Responses, beta: float, alpha: float) -> Tensor:
-    """Lengths are constants, so only σ's argument differs from DPO's: ∓β σ(-(βΔ + α(|y_w| - |y_l|)))."""
+    """Lengths are constants, so only σ's argument differs from DPO's."""
     push = beta * torch.sigmoid(-_rdpo_margin(responses, beta, alpha))
     return _spread(responses, -push, push)
 
 
-def _rdpo_margin(responses, beta, alpha):
-    (S_w, S_l), (n_w, n_l) = (
-        _sums(responses, against_reference=True),
-        _of_pair(responses, responses.lengths()),
-    )
+def _rdpo_margin(responses: Responses, beta: float, alpha: float) -> Tensor:
+    S_w, S_l = _sums(responses, against_reference=True)
+    n_w, n_l = _of_pair(responses, responses.lengths())
     return beta * (S_w - S_l) + alpha * (n_w - n_l)
 
 
 def ipo_value(responses: Responses, beta: float) -> Tensor:
-    """(Δ̄ - 1/(2β))²;  Δ̄ is Δ with each response's log-ratio averaged over its tokens (nats a token).
+    """(Δ̄ - 1/(2β))²;  Δ̄ is Δ with each response's log-ratio averaged over its tokens.
 
-    Azar et al. 2023, arXiv 2310.12036, equation 17, with τ = β. The paper sums over tokens; its authors told the
-    makers of TRL that averaging is meant, TRL averages, and so does this.
+    Azar et al. 2023, arXiv 2310.12036, equation 17, with τ = β. The paper sums over tokens; its
+    authors told the makers of TRL that averaging is meant, TRL averages, and so does this.
     """
     a_w, a_l = _means(responses, against_reference=True)
-    return (a_w - a_l - 1 / (2 * beta)).square().mean()
+    return responses.mean((a_w - a_l - 1 / (2 * beta)).square())
 
 
 def ipo_gradient(responses: Responses, beta: float) -> Tensor:
-    """d/dΔ̄ = 2 (Δ̄ - 1/(2β)), and dΔ̄/dlog p = ±1/|y|. It changes sign at its target: a margin too large is pulled back."""
+    """d/dΔ̄ = 2 (Δ̄ - 1/(2β)), and dΔ̄/dlog p = ±1/|y|.
+
+    It changes sign at its target: a margin that is too large is pulled back.
+    """
     a_w, a_l = _means(responses, against_reference=True)
     push = 2 * (a_w - a_l - 1 / (2 * beta))
     return _spread(responses, push, -push, mean=True)
@@ -105,63 +123,68 @@ def ipo_gradient(responses: Responses, beta: float) -> Tensor:
 def slic_value(responses: Responses, delta: float, lam: float) -> Tensor:
     """max(0, δ - S_w + S_l) - λ S_w, sequence sums.
 
-    Zhao et al. 2023, arXiv 2305.10425, equation 4 (SLiC-HF), its regularisation target being the chosen response. TRL's `hinge`
-    is another loss: max(0, 1 - βΔ) against the reference, without the likelihood term.
+    Zhao et al. 2023, arXiv 2305.10425, equation 4 (SLiC-HF), its regularisation target being the
+    chosen response. TRL's `hinge` is another loss: max(0, 1 - βΔ) against the reference, without
+    the likelihood term.
     """
     S_w, S_l = _sums(responses)
-    return (F.relu(delta - S_w + S_l) - lam * S_w).mean()
+    return responses.mean(F.relu(delta - S_w + S_l) - lam * S_w)
 
 
 def slic_gradient(responses: Responses, delta: float, lam: float) -> Tensor:
-    """Within the margin, S_w - S_l < δ: -1 for a chosen token, +1 for a rejected one; beyond it 0. And -λ for a chosen one."""
+    """-1 for a chosen token and +1 for a rejected one within the margin, S_w - S_l < δ.
+
+    Beyond the margin both are 0. A chosen token has -λ besides.
+    """
     S_w, S_l = _sums(responses)
     within = (delta - S_w + S_l > 0).to(S_w.dtype)
     return _spread(responses, -within - lam, within)
 
 
 def orpo_value(responses: Responses, lam: float) -> Tensor:
-    """-a_w - λ log σ(log o(e^{a_w}) - log o(e^{a_l})): fine-tuning plus a log odds ratio of mean probabilities e^a.
+    """-a_w - λ log σ(log o(e^{a_w}) - log o(e^{a_l})): fine-tuning plus a log odds ratio.
 
-    Hong et al. 2024, arXiv 2403.07691, equations 6 and 7. The NLL covers the response alone, as in the paper's notation;
-    TRL's covers the prompt's tokens too. Infinite where e^{a_l} = 1 to machine precision.
+    The odds are those of mean probabilities e^a. Hong et al. 2024, arXiv 2403.07691, equations 6
+    and 7. The NLL covers the response alone, as in the paper's notation; TRL's covers the prompt's
+    tokens too. Infinite where e^{a_l} = 1 to machine precision.
     """
     a_w, a_l = _means(responses)
-    return (-a_w - lam * F.logsigmoid(_logit(a_w) - _logit(a_l))).mean()
+    return responses.mean(-a_w - lam * F.logsigmoid(_logit(a_w) - _logit(a_l)))
 
 
 def orpo_gradient(responses: Responses, lam: float) -> Tensor:
-    """With p = e^a, q = 1 - p, ρ the difference of log odds, so that dρ/da_w = 1/q_w and dρ/da_l = -1/q_l:
+    """Put p = e^a, q = 1 - p and ρ for the difference of log odds.
+
+    Then dρ/da_w = 1/q_w and dρ/da_l = -1/q_l:
 
         dL/da_w = -1 - λ σ(-ρ)/q_w        dL/da_l = λ σ(-ρ)/q_l        dlogps = dL/da / |y|
 
-    σ(-ρ) = 1/(1 + o_w/o_l) and o_w/o_l = k q_l/q_w with k = p_w/p_l, so σ(-ρ)/q_w = 1/(q_w + k q_l) and
-    σ(-ρ)/q_l = 1/(q_l + k q_l²/q_w), which hold where the odds overflow or vanish.
+    σ(-ρ) = 1/(1 + o_w/o_l) and o_w/o_l = k q_l/q_w with k = p_w/p_l. So σ(-ρ)/q_w = 1/(q_w + k q_l)
+    and σ(-ρ)/q_l = 1/(q_l + k q_l²/q_w), which hold where the odds overflow or vanish.
     """
     a_w, a_l = _means(responses)
     k, q_w, q_l = torch.exp(a_w - a_l), -torch.expm1(a_w), -torch.expm1(a_l)
-    return _spread(
-        responses, -1 - lam / (q_w + k * q_l), lam / (q_l + k * q_l * (q_l / q_w)), mean=True
-    )
+    by_a_w, by_a_l = -1 - lam / (q_w + k * q_l), lam / (q_l + k * q_l * (q_l / q_w))
+    return _spread(responses, by_a_w, by_a_l, mean=True)
 
 
 def _logit(a: Tensor) -> Tensor:
-    """log o(e^a) = a - log(1 - e^a), a <= 0, by whichever of two forms of log(1 - e^a) keeps its accuracy."""
+    """log o(e^a) = a - log(1 - e^a), a <= 0, by the form of log(1 - e^a) that is accurate there."""
     near = a > -0.6931
-    return a - torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, a, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near, -1.0, a))),
-    )
+    close = torch.log(-torch.expm1(torch.where(near, a, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, a)))
+    return a - torch.where(near, close, far)
 
 
 def simpo_value(responses: Responses, beta: float, gamma: float) -> Tensor:
     """-log σ(β (a_w - a_l) - γ), mean log-probabilities, no reference.
 
-    Meng et al. 2024, arXiv 2405.14734, equation 6. In TRL it is loss_type="simpo" of the CPO trainer, which adds an NLL term
-    unless cpo_alpha = 0; its `sigmoid_norm` is another loss, with a reference and without γ.
+    Meng et al. 2024, arXiv 2405.14734, equation 6. In TRL it is loss_type="simpo" of the CPO
+    trainer, which adds an NLL term unless cpo_alpha = 0; its `sigmoid_norm` is another loss, with
+    a reference and without γ.
     """
     a_w, a_l = _means(responses)
-    return -F.logsigmoid(beta * (a_w - a_l) - gamma).mean()
+    return responses.mean(-F.logsigmoid(beta * (a_w - a_l) - gamma))
 
 
 def simpo_gradient(responses: Responses, beta: float, gamma: float) -> Tensor:
@@ -174,52 +197,55 @@ def simpo_gradient(responses: Responses, beta: float, gamma: float) -> Tensor:
 def cpo_value(responses: Responses, beta: float, lam: float) -> Tensor:
     """-log σ(β (S_w - S_l)) - λ a_w: DPO against a uniform reference, with likelihood.
 
-    Xu et al. 2024, arXiv 2401.08417, equations 3 and 5. The paper's NLL sums over tokens; TRL's averages (over all chosen
-    tokens of the batch), and here it averages over each response.
+    Xu et al. 2024, arXiv 2401.08417, equations 3 and 5. The paper's NLL sums over tokens; TRL's
+    averages over all chosen tokens of the batch, and here it averages over each response.
     """
     S_w, S_l = _sums(responses)
-    return (-F.logsigmoid(beta * (S_w - S_l)) - lam * _means(responses)[0]).mean()
+    a_w, _ = _means(responses)
+    return responses.mean(-F.logsigmoid(beta * (S_w - S_l)) - lam * a_w)
 
 
 def cpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
     """∓β σ(-β (S_w - S_l)), and -λ/|y_w| for a chosen token."""
     S_w, S_l = _sums(responses)
     push = beta * torch.sigmoid(-beta * (S_w - S_l))
-    return _spread(responses, -push, push) + lam * _spread(
-        responses, -torch.ones_like(S_w), torch.zeros_like(S_l), mean=True
-    )
+    return _spread(responses, -push, push) + lam * _likelihood_gradient(responses)
 
 
-# --------------------------------------------------------------------------------- and one that couples a response's own
+# --------------------------------------------------------- and one that couples a response's own
 
 
 def kto_value(
     responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor
 ) -> Tensor:
-    """Mean over responses of λ_d (1 - σ(β (R - z0))) if preferred, λ_u (1 - σ(β (z0 - R))) if not;  R = S - S_ref, z0 = kl.
+    """The mean over responses of λ_d (1 - σ(x)) if preferred, else λ_u (1 - σ(-x)).
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, equation 7. Pairs are ignored: each response is an example.
-    kl, detached: the paper's estimate of KL(π, π_ref), max(0, mean of R over prompts with other prompts' responses); the
-    trainer computes it (mismatching once, over the data). TRL rotates the completions by one within a batch of the map that
-    prepares the data, and averages over the devices' batches; the authors' own code does as the paper.
+    x = β (S - S_ref - z0), z0 = kl. Ethayarajh et al. 2024, arXiv 2402.01306, equation 7. Pairs are
+    ignored: each response is an example. kl, detached, is the paper's estimate of KL(π, π_ref):
+    max(0, mean of S - S_ref over prompts with other prompts' responses). The trainer computes it,
+    mismatching once, over the data. TRL rotates the completions by one within a batch of the map
+    that prepares the data, and averages over the devices' batches; the authors' own code does as
+    the paper.
     """
     x, sign, lam = _kto_parts(responses, beta, lam_d, lam_u, kl)
-    return (lam * torch.sigmoid(-sign * x)).mean()
+    return responses.mean(lam * torch.sigmoid(-sign * x))
 
 
 def kto_gradient(
     responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor
 ) -> Tensor:
-    """With x = β (R - z0), d/dx λ σ(-s x) = -s λ σ(x) σ(-x) and dx/dlog p = β: largest at x = 0, the reference point.
+    """d/dx λ σ(-s x) = -s λ σ(x) σ(-x) and dx/dlog p = β: largest at x = 0, the reference point.
 
     Every token of a response is pushed alike, by where the whole response stands.
     """
     x, sign, lam = _kto_parts(responses, beta, lam_d, lam_u, kl)
-    g = -sign * lam * beta * torch.sigmoid(x) * torch.sigmoid(-x)
-    return (g / len(g))[responses.owner]
+    g = -sign * lam * beta * torch.sigmoid(x) * torch.sigmoid(-x)  # (R,)
+    return (g / (responses.step_examples or len(g)))[responses.owner]
 
 
-def _kto_parts(responses, beta, lam_d, lam_u, kl):
-    x = beta * (responses.sums(responses.logps - responses.ref_logps) - kl)  # (R,)
-    choose = lambda good, bad: torch.where(responses.preferred, torch.full_like(x, good), bad)
-    return x, choose(1.0, -1.0), choose(lam_d, lam_u)
+def _kto_parts(responses, beta, lam_d, lam_u, kl) -> tuple[Tensor, Tensor, Tensor]:
+    """x, s and λ of each response, all (R,)."""
+    x = beta * (responses.sums(responses.logps - responses.ref_logps) - kl)
+    one = torch.ones_like(x)
+    sign = torch.where(responses.preferred, one, -one)
+    return x, sign, torch.where(responses.preferred, lam_d * one, lam_u * one)

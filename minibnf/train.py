@@ -54,15 +54,19 @@ from minibnf.step import fingerprint, kl_estimate, metrics, reference, run_batch
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-AHEAD = {
-    "cpu": 0,
-    "cuda": 1,
-}  # steps launched before an earlier one's numbers are read, so that a GPU never waits for that
-WIDTH = 576  # the default learning rates are for this hidden size; Adam's steps must shrink as layers widen
+# steps launched before an earlier one's numbers are read, so that a GPU never waits for that
+AHEAD = {"cpu": 0, "cuda": 1}
+# The default learning rates are for this hidden size; Adam's steps must shrink as layers widen.
+WIDTH = 576
+RATES = {"bnf": 4e-5, "rbnf": 4e-5, "nll": 4e-5, "unlikelihood": 1e-5}
+
+
+def default_rate(loss: str) -> float:
+    return RATES.get(loss, 2e-5)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    rates = ", ".join(f"{loss.name} {loss.learning_rate:g}" for loss in LOSSES.values())
+    rates = ", ".join(f"{loss.name} {default_rate(loss.name):g}" for loss in LOSSES.values())
     known = {
         loss.name: "".join(f" {k}={v}" for k, v in loss.defaults.items() if k != "kl")
         for loss in LOSSES.values()
@@ -368,7 +372,7 @@ def setup(args: argparse.Namespace) -> Run | None:
                 changed += (
                     f", {equals} {split} rows for which other prompts have only equal responses"
                 )
-    examples, lr = sets["train"], args.lr or loss.learning_rate * WIDTH / model.config.hidden_size
+    examples, lr = sets["train"], args.lr or default_rate(loss.name) * WIDTH / model.config.hidden_size
     longest = max(e.tokens for part in sets.values() for e in part)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
@@ -461,7 +465,7 @@ def train(run: Run) -> None:
             f = run.facts
             packing = f"{args.seed} {args.batch_size} {run.max_tokens}"
             key = f"{f['model_sha256']} {f['data_sha256'][name]} {run.dtype} {packing}"
-            refs[name] = reference(model, examples, first_packs(run, name), file, key, run.dtype)
+            refs[name] = reference(model, examples, first_packs(run, name), file, key, loss, run.dtype)
     optims = optimizers(model, args, run.facts["lr"])
     step, tokens = load_training(out, model, optims) if args.resume else (0, 0)
     keep_metrics(out / "metrics.jsonl", step)
@@ -481,7 +485,7 @@ def train(run: Run) -> None:
         now = hyper
         if others:
             now = hyper | {
-                "kl": kl_estimate(model, refs[f"{split}-kl"], others, run.dtype, run.device)
+                "kl": kl_estimate(model, refs[f"{split}-kl"], others, loss, run.dtype, run.device)
             }
         return run_batches(
             model, batches, loss, now, refs[split], run.dtype, run.device, backward=backward

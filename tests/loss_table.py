@@ -1,6 +1,7 @@
 """The README's table of losses, printed from the code: python -m tests.loss_table (make losses)."""
 
 from minibnf.losses import LOSSES
+from minibnf.train import default_rate
 
 WHAT = {
     "bnf": "bidirectional negative feedback",
@@ -37,7 +38,7 @@ def table() -> str:
         needs = ["yes" if x else "no" for x in (loss.needs_ref, loss.needs_pairs)]
         judges = ", ".join(["autograd", *([PEERS[name]] if name in PEERS else [])])
         rows.append(
-            f"| {name} | {WHAT[name]} | {needs[0]} | {needs[1]} | {hyper} | {loss.learning_rate:g} | {judges} |"
+            f"| {name} | {WHAT[name]} | {needs[0]} | {needs[1]} | {hyper} | {default_rate(name):g} | {judges} |"
         )
     return "\n".join(rows)
 

@@ -22,7 +22,7 @@ from minibnf.data import (
 )
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
-from minibnf.step import loss_and_logps
+from minibnf.step import batch_loss
 from tests.strategies import FEW, examples
 from tests.test_losses import published_bnf
 
@@ -367,8 +367,8 @@ def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny,
     tiny.zero_grad()
     for b in pack(found, list(range(len(found))), max_tokens):
         ref = torch.cat([refs[key] for key in b.order])
-        loss, _ = loss_and_logps(tiny, b, LOSSES["bnf"], {"length": "shorter"}, ref, torch.float64)
-        (loss * len(b.lines) / len(found)).backward()
+        hyper, E = {"length": "shorter"}, len(found)
+        batch_loss(tiny, b, LOSSES["bnf"], hyper, ref, E, torch.float64)[0].backward()
     scale = max(g.abs().max() for g in wanted)
     for (name, p), g in zip(tiny.named_parameters(), wanted, strict=True):
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""token_logps and one_sweep against the naive expression over the whole (N, V), in float64 and with measured tolerances."""
+"""token_logps and the sweep against the naive expression, in float64, with measured tolerances."""
 
 from itertools import pairwise
 
@@ -8,10 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from minibnf.logprob import _chunks, _empty_gradients, one_sweep, token_logps
-from minibnf.losses import LOSSES, bnf_potential, bnf_weight
+from minibnf.logprob import _empty_gradients, cuts, sweep, token_logps
+from minibnf.losses import bnf_potential, bnf_weight, nll_potential, nll_weight
 
 GOOD = torch.ones(2000, dtype=torch.bool)  # preferred tokens
+POTENTIALS = {"bnf": (bnf_potential, bnf_weight), "nll": (nll_potential, nll_weight)}
+
+
+def judged(loss, ref, preferred, c):
+    """A judge of Σ c Φ: what a token-local loss is to the sweep."""
+
+    def judge(k, logps, chunks):
+        i = chunks[k]
+        kind, reference = preferred[i], None if ref is None else ref[i].to(logps.dtype)
+        phi, w = potential(logps, reference, kind), weight(logps, reference, kind)
+        return (c[i] * phi).sum(), c[i] * w
+
+    potential, weight = POTENTIALS[loss]
+    return judge
+
+
+def swept(hidden, unembed, targets, ref, preferred, c, loss="bnf", *, chunk=None, softcap=None):
+    chunks, judge = cuts(None, len(targets), len(unembed), chunk), judged(loss, ref, preferred, c)
+    return sweep(
+        hidden, unembed, targets, chunks, lambda k, x: judge(k, x, chunks), softcap=softcap
+    )
 
 
 def naive(hidden, unembed, targets, softcap=None):
@@ -59,29 +80,18 @@ def test_token_logps_and_its_backward_are_the_naive_expression(N, D, V, chunk, s
     chunk=st.integers(1, 10),
     softcap=st.sampled_from([None, 2.0]),
 )
-def test_one_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
+def test_a_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
     hidden, unembed, targets, c = problem(N, 4, V, seed=1)
     ref = naive(hidden, unembed, targets).detach() + torch.linspace(-1, 1, N, dtype=torch.float64)
     ref = ref.clamp(max=-1e-3)
-    loss, logps = one_sweep(
-        hidden,
-        unembed,
-        targets,
-        ref,
-        GOOD[: len(c)],
-        c,
-        bnf_potential,
-        bnf_weight,
-        chunk=chunk,
-        softcap=softcap,
-    )
+    loss, logps = swept(hidden, unembed, targets, ref, GOOD[:N], c, chunk=chunk, softcap=softcap)
     expected_logps = naive(hidden, unembed, targets, softcap)
     expected = (c * bnf_potential(expected_logps, ref)).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-10, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(2 * loss, (hidden, unembed)),
-        torch.autograd.grad(2 * expected, (hidden, unembed)),
+        torch.autograd.grad(loss, (hidden, unembed)),
+        torch.autograd.grad(expected, (hidden, unembed)),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -133,7 +143,7 @@ def test_rows_of_very_different_size_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("V, tokens", [(49152, 341), (2**24, 16), (1000, 16777)])
 def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
-    chunks = _chunks(50000, torch.empty(V, 0), None)
+    chunks = cuts(None, 50000, V)
     assert len(chunks) == -(-50000 // tokens) and (chunks[0].start, chunks[-1].stop) == (0, 50000)
     assert all(a.stop == b.start for a, b in pairwise(chunks))
     assert chunks[0].stop <= tokens and min(i.stop - i.start for i in chunks) > 0.9 * chunks[
@@ -141,12 +151,12 @@ def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
     ].stop - len(chunks)
 
 
-def test_one_sweep_without_a_reference():
+def test_a_sweep_without_a_reference():
     """nll, whose dispreferred tokens get no gradient."""
     hidden, unembed, targets, _ = problem(4, 3, 7)
-    loss, preferred = LOSSES["nll"], torch.tensor([True, False, True, True])
+    preferred = torch.tensor([True, False, True, True])
     c = torch.full((4,), -1 / 3, dtype=torch.float64)
-    value, _ = one_sweep(hidden, unembed, targets, None, preferred, c, loss.potential, loss.slope)
+    value, _ = swept(hidden, unembed, targets, None, preferred, c, "nll")
     expected = -naive(hidden, unembed, targets)[preferred].sum() / 3
     torch.testing.assert_close(value, expected)
     for a, b in zip(
@@ -156,29 +166,73 @@ def test_one_sweep_without_a_reference():
     ):
         torch.testing.assert_close(a, b)
     assert not torch.autograd.grad(
-        one_sweep(hidden, unembed, targets, None, preferred, c, loss.potential, loss.slope)[0],
-        hidden,
+        swept(hidden, unembed, targets, None, preferred, c, "nll")[0], hidden
     )[0][1].any()
 
 
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    V=st.integers(2, 12),
+    most=st.integers(1, 40),
+    chunk=st.integers(1, 20),
+)
+def test_a_loss_that_couples_the_tokens_of_a_row_gets_its_gradient_in_the_same_sweep(
+    sizes, V, most, chunk
+):
+    """-log σ(Σ c log p) of each row, against autograd; a row longer than `most` is read twice."""
+    N = sum(sizes)
+    hidden, unembed, targets, c = problem(N, 3, V, seed=2)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+    def value_of(logps, i):
+        rows = logps.new_zeros(len(sizes)).index_add(0, owner[i], c[i] * logps)
+        return -torch.nn.functional.logsigmoid(rows)[owner[i].unique()].sum() / len(sizes)
+
+    def judge(k, logps):
+        with torch.enable_grad():
+            logps = logps.detach().requires_grad_()
+            value = value_of(logps, chunks[k])
+            return value.detach(), torch.autograd.grad(value, logps)[0]
+
+    chunks = cuts(sizes, N, V, chunk)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    assert chunks[0].start == 0 and chunks[-1].stop == N
+    assert all(a.stop == b.start and a.stop in ends for a, b in pairwise(chunks))
+    loss, logps = sweep(hidden, unembed, targets, chunks, judge, most=most)
+    expected_logps = naive(hidden, unembed, targets)
+    expected = value_of(expected_logps, slice(0, N))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-9, atol=1e-12)
+    found = torch.autograd.grad(loss, (hidden, unembed))
+    wanted = torch.autograd.grad(expected, (hidden, unembed))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+def test_a_multiple_of_a_sweeps_loss_has_no_gradient():
+    """It was made for the loss as it is; a wrong one must not be given in silence."""
+    hidden, unembed, targets, c = problem(4, 3, 7)
+    loss, _ = swept(hidden, unembed, targets, c.clamp(max=-1), GOOD[:4], c)
+    with pytest.raises(RuntimeError, match="not of a multiple"):
+        (2 * loss).backward()
+
+
 @pytest.mark.parametrize("with_gradients, products", [(False, 1), (True, 3)])
-def test_one_sweep_makes_gradients_only_where_they_are_asked_for(with_gradients, products):
+def test_a_sweep_makes_gradients_only_where_they_are_asked_for(with_gradients, products):
     """One product of N x V x D for the logits, two more for dhidden and dunembed. Evaluation asks for none, although the
     unembedding is a parameter."""
     N, D, V = 6, 4, 11
     hidden, unembed, targets, _ = problem(N, D, V)
     c = torch.full((N,), -1 / N, dtype=torch.float64)
     with torch.set_grad_enabled(with_gradients), FlopCounterMode(display=False) as counter:
-        one_sweep(hidden, unembed, targets, c, GOOD[:N], c, bnf_potential, bnf_weight)
+        swept(hidden, unembed, targets, c, GOOD[:N], c)
     assert counter.get_total_flops() == products * 2 * N * V * D
 
 
 def test_a_bfloat16_unembedding_gets_a_bfloat16_gradient_and_any_references_dtype_will_do():
     hidden, unembed, targets, _ = problem(6, 8, 11, dtype=torch.bfloat16)
     ref = torch.full((6,), -2.0, dtype=torch.bfloat16)
-    value, logps = one_sweep(
-        hidden, unembed, targets, ref, GOOD[:6], torch.full((6,), -1 / 6), bnf_potential, bnf_weight
-    )
+    value, logps = swept(hidden, unembed, targets, ref, GOOD[:6], torch.full((6,), -1 / 6))
     dhidden, dunembed = torch.autograd.grad(value, (hidden, unembed))
     assert (
         dhidden.dtype == dunembed.dtype == torch.bfloat16
@@ -192,7 +246,7 @@ def test_only_the_gradient_that_is_needed_is_made():
     for h, u in ((hidden.detach(), unembed), (hidden, unembed.detach())):
         for value in (
             token_logps(h, u, targets).sum(),
-            one_sweep(h, u, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight)[0],
+            swept(h, u, targets, ref, GOOD[:5], c)[0],
         ):
             value.backward()
     assert hidden.grad is not None and unembed.grad is not None
@@ -201,9 +255,7 @@ def test_only_the_gradient_that_is_needed_is_made():
         and _empty_gradients(hidden, unembed, (False, True))[0] is None
     )
     with torch.no_grad():
-        loss, _ = one_sweep(
-            hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight
-        )
+        loss, _ = swept(hidden, unembed, targets, ref, GOOD[:5], c)
     assert not loss.requires_grad
 
 
@@ -211,18 +263,8 @@ def test_a_bfloat16_hidden_state_leaves_a_float32_master_float32_gradients():
     hidden, unembed, targets, _ = problem(6, 8, 11, dtype=torch.float32)
     low = hidden.detach().bfloat16().requires_grad_()
     for name in ("nll", "bnf"):
-        loss = LOSSES[name]
-        ref = torch.full((6,), -2.0)
-        value, logps = one_sweep(
-            low,
-            unembed,
-            targets,
-            ref,
-            GOOD[:6],
-            torch.full((6,), -1 / 6),
-            loss.potential,
-            loss.slope,
-        )
+        ref, c = torch.full((6,), -2.0), torch.full((6,), -1 / 6)
+        value, logps = swept(low, unembed, targets, ref, GOOD[:6], c, name)
         dhidden, dunembed = torch.autograd.grad(value, (low, unembed))
         assert (logps.dtype, dhidden.dtype, dunembed.dtype) == (
             torch.float32,
@@ -241,9 +283,7 @@ def test_no_tensor_of_all_logits_is_ever_made():
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         token_logps(hidden, unembed, targets, chunk=64).sum().backward()
-        one_sweep(
-            hidden, unembed, targets, ref, GOOD[: len(c)], c, bnf_potential, bnf_weight, chunk=64
-        )[0].backward()
+        swept(hidden, unembed, targets, ref, GOOD[:N], c, chunk=64)[0].backward()
     largest = max(e.cpu_memory_usage for e in profile.events())
     assert 60 * V * 4 <= largest < N * V * 4 / 4, largest
 
@@ -270,14 +310,9 @@ def test_arguments_that_do_not_fit_say_what_is_wrong(changes, message):
     with pytest.raises(ValueError, match=message):
         token_logps(**arguments)
     with pytest.raises(ValueError, match=message):
-        one_sweep(
-            **arguments,
-            ref_logps=None,
-            preferred=GOOD[:3],
-            c=-torch.ones(3),
-            potential=bnf_potential,
-            slope=bnf_weight,
-        )
+        most, softcap = arguments.get("chunk"), arguments.get("softcap")
+        tensors = [arguments[name] for name in ("hidden", "unembed", "targets")]
+        sweep(*tensors, [slice(0, 3)], most=most, softcap=softcap)
 
 
 def test_a_soft_cap_below_1_and_no_tokens_at_all_are_allowed():

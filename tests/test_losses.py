@@ -25,7 +25,7 @@ from minibnf.losses import (
 from tests.strategies import EXTREME, UNCERTAIN, hypers, responses
 
 ALL = sorted(LOSSES)
-TOKENWISE = [name for name in ALL if not LOSSES[name].couples]
+TOKENWISE = [name for name in ALL if LOSSES[name].token_local]
 
 
 def drawn(data, name, **how):
@@ -406,7 +406,7 @@ def test_responses_that_do_not_fit_say_what_is_wrong(changes, message):
     [
         ("bnf", {"beta": 0.1}, {}, r"no hyper-parameter 'beta' \(it has: length\)"),
         ("dpo", {"length": 1}, {}, r"no hyper-parameter 'length' \(it has: beta, lam\)"),
-        ("nll", {"beta": 0.1}, {}, r"no hyper-parameter 'beta' \(it has: none\)"),
+        ("nll", {"beta": 0.1}, {}, r"no hyper-parameter 'beta' \(it has: length\)"),
         ("dpo", {"beta": True}, {}, "beta=True must be a number above 0"),
         ("dpo", {"lam": "x"}, {}, "lam='x' must be a number, 0 or more"),
         ("kto", {"kl": torch.zeros(2)}, {}, "kl=.* must be given"),

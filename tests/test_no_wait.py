@@ -42,7 +42,7 @@ def one_step(model, name: str, device: str) -> torch.Tensor:
     if "kl" in hyper:
         others, _ = mismatched(EXAMPLES, 100, "data")
         hyper["kl"] = kl_estimate(
-            model, reference(others), pack(others, [0, 1, 2], 8), torch.bfloat16, device
+            model, reference(others), pack(others, [0, 1, 2], 8), loss, torch.bfloat16, device
         )
     ref = reference(EXAMPLES) if loss.needs_ref else None
     value, sums = run_batches(

@@ -26,8 +26,8 @@ from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.smallworld import QUESTIONS, grammar, write_base
 from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import fresh, load, save
-from minibnf.step import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches
-from minibnf.train import AHEAD, learning_rate, loss_hyper, main, optimizers
+from minibnf.step import batch_logps, fingerprint, kl_estimate, metrics, reference, run_batches
+from minibnf.train import AHEAD, default_rate, learning_rate, loss_hyper, main, optimizers
 from tests.strategies import FEW, examples, hypers
 
 
@@ -120,7 +120,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(
         found = [e for e in found if e.pairs] or [pair(found[0].prompt, (1, 2), (3,), 1)]
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    ref = reference(tiny, found, [all_packed(found)], file, "key", torch.float64)
+    ref = reference(tiny, found, [all_packed(found)], file, "key", loss, torch.float64)
     ref.logps = ref.logps.double().sub_(0.1).mul_(0.9)  # so that it is not the policy itself
     smallest = max(e.tokens for e in found)
 
@@ -357,17 +357,21 @@ def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(
         tmp_path / "reference.safetensors",
     )
     steps = [all_packed(examples)]
-    ref = reference(model, examples, steps, file, "key", torch.float32)
+    ref = reference(model, examples, steps, file, "key", LOSSES["bnf"], torch.float32)
     (batch,) = pack(examples, [4, 1, 3], 1000)
     torch.testing.assert_close(
-        ref.of(batch), forward_logps(model, batch, torch.float32), rtol=1e-5, atol=1e-5
+        ref.of(batch),
+        batch_logps(model, batch, LOSSES["bnf"], torch.float32),
+        rtol=1e-5,
+        atol=1e-5,
     )
     monkeypatch.setattr("minibnf.step.read_batches", lambda *a, **k: pytest.fail("computed again"))
     assert torch.equal(
-        reference(model, examples, steps, file, "key", torch.float32).logps, ref.logps
+        reference(model, examples, steps, file, "key", LOSSES["bnf"], torch.float32).logps,
+        ref.logps,
     )
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        reference(model, examples, steps, file, "another model's key", torch.float32)
+        reference(model, examples, steps, file, "another", LOSSES["bnf"], torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +399,7 @@ def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
         value, sums = real(model, batches, loss, hyper, ref, dtype, device, backward=backward)
         if backward:
             with torch.no_grad():
-                logps.extend(forward_logps(model, b.to(device), dtype) for b in batches)
+                logps.extend(batch_logps(model, b.to(device), loss, dtype) for b in batches)
             ref_logps.extend(ref.of(b.to(device)) for b in batches)
         return value, sums
 
@@ -457,27 +461,28 @@ def test_the_fingerprint_sees_a_permutation(world):
 def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tmp_path):
     examples, model = pack_examples(world)[:4], load(world / "model")
     moved, _ = mismatched(examples, 256, "file")
+    kto = LOSSES["kto"]
     ref = reference(
-        model, moved, [all_packed(moved)], tmp_path / "reference.safetensors", "key", torch.float32
+        model, moved, [all_packed(moved)], tmp_path / "ref.safetensors", "key", kto, torch.float32
     )
     batches = pack(moved, [0, 2, 3], 60)
-    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(
+    assert kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item() == pytest.approx(
         0, abs=1e-5
     )
     ref.logps -= 0.25  # as if the policy had become surer of each token by 0.25 nats
     tokens = sum(len(r) for i in (0, 2, 3) for r in moved[i].responses)
-    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == pytest.approx(
+    assert kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item() == pytest.approx(
         0.25 * tokens / 6, rel=1e-4
     )
     ref.logps += 0.5
-    assert kl_estimate(model, ref, batches, torch.float32, "cpu").item() == 0
+    assert kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item() == 0
 
 
 def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, monkeypatch):
     """Every step's, and the evaluation's, estimate is over responses under prompts that are not their own."""
     seen, own = [], {(e.prompt, r) for e in pack_examples(world) for r in e.responses}
 
-    def spy(model, ref, batches, dtype, device):
+    def spy(model, ref, batches, loss, dtype, device):
         for b in batches:
             tokens, at = b.tokens[0].tolist(), 0
             for prompt, lengths in b.layout:
@@ -490,7 +495,7 @@ def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, m
                 for _ in lengths
             ]
             assert not own & set(zip(prompts, (tuple(t.tolist()) for t in targets), strict=True))
-        return kl_estimate(model, ref, batches, dtype, device)
+        return kl_estimate(model, ref, batches, loss, dtype, device)
 
     monkeypatch.setattr("minibnf.train.kl_estimate", spy)
     assert main(arguments(world, tmp_path / "run", "--loss", "kto")) == 0
@@ -689,7 +694,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_an_earlier_config_can_be_chang
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     assert config["arguments"]["loss"] == "dpo" and config["arguments"]["lr"] is None
     assert (
-        config["facts"]["lr"] == LOSSES["dpo"].learning_rate * 576 / 32
+        config["facts"]["lr"] == default_rate("dpo") * 576 / 32
     )  # the other loss's own, not the first one's
 
 

@@ -23,7 +23,7 @@ from minibnf.generate import generate  # noqa: E402
 from minibnf.losses import LOSSES  # noqa: E402
 from minibnf.model import load, save  # noqa: E402
 from minibnf.responses import Responses  # noqa: E402
-from minibnf.step import loss_and_logps  # noqa: E402
+from minibnf.step import batch_loss  # noqa: E402
 from tests.parity.conftest import REAL, ROWS, promised  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -117,8 +117,8 @@ def difference_of_gradients(theirs, ours, prompt: tuple, responses: tuple) -> fl
     ref = logps.detach() + 0.5 * torch.sin(torch.arange(len(logps)))
     ref = ref.clamp(max=-1e-3)
     LOSSES["bnf"](Responses(logps, ref, batch.owner, batch.preferred, batch.pairs)).backward()
-    loss, _ = loss_and_logps(ours, batch, LOSSES["bnf"], {"length": "shorter"}, ref, torch.float32)
-    loss.backward()
+    hyper = {"length": "shorter"}
+    batch_loss(ours, batch, LOSSES["bnf"], hyper, ref, batch.examples, torch.float32)[0].backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     found = {name: p.grad for name, p in ours.named_parameters()}
     assert found.keys() == expected.keys()

@@ -27,7 +27,7 @@ from minibnf.data import Example, pack, pair  # noqa: E402
 from minibnf.logprob import token_logps  # noqa: E402
 from minibnf.losses import LOSSES, Responses  # noqa: E402
 from minibnf.model import load  # noqa: E402
-from minibnf.step import Reference, forward_logps, kl_estimate, metrics, run_batches  # noqa: E402
+from minibnf.step import Reference, batch_logps, kl_estimate, metrics, run_batches  # noqa: E402
 from tests.parity.bnf_in_trl import BNFTrainer  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -154,7 +154,7 @@ class Ours:
     @torch.no_grad()
     def reference(self, examples) -> Reference:
         one_by_one = [
-            forward_logps(self.frozen, *pack(examples, [i], self.max_tokens), None)
+            batch_logps(self.frozen, *pack(examples, [i], self.max_tokens), LOSSES["bnf"], None)
             for i in range(len(examples))
         ]
         return Reference(examples, torch.cat(one_by_one))
@@ -290,7 +290,12 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
     expected, ours = theirs(trainer, batch), Ours(folders)
     rotated = alone(rows_of(batch, "KL_"), batch["label"])
     kl = kl_estimate(
-        ours.model, ours.reference(rotated), ours.batches(rotated), torch.float32, "cpu"
+        ours.model,
+        ours.reference(rotated),
+        ours.batches(rotated),
+        LOSSES["kto"],
+        torch.float32,
+        "cpu",
     )
     assert kl.item() == pytest.approx(trainer._metrics["train"]["kl"][-1], abs=1e-5)
     assert (kl > 0) == swapped
