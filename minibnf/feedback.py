@@ -1,10 +1,9 @@
-"""What a loss feeds back: curves of its push against a token's probability; shifts against the reference, and how
-concentrated they are.
+"""What a loss feeds back: its push against a token's probability, and shifts against the reference.
 
-The feedback of a token is |dL/dz_y| = |dlogps| (1 - p), the push on its own logit; because dL/dz_v = -dlogps p_v elsewhere,
-the pushes on all other logits add up to the same number. Where it fades as p falls there is an end to the push (BNF: on
-both sides of the reference, a tent); where it grows there is none (every loss built on log-likelihood).
-Needs torch alone.
+The feedback of a token is |dL/dz_y| = |dlogps| (1 - p), the push on its own logit. Elsewhere
+dL/dz_v = -dlogps p_v, so the pushes on all other logits add up to the same number. Where it fades
+as p falls there is an end to the push (BNF: on both sides of the reference, a tent). Where it grows
+there is none (every loss built on log-likelihood). Needs torch alone.
 """
 
 import torch
@@ -17,11 +16,12 @@ from minibnf.responses import Responses
 def feedback(
     name: str, p: Tensor, r: float, preferred: bool, *, length: int = 1, **hyper
 ) -> Tensor:
-    """|dL/dz_y| (n,) of one token of probability p (n,) whose reference probability is r, everything else held.
+    """|dL/dz_y| (n,) of one token of probability p (n,) and reference probability r.
 
-    The token stands in a response of `length` tokens, chosen if preferred and else rejected; all other tokens of the pair
-    (of the response alone where the loss takes it unpaired) have the policy's probability equal to the reference's, r.
-    From the hand-derived gradient, so in closed form; kto's kl is 0 unless given. Raises ValueError as the loss does.
+    The token stands in a response of `length` tokens, chosen if preferred and else rejected. All
+    other tokens of the pair (of the response alone where the loss takes it unpaired) have the
+    policy's probability equal to the reference's, r. It comes from the hand-derived gradient, so in
+    closed form; kto's kl is 0 unless given. Raises ValueError as the loss does.
     """
     loss, n = LOSSES[name], len(p)
     hyper = {"kl": 0.0} | hyper if loss.per_response else hyper
@@ -30,11 +30,9 @@ def feedback(
     logps = log_r.repeat(n, both, length)  # (n, its response and the other, tokens)
     logps[:, 0, 0] = p.log()
     labels = [preferred, not preferred][:both]
-    pairs = (
-        torch.arange(2 * n).reshape(n, 2)
-        if loss.needs_pairs
-        else torch.empty(0, 2, dtype=torch.int64)
-    )
+    pairs = torch.empty(0, 2, dtype=torch.int64)
+    if loss.needs_pairs:
+        pairs = torch.arange(2 * n).reshape(n, 2)
     responses = Responses(
         logps.flatten(),
         log_r.repeat(n * both * length),
@@ -42,18 +40,17 @@ def feedback(
         torch.tensor(labels).repeat(n),
         pairs if preferred else pairs.flip(1),
     )
-    dlogps = (
-        loss.gradient(responses, **hyper).reshape(n, both, length)[:, 0, 0] * n
-    )  # the mean over n examples undone
-    return dlogps.abs() * (1 - p)
+    dlogps = loss.gradient(responses, **hyper).reshape(n, both, length)[:, 0, 0]
+    return n * dlogps.abs() * (1 - p)  # n: the mean over n examples undone
 
 
 def target_logits(
     hidden: Tensor, unembed: Tensor, targets: Tensor, softcap: float | None = None
 ) -> Tensor:
-    """(N,) float32 or wider: the logit of each target token, from its own row of the vocabulary alone.
+    """(N,) float32 or wider: each target token's logit, from its own row of the vocabulary alone.
 
-    hidden (N, D), unembed (V, D), targets (N,). A token's logit shift is this under the policy less this under the reference.
+    hidden (N, D), unembed (V, D), targets (N,). A token's logit shift is this under the policy less
+    this under the reference.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = (hidden.to(wide) * unembed[targets].to(wide)).sum(-1)
@@ -61,10 +58,11 @@ def target_logits(
 
 
 def gini(x: Tensor) -> float:
-    """The Gini coefficient of |x| (n,): 0 where all are equal, towards 1 where a few hold everything; 0 if all are 0.
+    """The Gini coefficient of |x| (n,): 0 where all are equal, towards 1 where few hold everything.
 
-    Half the mean absolute difference over the mean: Σ_i (2i - n - 1) x_i / (n Σ x_i), x sorted, i from 1. The paper measures
-    how concentrated a method's logit shifts are by it. Raises ValueError for an empty x.
+    Half the mean absolute difference over the mean: Σ_i (2i - n - 1) x_i / (n Σ x_i), x sorted, i
+    from 1; 0 if all are 0. The paper measures how concentrated a method's logit shifts are by it.
+    Raises ValueError for an empty x.
     """
     if x.numel() == 0:
         raise ValueError("the Gini coefficient of nothing is undefined")

@@ -1,24 +1,37 @@
 """A run's folder: config.json, checkpoints and resuming, metrics, the model's card, the figure."""
 
+import argparse
 import itertools
 import json
+import math
 import re
 import shutil
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
 
-from minibnf.files.disk import read_json, replacing, write_json, write_text
+from minibnf.data import Batch
+from minibnf.files.disk import inside, read_json, replacing, write_json, write_text
 from minibnf.files.safetensors import write_tensors
 from minibnf.files.tokenizer import FILES
 from minibnf.model import Transformer
+from minibnf.step import metrics
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
 
 
 def model_card(args, f: dict, hyper: dict, table: dict) -> str:
-    """README.md of a trained model: train.py's arguments and facts, and its evaluations {name: (before, after)}."""
+    """README.md of a trained model.
+
+    args, f, hyper: train.py's arguments, facts and hyper-parameters; table: its evaluations,
+    {name: (before, after)}.
+    """
+    data = f"{f['pairs']} pairs and {f['unpaired']} unpaired responses"
+    how = f"peak learning rate {f['lr']:.3g}, {args.optimizer}, seed {args.seed}"
     base = name_of(args.model)
     hyper = ", ".join(f"{k} = {v}" for k, v in hyper.items() if k != "kl") or "no hyper-parameters"
     card = f"""---
@@ -27,8 +40,8 @@ tags: [minibnf, {args.loss}, preference-alignment]
 ---
 # {base}, trained with {args.loss}
 
-Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {f["pairs"]} pairs and {f["unpaired"]} unpaired responses.
-{f["steps"]} steps of {f["batch"]} examples, peak learning rate {f["lr"]:.3g}, {args.optimizer}, seed {args.seed},
+Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {data}.
+{f["steps"]} steps of {f["batch"]} examples, {how},
 computed in {f["dtype"]}.
 Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
 """
@@ -67,13 +80,35 @@ def holds_run(out: Path) -> bool:
     return isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in names)
 
 
+def check_folder(args: argparse.Namespace, out: Path) -> bool:
+    """Whether OUT holds a run. ValueError where this one would write over what is not a run's."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    inputs = {"--model": args.model, "--data": args.data, "--eval-data": args.eval_data}
+    if args.config and Path(args.config).resolve() != (out / "config.json").resolve():
+        inputs["--config"] = args.config
+    for flag, path in inputs.items():
+        if path is not None and inside(Path(path), out):
+            raise ValueError(f"{flag} {path} lies in --out {out}; name another folder for the run")
+    begun = holds_run(out)
+    if not begun:
+        refuse_foreign(out)
+    elif args.overwrite:
+        refuse_strangers(out)
+    elif not args.resume:
+        raise ValueError(
+            f"{out} holds a run already; --resume goes on with it, --overwrite deletes it"
+        )
+    return begun
+
+
 def refuse_foreign(out: Path) -> None:
     """ValueError if a folder that holds no run has a file or folder of a name that a run writes."""
     for name in RUN_NAMES:
         for path in out.glob(name):
             raise ValueError(
-                f"--out {out} holds {path.relative_to(out)}, and no config.json of a run of minibnf; "
-                "name another folder"
+                f"--out {out} holds {path.relative_to(out)}, and no config.json of a run of "
+                "minibnf; name another folder"
             )
 
 
@@ -87,8 +122,8 @@ def refuse_strangers(out: Path) -> None:
     for path in (path for folder in folders for path in folder.iterdir()):
         if path.name not in others and not weights.fullmatch(path.name):
             raise ValueError(
-                f"{path}: no run of minibnf wrote this, and --overwrite would delete it with its folder; "
-                "move it elsewhere first"
+                f"{path}: no run of minibnf wrote this, and --overwrite would delete it with its "
+                "folder; move it elsewhere first"
             )
 
 
@@ -125,7 +160,10 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
-    """OUT/checkpoints/step-N: weights, optimiser states and counts, complete or absent; older ones go once it is there."""
+    """OUT/checkpoints/step-N: weights, optimiser states and counts, complete or absent.
+
+    Older ones go once it is there.
+    """
     directory = out / "checkpoints" / f"step-{step:07d}"
     if directory.exists():  # nothing has changed since it was made
         return
@@ -150,8 +188,9 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
 
 @torch.no_grad()
 def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
-    """Put the newest checkpoint into model and optimisers -> (steps done, tokens read); (0, 0) if there is none.
+    """Put the newest checkpoint into model and optimisers.
 
+    Returns (steps done, tokens read), (0, 0) if there is none.
     Raises OSError that names a checkpoint that is damaged, or cannot be read.
     """
     found = checkpoints(out)
@@ -197,7 +236,10 @@ def _load_training(directory: Path, model: Transformer, optims: list) -> tuple[i
 
 
 def keep_metrics(file: Path, step: int) -> None:
-    """Drop what an interrupted run logged past its checkpoint at `step` (all of it at 0; the last line may be torn)."""
+    """Drop what an interrupted run logged past its checkpoint at `step`, all of it at 0.
+
+    The last line may be torn.
+    """
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines() if step else []:
         try:
@@ -208,11 +250,87 @@ def keep_metrics(file: Path, step: int) -> None:
     write_text(file, "".join(kept))
 
 
+# steps launched before an earlier one's numbers are read, so that a GPU never waits for that
+AHEAD = {"cpu": 0, "cuda": 1}
+
+
+class Log:
+    """metrics.jsonl and the progress bar.
+
+    A step's numbers are read when the device has made them.
+    """
+
+    def __init__(self, run, step: int):
+        self.run, self.on_gpu = run, run.device.type == "cuda"
+        self.launched: list[tuple] = []  # steps whose numbers have not been read
+        self.bar = tqdm(
+            total=run.steps, initial=step, desc=run.loss.name, unit="step", disable=None
+        )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def write(self, row: dict) -> None:
+        with open(self.run.out / "metrics.jsonl", "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+    def begin(self) -> None:
+        self.began = self._now()
+
+    def end(self, row: dict, batches: list[Batch], numbers: Tensor) -> None:
+        """numbers: the step's loss, its gradient's norm, and run_batches' sums, one by one."""
+        numbers = numbers.to("cpu", non_blocking=True)
+        self.launched.append((row, batches, numbers, self.began, self._now()))
+        self.settle(AHEAD[self.run.device.type])
+
+    def settle(self, ahead: int = 0) -> None:
+        """Read and write the numbers of the steps launched, but for the newest `ahead`."""
+        while len(self.launched) > ahead:
+            row, batches, numbers, began, ended = self.launched.pop(0)
+            if self.on_gpu:
+                ended.synchronize()
+            seconds = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
+            loss, norm = numbers[:2].tolist()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"loss {loss}, gradient norm {norm}"
+                raise FloatingPointError(not_finite(self.run, row["step"], batches, what))
+            sums = numbers[2:].view(-1, sum(len(b.order) for b in batches))
+            found = metrics(batches, sums, self.run.hyper.get("beta", 1.0))
+            rates = {
+                "examples_per_s": sum(b.examples for b in batches) / seconds,
+                "tokens_per_s": sum(b.tokens.numel() for b in batches) / seconds,
+            }
+            self.write(row | {"loss": loss, "grad_norm": norm} | found | rates)
+            shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+
+    def _now(self):
+        """Now; on CUDA, when the device will have come so far."""
+        if self.on_gpu:
+            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        return time.perf_counter()
+
+
+def not_finite(run, step: int, batches: list[Batch], what: str) -> str:
+    lines = ", ".join(map(str, sorted(line for b in batches for line in b.lines)))
+    return f"""stopped at step {step}: {what}; nothing of it was saved.
+Its batch: {run.sets["train"][0].unit}s {lines} of {run.args.data}.
+Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: \
+{run.out / "metrics.jsonl"}"""
+
+
 # ---------------------------------------------------------------------- its figure
 
 
 def training_curves(rows: list[dict], file: Path, title: str) -> Path:
-    """Loss, log-likelihoods of chosen and rejected, and the rewards' margin, against the step; held-out points as dots."""
+    """Loss, log-likelihoods and rewards of chosen and rejected against the step.
+
+    Held-out points are dots.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,8 +351,11 @@ def training_curves(rows: list[dict], file: Path, title: str) -> Path:
         for label, lines in panels
         if any(name in row for row in steps for name in lines)
     ]
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.alpha": 0.3}):  # fmt: skip
+    style = {
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.alpha": 0.3,
+    }  # fmt: skip
+    with plt.rc_context(style):
         figure, axes = plt.subplots(
             1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained"
         )

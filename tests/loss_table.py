@@ -1,7 +1,7 @@
 """The README's table of losses, printed from the code: python -m tests.loss_table (make losses)."""
 
 from minibnf.losses import LOSSES
-from minibnf.train import default_rate
+from minibnf.arguments import default_rate
 
 WHAT = {
     "bnf": "bidirectional negative feedback",

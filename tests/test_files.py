@@ -18,7 +18,8 @@ from minibnf.lab.smallworld import main as smallworld
 from minibnf.machine import memory_advice, out_of_memory
 from minibnf.model import fresh
 from minibnf.run import load_training, save_training
-from minibnf.train import main, optimizers, parse
+from minibnf.arguments import parse
+from minibnf.train import main, optimizers
 from tests.strategies import FEW
 from tests.test_train import arguments, logged, rows, same, weights, world, write
 

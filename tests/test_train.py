@@ -27,7 +27,9 @@ from minibnf.lab.smallworld import QUESTIONS, grammar, write_base
 from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import fresh, load, save
 from minibnf.step import batch_logps, fingerprint, kl_estimate, metrics, reference, run_batches
-from minibnf.train import AHEAD, default_rate, learning_rate, loss_hyper, main, optimizers
+from minibnf.arguments import default_rate, loss_hyper
+from minibnf.run import AHEAD
+from minibnf.train import learning_rate, main, optimizers
 from tests.strategies import FEW, examples, hypers
 
 

@@ -40,6 +40,7 @@ import torch
 from tqdm import tqdm
 
 from minibnf import train
+from minibnf.arguments import loss_hyper, parse
 from minibnf.data import read_examples
 from minibnf.evaluate import tokenised
 from minibnf.files.config import read_config
@@ -379,7 +380,7 @@ def feedback_of(spec: dict, job: dict, file: Path, model_directory: Path) -> dic
     examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
     loss = LOSSES[spec["methods"][job["method"]]["loss"]]
     found = token_weights(
-        base, model, examples[:16], loss, train.loss_hyper(loss, loss_args(spec, job))
+        base, model, examples[:16], loss, loss_hyper(loss, loss_args(spec, job))
     )
     keep = {side: [[rounded(x), rounded(w)] for x, w in pairs] for side, pairs in found.items()}
     return {side: pairs[:FEEDBACK_TOKENS] for side, pairs in keep.items()}
@@ -447,12 +448,12 @@ def check(spec: dict) -> None:
     for job in sweep(spec):
         words = arguments(spec, job, {"train": "data"}, Path("out"))
         try:
-            args = train.parse(words)
+            args = parse(words)
         except SystemExit:
             raise ValueError(
                 f"set '{job['set']}', method '{job['method']}': the trainer refuses {' '.join(words)}"
             ) from None
-        train.loss_hyper(LOSSES[args.loss], args.loss_args)
+        loss_hyper(LOSSES[args.loss], args.loss_args)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

@@ -1,0 +1,152 @@
+"""The trainer's command line: what can be asked, and what cannot be asked together."""
+
+import argparse
+import math
+from pathlib import Path
+
+from minibnf.files.disk import read_json
+from minibnf.losses import LOSSES, Loss
+
+# The default learning rates are for this hidden size; Adam's steps must shrink as layers widen.
+WIDTH = 576
+RATES = {"bnf": 4e-5, "rbnf": 4e-5, "nll": 4e-5, "unlikelihood": 1e-5}
+
+
+def default_rate(loss: str) -> float:
+    """The default learning rate of a loss at WIDTH."""
+    return RATES.get(loss, 2e-5)
+
+
+def parser() -> argparse.ArgumentParser:
+    rates = ", ".join(f"{name} {default_rate(name):g}" for name in LOSSES)
+    known = {n: [f"{k}={v}" for k, v in x.defaults.items() if k != "kl"] for n, x in LOSSES.items()}
+    hypers = "; ".join(f"{name} {' '.join(values)}" for name, values in known.items())
+    what = "Align a checkpoint on preference data."
+    p = argparse.ArgumentParser("minibnf train", description=what, allow_abbrev=False)
+    # fmt: off
+    a = p.add_argument_group("what to train").add_argument
+    a("--model", metavar="DIR",
+      help="checkpoint in Hugging Face layout: the start, and the reference")
+    a("--from-scratch", action="store_true",
+      help="random weights; DIR needs only config.json and a tokenizer")
+    a("--data", metavar="FILE", help="preference rows: JSON Lines, a JSON array or Parquet")
+    a("--eval-data", metavar="FILE",
+      help="held-out rows, evaluated before the first step and after the last")
+    a("--eval-every", type=int, default=0, metavar="N",
+      help="also evaluate every N steps (0: only at both ends)")
+    a("--out", metavar="DIR", help="folder of the run")
+    a("--overlong", choices=["error", "truncate", "skip"], default="error",
+      help="rows longer than the model's context; default error")
+    a = p.add_argument_group("the loss").add_argument
+    a("--loss", choices=list(LOSSES), default="bnf", help="default: bnf")
+    a("--loss-args", nargs="*", default=[], metavar="NAME=X",
+      help=f"hyper-parameters of the loss, by default {hypers}")
+    a = p.add_argument_group("how long and how fast").add_argument
+    a("--epochs", type=int, metavar="N", help="passes over the data; default 1")
+    a("--max-steps", type=int, metavar="N",
+      help="stop after N steps instead, repeating the data if need be")
+    a("--batch-size", type=int, default=32, metavar="N",
+      help="examples (pairs, unpaired responses) per step; default 32")
+    a("--lr", type=float,
+      help=f"peak learning rate; default {WIDTH}/hidden_size times the loss's own, which was found "
+           f"by trying on SmolLM2-135M (hidden_size {WIDTH}) and the small world: {rates}")
+    a("--warmup", type=float, default=0.1, metavar="X",
+      help="share of the steps over which it rises; default 0.1")
+    a("--decay", type=float, default=0.9, metavar="X",
+      help="share of the steps over which it falls to 0; default 0.9")
+    a("--optimizer", choices=["adamw", "muon"], default="adamw",
+      help="muon: for matrices, with adamw for the rest; default adamw")
+    a("--weight-decay", type=float, default=0.0, metavar="X",
+      help="decoupled, of the layers' matrices alone; default 0")
+    a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
+    a("--seed", type=int, default=0,
+      help="of the order of the data (and of fresh weights); default 0")
+    a = p.add_argument_group("the machine").add_argument
+    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+      help="to compute in; weights stay float32. auto: bfloat16 where the device has matrix units "
+           "for it and the model more than 20 M parameters")
+    a("--max-tokens", type=int, metavar="N",
+      help="tokens per micro-batch: bounds memory, changes no result; default 2048 on a CPU, 16384 "
+           "on CUDA, and at least the longest example")
+    a("--gradient-checkpointing", action="store_true",
+      help="keep only each layer's input for the backward pass and run the layer again: less "
+           "memory, a third more work, the same result")
+    a("--save-every", type=int, default=200, metavar="N",
+      help="steps between checkpoints; default 200")
+    a("--save-dtype", choices=["float32", "bfloat16"], default="float32",
+      help="of OUT/model; default float32")
+    a = p.add_argument_group("a folder that holds a run").add_argument
+    a("--resume", action="store_true", help="go on from its newest checkpoint")
+    a("--overwrite", action="store_true", help="delete what that run wrote and start anew")
+    a("--config", metavar="FILE",
+      help="take arguments from the config.json of an earlier run; flags override it")
+    # fmt: on
+    return p
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = parser()
+    args = p.parse_args(argv)
+    config = args.config
+    if args.resume and args.out and not config and (Path(args.out) / "config.json").is_file():
+        config = Path(args.out) / "config.json"
+    if config:
+        earlier = read_json(Path(config))
+        earlier = earlier.get("arguments") if isinstance(earlier, dict) else None
+        if not isinstance(earlier, dict) or set(earlier) - set(vars(args)):
+            raise ValueError(f"{config}: not the config.json that a run of this version wrote")
+        if args.epochs is not None or args.max_steps is not None:
+            # a flag overrides its alternative too
+            earlier |= {"epochs": None, "max_steps": None}
+        p.set_defaults(**earlier)
+        args = p.parse_args(argv)
+    if args.resume and args.out and not config:
+        if not (args.model and args.data):
+            raise ValueError(f"{args.out} holds no run to go on with")
+        print(f"{args.out} holds no run to go on with: starting one")
+    check_arguments(p, args)
+    return args
+
+
+def check_arguments(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error where an argument is missing, impossible or at odds with another."""
+    for name in ("model", "data", "out"):
+        if getattr(args, name) is None:
+            p.error(f"--{name} is required")
+    if args.resume and args.overwrite:
+        p.error("--resume and --overwrite exclude each other")
+    if args.epochs is not None and args.max_steps is not None:
+        p.error("--epochs and --max-steps exclude each other")
+    positive = "epochs max_steps batch_size lr max_tokens save_every grad_clip"
+    for name in positive.split():
+        x = getattr(args, name)
+        if x is not None and not 0 < x < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be a number above 0, not {x}")
+    if not (0 <= args.warmup <= 1 and 0 <= args.decay <= 1):
+        p.error("--warmup and --decay must lie in 0..1")
+    if args.weight_decay < 0 or args.eval_every < 0:
+        p.error("--weight-decay and --eval-every must be 0 or more")
+    if args.eval_every and not args.eval_data:
+        p.error("--eval-every needs --eval-data")
+
+
+def loss_hyper(loss: Loss, texts: list[str]) -> dict:
+    """["beta=0.5", "length=own"] -> the loss's hyper-parameters.
+
+    kto's kl is 0 for now: every step computes it. Raises ValueError for what does not fit.
+    """
+    given = {"kl": 0.0} if "kl" in loss.defaults else {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name == "kl":
+            raise ValueError(f"--loss-args {text}: kl is computed")
+        if not equals:
+            raise ValueError(f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1")
+        if name in given:
+            raise ValueError(f"--loss-args {text}: {name} is given twice")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            given[name] = value
+    return loss.hyper(given)
