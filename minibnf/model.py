@@ -133,7 +133,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
 
-    def forward(self, x, turn, mask, cache, keep, number):
+    def forward(self, x, turn, mask, cache, keep, number=None):
         heads = lambda y: y.unflatten(-1, (-1, self.c.head_dim)).transpose(
             1, 2
         )  # (B, S, n d) -> (B, n, S, d)
@@ -146,7 +146,7 @@ class Attention(nn.Module):
             keep.append((k, v))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attend(q.to(number), k.to(number), v.to(number), mask, self.c).to(x.dtype)
+        y = attend(*(z.to(number or x.dtype) for z in (q, k, v)), mask, self.c).to(x.dtype)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
