@@ -21,7 +21,6 @@ from minibnf.files.backends import HuggingFace, SentencePiece
 from minibnf.files.config import no_model
 from minibnf.files.disk import optional
 from minibnf.files.spelling import Spelling, any_of, words
-from minibnf.files.templates import compile_template, variables_read
 
 FILES = (
     "tokenizer.json",
@@ -253,7 +252,7 @@ class Tokenizer:
                 f"{self.directory} has no chat template: chat_template.jinja, or chat_template in "
                 "tokenizer_config.json (of several, the one named 'default')"
             )
-        return compile_template(self.source, f"the chat template of {self.directory}")
+        return templates().compile_template(self.source, f"the chat template of {self.directory}")
 
     @cached_property
     def closing_id(self):
@@ -300,7 +299,8 @@ class Tokenizer:
 
     @cached_property
     def _variables(self):
-        return self.template and variables_read(self.source)  # the template: says what is wrong
+        # The template comes first, since it says what is wrong with a malformed source.
+        return self.template and templates().variables_read(self.source)
 
     @cached_property
     def _spelt_tokens(self):
@@ -383,3 +383,13 @@ class Tokenizer:
                 "that only resembles it: take that out of the message"
             )
         return ids
+
+
+def templates():
+    """The module of chat templates, which needs a package that texts do not need."""
+    try:
+        from minibnf.files import templates as module
+    except ImportError:
+        hint = "chat templates need the package jinja2: pip install 'minibnf[hf]'"
+        raise ImportError(hint) from None
+    return module
