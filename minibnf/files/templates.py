@@ -77,7 +77,7 @@ class TimeUp(BaseException):
 
 @contextmanager
 def time_limit(seconds):
-    """Raise TimeUp in work that takes longer; off the main thread, and on Windows, there is no limit.
+    """Raise TimeUp in work that takes longer. Off the main thread and on Windows: no limit.
 
     An alarm that somebody else has set goes off when it is due, or right after the work.
     """
