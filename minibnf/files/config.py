@@ -155,7 +155,7 @@ def no_model(directory, lacks: str) -> FileNotFoundError:
 
 
 def parse_config(raw: dict, path) -> Config:
-    """See the top of the file. Raises ValueError that names the field."""
+    """The Config of what a config.json holds. Raises ValueError that names the field."""
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if family not in READS:
         raise ValueError(
