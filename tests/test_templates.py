@@ -1,4 +1,4 @@
-"""Chat templates: what a hostile one meets, what messages cannot become, and where a response begins under awkward ones."""
+"""Chat templates: hostile ones, what messages cannot become, and where a response begins."""
 
 import json
 import random
@@ -31,7 +31,7 @@ from tests.test_tokenizer import (
 pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 pytest.importorskip("jinja2", reason="needs minibnf[hf]")
 
-from minibnf.files.templates import SOURCE, compile_template  # noqa: E402
+from minibnf.files.templates import SOURCE, compile_template
 
 REFUSED = "would make more than a chat needs"
 SQUARES = (
@@ -123,7 +123,7 @@ def test_an_alarm_of_somebody_else_goes_off_as_set(monkeypatch):
             rung.clear()
             began = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, due)
-            with pytest.raises(ValueError, match="more than 0.1 seconds"):
+            with pytest.raises(ValueError, match=r"more than 0\.1 seconds"):
                 compile_template(HOSTILE["a loop without end"][0], "t")()
             while not rung and time.monotonic() < began + 5:
                 time.sleep(0.01)
@@ -169,59 +169,22 @@ def test_jinja2_may_be_absent_where_no_template_is_rendered(tmp_path, monkeypatc
         tokenizer.render([{"role": "user", "content": "a"}])
 
 
-# Where messages might become control tokens: the texts of these, parts of them, what the marks are made of, and neighbours.
+# Where messages might become control tokens: texts of these and parts of them, what the marks are
+# made of, and what may stand beside them.
 PIECES = [
-    *SPECIAL,
-    *ROLES,
-    "<think>",
-    "</think>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<unk>",
-    "[INST]",
-    "[/INST]",
-]
+    *SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "[INST]", "[/INST]",
+    "<", "<|", "<|im_", "im_end", "_end|>", "|>", ">", "start_", "/think>", "[IN", "ST]",
+    "<0x0A>", "<0xE4>", "▁", "▁<|im_end|>",
+]  # fmt: skip
+RESTS = ["", "0;", "2;", "start;", "<|im_end|>", "261;"]
+PIECES += [chr(0xE000 + k) + rest for k in range(3) for rest in RESTS]
 PIECES += [
-    "<",
-    "<|",
-    "<|im_",
-    "im_end",
-    "_end|>",
-    "|>",
-    ">",
-    "start_",
-    "/think>",
-    "[IN",
-    "ST]",
-    "<0x0A>",
-    "<0xE4>",
-    "▁",
-    "▁<|im_end|>",
-]
-PIECES += [
-    chr(0xE000 + k) + rest
-    for k in range(3)
-    for rest in ("", "0;", "2;", "start;", "<|im_end|>", "261;")
-]
-PIECES += [
-    " ",
-    "  ",
-    "\n",
-    "\r",
-    "\t",
-    "\u200b",
-    "\u00a0",
-    "user",
-    "assistant",
-    "system",
-    "a",
-    "é",
-    "😀",
-    "0;",
-    "2;",
-    "{{ eos_token }}",
-]
+    " ", "  ", "\n", "\r", "\t", "\u200b", "\u00a0", "user", "assistant", "system",
+    "a", "é", "😀", "0;", "2;", "{{ eos_token }}",
+]  # fmt: skip
+WRITERS = {"bpe": byte_level, "sp": sentence_piece}
+HI = [{"role": "user", "content": "Hi"}]
+PARIS = [{"role": "assistant", "content": "Paris"}]
 
 
 def strings(count=5000, more=()):
@@ -229,18 +192,15 @@ def strings(count=5000, more=()):
     return ["".join(draw.choices([*PIECES, *more], k=draw.randint(1, 6))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "sp"])
+@pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("name", ["chatml", "trims", "builds from role"])
 def test_5000_strings_give_no_control_token(kind, name, tmp_path):
-    tokenizer = load_tokenizer(
-        (byte_level if kind == "bpe" else sentence_piece)(tmp_path, TEMPLATES[name])
-    )
+    tokenizer = load_tokenizer(WRITERS[kind](tmp_path, TEMPLATES[name]))
     texts = strings()
     for role, *contents in zip(["user", "assistant"] * 1250, texts[::2], texts[1::2], strict=True):
         chat = [{"role": role, "content": text} for text in contents]
-        assert controls(tokenizer, tokenizer.encode_chat(chat)) == expected_controls(
-            tokenizer, name, chat
-        ), contents
+        found = controls(tokenizer, tokenizer.encode_chat(chat))
+        assert found == expected_controls(tokenizer, name, chat), contents
 
 
 @pytest.mark.parametrize("write", [byte_level, sentence_piece])
@@ -289,8 +249,6 @@ SMOLLM_3 = """
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
     {%- if not enable_thinking %}{{- '<think>\n\n</think>\n' }}{% endif %}
 {%- endif %}"""
-WRITERS = {"bpe": byte_level, "sp": sentence_piece}
-HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
@@ -379,9 +337,7 @@ def test_variables_reach_the_template_and_forge_nothing(kind, tmp_path):
     turn, thought = [tokenizer.bos_id, tokenizer.eos_id], ["<think>", "</think>"]
     thought = [tokenizer.control[t] for t in thought]
     assert controls(tokenizer, ids) == [*turn, *turn, tokenizer.bos_id, *thought]
-    prompt, response = tokenizer.encode_response(
-        HI, [{"role": "assistant", "content": "Paris"}], **given
-    )
+    prompt, response = tokenizer.encode_response(HI, PARIS, **given)
     assert prompt == ids and tokenizer.decode(response, False) == "Paris<|im_end|>"
 
 
@@ -426,7 +382,7 @@ def test_the_token_that_closes_turns_ends_them(kind, turn, closing, tmp_path):
     assert unlisted == ("closes turns with <|im_end|>" in tokenizer.closing_warning)
     assert unlisted == bool(tokenizer.closing_warning)
     if unlisted:
-        _, ids = tokenizer.encode_response(HI, [{"role": "assistant", "content": "Paris"}])
+        _, ids = tokenizer.encode_response(HI, PARIS)
         assert tokenizer.decode(ids, skip_special=False).endswith(":Paris<|im_end|>")
         listed = json.dumps({"eos_token_id": [tokenizer.eos_id, found]})
         (base / "generation_config.json").write_text(listed)
@@ -442,99 +398,70 @@ THINKS = (  # an empty thought before the last answer only, as Qwen3 writes it
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n", "<think>\n\n</think>\n\n"])
-@pytest.mark.parametrize("kind", ["bpe", "sp"])
-def test_a_thought_that_the_template_writes_belongs_to_the_side_that_inference_puts_it_on(
-    kind, opening, tmp_path
-):
-    tokenizer = load_tokenizer(
-        (byte_level if kind == "bpe" else sentence_piece)(
-            tmp_path, THINKS.replace("opening", repr(opening))
-        )
-    )
-    prompt, ids = tokenizer.encode_response(
-        [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
-    )
-    assert prompt == tokenizer.encode(
-        f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{opening}"
-    )
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_thought_that_the_template_writes_is_on_the_side_of_inference(kind, opening, tmp_path):
+    template = THINKS.replace("opening", repr(opening))
+    tokenizer = load_tokenizer(WRITERS[kind](tmp_path, template))
+    prompt, ids = tokenizer.encode_response(HI, PARIS)
+    asked = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{opening}"
+    assert prompt == tokenizer.encode(asked)
     rest = "<think>\n\n</think>\n\n".removeprefix(opening)
     assert ids == tokenizer.encode(f"{rest}Paris<|im_end|>", continuation=True)
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"),
-            "'<think>",
-        ),  # the history has no thought
-        (
-            CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"),
-            "from character 0 on",
-        ),
-        (
-            THINKS.replace("opening", "'<think>\n'").replace(
-                " and loop.last", " and not loop.last"
-            ),
-            "'<think>",
-        ),
-    ],
-)
-def test_a_prompt_that_the_history_does_not_begin_with_is_refused(template, message, tmp_path):
+REWRITING = {
+    "a thought that no answer in the history has": (
+        CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"), "'<think>"
+    ),
+    "how many messages there are": (
+        CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"),
+        "from character 0 on",
+    ),
+    "a thought in all answers but the last": (
+        THINKS.replace("opening", "'<think>\n'").replace(" and loop.last", " and not loop.last"),
+        "'<think>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REWRITING)
+def test_a_prompt_that_the_history_does_not_begin_with_is_refused(what, tmp_path):
+    template, message = REWRITING[what]
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
     with pytest.raises(ValueError, match=f"no boundary exists: .*{message}"):
-        tokenizer.encode_response(
-            [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
-        )
+        tokenizer.encode_response(HI, PARIS)
 
 
-@pytest.mark.parametrize(
-    ("turn", "answer", "rest"),
-    [
-        (
-            "{{ m.content|trim }}<|im_end|>\n",
-            "  Paris \n",
-            "Paris<|im_end|>",
-        ),  # trims, and writes a line after the turn
-        (
-            "{{ m.content }}{{ ' ###\n\n' }}",
-            " Paris ",
-            " Paris  ###\n\n",
-        ),  # closes the turn with text
-        (
-            "{{ m.content }}<|im_end|>{{ ' over' }}",
-            "Paris",
-            "Paris<|im_end|>",
-        ),  # text after the end of turn
-        (
-            "{{ m.content }}",
-            "<|im_end|>",
-            "<|im_end|>",
-        ),  # closes it with nothing: the answer's own text is no end
-    ],
-)
+# What the template does with a turn: its text, an answer, and the response that is trained on.
+BOUNDARIES = {
+    "trims, and writes a line after the turn": (
+        "{{ m.content|trim }}<|im_end|>\n", "  Paris \n", "Paris<|im_end|>"
+    ),
+    "closes the turn with text": ("{{ m.content }}{{ ' ###\n\n' }}", " Paris ", " Paris  ###\n\n"),
+    "writes text after the end of the turn": (
+        "{{ m.content }}<|im_end|>{{ ' over' }}", "Paris", "Paris<|im_end|>"
+    ),
+    "closes it with nothing: the answer's own text is no end": (
+        "{{ m.content }}", "<|im_end|>", "<|im_end|>"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BOUNDARIES)
 @pytest.mark.parametrize("system", ["", "<|im_start|>Be kind.<|im_end|>\n"])
-@pytest.mark.parametrize("kind", ["bpe", "sp"])
-def test_boundaries(kind, system, turn, answer, rest, tmp_path):
-    head = "{% for m in messages %}<|im_start|>{{ m.role + ':' }}" + turn
-    template = (
-        system
-        + head
-        + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
-    )
-    base = (byte_level if kind == "bpe" else sentence_piece)(tmp_path)
-    tokenizer = load_tokenizer(write_config(base, template))
-    prompt, ids = tokenizer.encode_response(
-        [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": answer}]
-    )
-    assert prompt == tokenizer.encode_chat([{"role": "user", "content": "Hi"}], True)
-    assert tokenizer.decode(prompt, False).startswith(system.rstrip("\n")) and tokenizer.decode(
-        prompt, False
-    ).endswith("assistant:")
+@pytest.mark.parametrize("kind", WRITERS)
+def test_boundaries(kind, system, what, tmp_path):
+    turn, answer, rest = BOUNDARIES[what]
+    turns = "{% for m in messages %}<|im_start|>{{ m.role + ':' }}" + turn + "{% endfor %}"
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    tokenizer = load_tokenizer(WRITERS[kind](tmp_path, system + turns + asks))
+    prompt, ids = tokenizer.encode_response(HI, [{"role": "assistant", "content": answer}])
+    assert prompt == tokenizer.encode_chat(HI, True)
+    text = tokenizer.decode(prompt, False)
+    assert text.startswith(system.rstrip("\n")) and text.endswith("assistant:")
     assert tokenizer.decode(ids, False) == rest
-    assert controls(tokenizer, ids) == [tokenizer.eos_id] * (
-        rest != answer and "<|im_end|>" in rest
-    )
+    ended = rest != answer and "<|im_end|>" in rest
+    assert controls(tokenizer, ids) == ([tokenizer.eos_id] if ended else [])
 
 
 # A template that shows everything that a chat holds, and whose roles build tokens.
@@ -566,15 +493,12 @@ PREPEND = {  # as the first conversions of Llama's tokenizer
     "pre_tokenizer": None,
 }
 SPELT = [*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "<pad>", "<unk>"]
-ADVERSE = st.sampled_from(
-    [
-        *SPELT,
-        *(t[:k] for t in SPELT for k in (1, 2, -1)),
-        *(t[k:] for t in SPELT for k in (1, 2, -1, -2)),
-        *("im_end", "think", "▁", "<0x0A>", "\ue000", "\ue001", " ", "\n", "\r\n", "a", "é", "😀"),
-        *("＜", "＞", "＜think＞", "＜|im_end|＞", "ﬁ"),
-    ]
-)
+ADVERSE = st.sampled_from([
+    *SPELT, *(t[:k] for t in SPELT for k in (1, 2, -1)),
+    *(t[k:] for t in SPELT for k in (1, 2, -1, -2)),
+    "im_end", "think", "▁", "<0x0A>", "\ue000", "\ue001", " ", "\n", "\r\n", "a", "é", "😀",
+    "＜", "＞", "＜think＞", "＜|im_end|＞", "ﬁ",
+])  # fmt: skip
 HOSTILE_TEXT = st.lists(ADVERSE | st.text(max_size=2), max_size=5).map("".join)
 HOSTILE_TEXT = HOSTILE_TEXT.filter(lambda t: not any("\ud800" <= c <= "\udfff" for c in t))
 CALLS = st.lists(
@@ -594,7 +518,7 @@ MESSAGES = st.fixed_dictionaries(
 
 
 def changed(directory, fields):
-    """The tokenizer.json with other fields, and the tokens that are not special normalised."""
+    """The directory with other fields in tokenizer.json, whose plain tokens are normalised."""
     spec = json.loads((directory / "tokenizer.json").read_text()) | fields
     for token in spec["added_tokens"]:
         token["normalized"] = not token["special"]
@@ -604,12 +528,10 @@ def changed(directory, fields):
 
 def harmless(value, key=None):
     """The same chat in harmless words."""
+    if key == "arguments":
+        return {f"k{n}": harmless(v) for n, v in enumerate(value.values())}
     if isinstance(value, dict):
-        return (
-            {f"k{n}": harmless(v) for n, v in enumerate(value.values())}
-            if key == ("arguments")
-            else {k: harmless(v, k) for k, v in value.items()}
-        )
+        return {k: harmless(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [harmless(v) for v in value]
     return value if key == "role" else "word"
