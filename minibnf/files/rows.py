@@ -32,6 +32,7 @@ from tqdm import tqdm
 from minibnf.files.messages import COMPARED, text_or_messages, without_prompt
 
 OPTIONS = ("system", "tools", "chat_template_kwargs")
+UNPAIRED = ("prompt", "completion", "label")
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
 DEPTH = 100  # how deeply a row's lists and objects may be nested; later code recurses too
 SHOWN = 10  # bad rows that an error lists
@@ -252,7 +253,7 @@ def parse_row(row: dict, where) -> Record:
                 f"{where}: field '{min(both)}' stands beside completion or label; "
                 "a row is paired or it is not"
             )
-        for name in ("prompt", "completion", "label"):
+        for name in UNPAIRED:
             if name not in row:
                 raise ValueError(f"{where}: an unpaired row needs the field '{name}'")
         if not isinstance(row["label"], bool):

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections import Counter
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from minibnf.files.backends import HuggingFace, SentencePiece
@@ -23,13 +23,9 @@ from minibnf.files.disk import optional
 from minibnf.files.spelling import Spelling, any_of, words
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def load_tokenizer(directory):
@@ -70,14 +66,8 @@ class Tokenizer:
         if "eos_token" not in self.special:
             missing = "eos_token is missing, and no other file says which token ends a text"
             raise ValueError(f"{config}: {missing}")
-        file, ids = backend.path.name, {}
-        for key in ("eos_token", "bos_token", "pad_token"):
-            ids[key] = backend.id(self.special[key]) if key in self.special else None
-            if key in self.special and ids[key] is None:
-                raise ValueError(
-                    f"{config}: {key} is {self.special[key]!r}, which {file} does not hold"
-                )
-        self.eos_id, self.bos_id, self.pad_id = ids["eos_token"], ids["bos_token"], ids["pad_token"]
+        self.eos_id, self.bos_id = self._id_of("eos_token"), self._id_of("bos_token")
+        self.pad_id, file = self._id_of("pad_token"), backend.path.name
         for i, entry in self.config.get("added_tokens_decoder", {}).items():
             text, found = entry["content"], backend.id(entry["content"])
             if found != int(i):
@@ -88,7 +78,7 @@ class Tokenizer:
         self._check_rows([self.eos_id])
         # A program that stops at generation_config.json's tokens looks nowhere else; where that
         # names none it takes config.json's, and at last the tokenizer's own.
-        generation, config = (self._ends_of(f) for f in ("generation_config.json", "config.json"))
+        generation, config = self._ends_of("generation_config.json"), self._ends_of("config.json")
         self._listed, self._ends = generation or config or [self.eos_id], generation + config
         self.source = self.config.get("chat_template")
         if isinstance(self.source, list):
@@ -151,10 +141,7 @@ class Tokenizer:
         bytes by tokens like <0xE4>, a run of these is shown when it ends, since one wrong byte
         spoils all of it. Each id costs the decoding of a few ids, however long the text is.
         """
-
-        def decode(ids):
-            return self.decode(ids, skip_special)
-
+        decode = partial(self.decode, skip_special=skip_special)
         # What follows an ordinary token reads the same whichever token that is, since a decoder
         # treats nothing but the beginning of a text differently.
         bytes_ = self.backend.byte_tokens
@@ -168,7 +155,8 @@ class Tokenizer:
             if i in bytes_:
                 continue
             text = decode(before + held)
-            # Up to 3 bytes of an unfinished character show as one \ufffd, or as one for each.
+            # Up to 3 bytes of an unfinished character show as one \ufffd, or as one for each. As
+            # each \ufffd may stand for 3 bytes, 9 ids are held.
             waiting = min(3, len(text) - len(text.rstrip("\ufffd")))
             if piece := text[shown : len(text) - waiting]:
                 yield piece
@@ -237,13 +225,16 @@ class Tokenizer:
 
     def save(self, directory):
         """Copy the tokenizer's files, as they are, into a directory, which is made if need be."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if directory.samefile(self.directory):
+            return
         for name in FILES:
-            if (self.directory / name).is_file() and not Path(directory).samefile(self.directory):
-                shutil.copyfile(self.directory / name, Path(directory) / name)
+            if (self.directory / name).is_file():
+                shutil.copyfile(self.directory / name, directory / name)
         more = self.directory / "additional_chat_templates"
-        if more.is_dir() and not Path(directory).samefile(self.directory):
-            shutil.copytree(more, Path(directory) / more.name, dirs_exist_ok=True)
+        if more.is_dir():
+            shutil.copytree(more, directory / more.name, dirs_exist_ok=True)
 
     @cached_property
     def template(self):
@@ -289,6 +280,15 @@ class Tokenizer:
             f"warning: the chat template closes turns with {closing} ({self.closing_id}), which "
             "no eos_token_id names: other programs will run on"
         )
+
+    def _id_of(self, key):
+        """The id of a special token such as "eos_token", or None where no file names it."""
+        text = self.special.get(key)
+        found = None if text is None else self.backend.id(text)
+        if text is not None and found is None:
+            where = f"{self.directory / 'tokenizer_config.json'}: {key}"
+            raise ValueError(f"{where} is {text!r}, which {self.backend.path.name} does not hold")
+        return found
 
     def _ends_of(self, file):
         """The eos_token_id of a file, as a list."""
