@@ -75,8 +75,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_in_an_error(name, monkeypatch):
-    monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.2)
     template, message = HOSTILE[name]
+    if "seconds" in message:
+        monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.2)
     with pytest.raises(ValueError, match=f"the template of x.*({message})"):
         compile_template(template, "the template of x")(
             messages=[{"role": "user", "content": "Hi"}]
@@ -112,7 +113,7 @@ alarms = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms 
 @alarms
 def test_an_alarm_of_somebody_else_goes_off_as_set(monkeypatch):
     monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.1)
-    rung = []
+    render, rung = compile_template(HOSTILE["a loop without end"][0], "t"), []
 
     def ring(*_):
         rung.append(time.monotonic())
@@ -124,7 +125,7 @@ def test_an_alarm_of_somebody_else_goes_off_as_set(monkeypatch):
             began = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, due)
             with pytest.raises(ValueError, match=r"more than 0\.1 seconds"):
-                compile_template(HOSTILE["a loop without end"][0], "t")()
+                render()
             while not rung and time.monotonic() < began + 5:
                 time.sleep(0.01)
             assert signal.getsignal(signal.SIGALRM) is ring
