@@ -1,8 +1,11 @@
-"""Chat templates: what a hostile one meets, what messages cannot become, and where a response begins under awkward ones."""
+"""Chat templates: hostile ones, what messages cannot become, and where a response begins."""
 
 import json
 import random
+import signal
+import sys
 import threading
+import time
 import tracemalloc
 from datetime import datetime
 
@@ -10,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.files.templates import BUDGET, SOURCE, compile_template
 from minibnf.files.tokenizer import load_tokenizer
 from tests.test_stream import byte_fallback
 from tests.test_tokenizer import (
@@ -29,214 +31,161 @@ from tests.test_tokenizer import (
 pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 pytest.importorskip("jinja2", reason="needs minibnf[hf]")
 
-START = "{% set ns = namespace(x='ab', y=[1], i=7) %}"
+from minibnf.files.templates import SOURCE, compile_template
 
-
-def loop(body, count=100):
-    return f"{{% for i in range({count}) %}}{body}{{% endfor %}}"
-
-
-MUCH = "more text than a chat needs|takes more than 0.5 seconds"
+REFUSED = "would make more than a chat needs"
+SQUARES = (
+    "{% set ns = namespace(i=7) %}{% for i in range(100) %}{% set ns.i = ns.i * ns.i %}{% endfor %}"
+)
 HOSTILE = {
+    "a loop without end": ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, "0.2 seconds"),
+    "a filter that does not end": (
+        "{{ range(99999)|map('string')|list|length }}" * 2000, "0.2 seconds"
+    ),
+    "a constant that takes long to work out": (
+        "{{ 'a'|center(9999999)|length }}" * 3000, "cannot be compiled.* 0.2 seconds"
+    ),
     "a range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-    "loops that write nothing": (loop(loop(loop("", 99999), 99999), 99999), MUCH),
-    "loops that set": (loop(loop("{% set x = i %}", 99999), 99999), MUCH),
-    "loops that write": (loop(loop("a" * 99, 99999), 99999), MUCH),
-    "loops in a set block": ("{% set x %}" + loop(loop("a" * 99, 99999), 99999) + "{% endset %}", MUCH),
-    "a loop's filter": ("{% for i in range(99999) if range(99999)|list|length == 0 %}{% endfor %}", MUCH),
-    "a loop over a string": (loop("{% for c in 'a' * 9999 %}{% endfor %}", 99999), MUCH),
-    "a loop over a filter": (loop("{% for j in range(99999)|map('string') %}{{ loop.length }}{% endfor %}", 99999), MUCH),
-    "calls": ("{% set c = cycler(1) %}" + loop(loop("{% set x = c.next() %}", 99999), 99999), MUCH),
+    "a text without end": (
+        "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "more than 10000000 characters"
+    ),
+    "a text times": ("{{ 'a' * 10**9 }}", REFUSED),
+    "a number times a text": ("{{ 1000000000 * 'a' }}", REFUSED),
+    "a list times": ("{{ ([1] * 10**9)|length }}", REFUSED),
+    "a power": ("{{ 10**(10**10) }}", REFUSED),
+    "squares": (SQUARES, f"{REFUSED}|0.2 seconds"),
+    "%": ("{{ '%1000000000d' % 1 }}", REFUSED),
+    "% of a key": ("{{ '%(a(b))1000000000d' % {'a(b)': 1} }}", REFUSED),
+    "% of bytes": ("{{ 'b%1000000000d'.encode() % 1 }}", REFUSED),
+    "% *": ("{{ '%*d' % (1000000000, 1) }}", REFUSED),
     "a macro without end": ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "RecursionError"),
-    "a tree of macros": ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}", MUCH),
-    "a tree of blocks": ("{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}", "RecursionError"),
-    "a recursive loop": ("{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "RecursionError"),
-    "a string times": ("{{ 'a' * 10**10 }}", MUCH),
-    "a number times a string": ("{{ 10000000000 * 'a' }}", MUCH),
-    "a list times": ("{{ ([1] * 10**10)|length }}", MUCH),
-    "powers": ("{{ 10**(10**10) }}", MUCH),
-    "squares": (START + loop("{% set ns.i = ns.i * ns.i %}"), MUCH),
-    "doubling by +": (START + loop("{% set ns.x = ns.x + ns.x %}"), MUCH),
-    "doubling by ~": (START + loop("{% set ns.x = ns.x ~ ns.x %}"), MUCH),
-    "one long ~": ("{% set a = 'a' * 99999 %}{{ a" + " ~ a" * 9000 + " }}", MUCH),
-    "doubling by set": (START + loop("{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"), MUCH),
-    "doubling by join": (START + loop("{% set ns.x = [ns.x, ns.x]|join %}"), MUCH),
-    "doubling a list": (START + loop("{% set ns.y = ns.y + ns.y %}"), MUCH),
-    "a list shared": (START + loop("{% set ns.y = [ns.y, ns.y] %}") + "{{ ns.y }}", MUCH),
-    "a tuple shared": (START + loop("{% set ns.y = (ns.y, ns.y) %}") + "{{ ns.y == ns.y }}", MUCH),
-    "a dict shared": (START + loop("{% set ns.y = {'a': ns.y, 'b': ns.y} %}") + "{{ ns.y|tojson }}", MUCH),
-    "dict() shared": (START + loop("{% set ns.y = dict(a=ns.y, b=ns.y) %}"), MUCH),
-    "namespaces shared": (START + loop("{% set ns.y = namespace(a=ns.y, b=ns.y) %}"), MUCH),
-    "a namespace of itself": (START + "{% set ns.x = ns %}{{ ns }}", MUCH),
-    "join": ("{{ range(99999)|join('a' * 9999) }}", MUCH),
-    "join, the method": ("{{ ('a' * 9999).join(range(99999)|map('string')) }}", MUCH),
-    "replace": (START + loop("{% set ns.x = ns.x|replace('a', 'aaaa') %}"), MUCH),
-    "replace, the method": (START + loop("{% set ns.x = ns.x.replace('', 'aaaa') %}"), MUCH),
-    "translate": ("{{ ('a' * 9999).translate({97: 'b' * 999999}) }}", MUCH),
-    "center": ("{{ 'a'|center(10000000000) }}", MUCH),
-    "center, mapped": ("{{ ['a']|map('center', 10000000000)|list }}", MUCH),
-    "center, the method": ("{{ 'a'.center(10000000000) }}", MUCH),
-    "zfill": ("{{ 'a'.zfill(10000000000) }}", MUCH),
-    "expandtabs": ("{{ '\t\t'.expandtabs(2000000000) }}", MUCH),
-    "indent": ("{{ 'a\nb'|indent(10000000000) }}", MUCH),
-    "%": ("{{ '%10000000000d' % 1 }}", MUCH),
-    "% *": ("{{ '%*d' % (10000000000, 1) }}", MUCH),
-    "format": ("{{ '%10000000000d'|format(1) }}", MUCH),
-    "format *": ("{{ '%*d'|format(10000000000, 1) }}", MUCH),
-    "format, the method": ("{{ '{:10000000000}'.format(1) }}", MUCH),
-    "format, got by attr": ("{{ ('{:10000000000}'|attr('format'))(1) }}", MUCH),
-    "format in format": ("{{ '{:{}}'.format(1, '10000000000') }}", "formats within formats"),
-    "format_map": ("{{ '{a:10000000000}'.format_map({'a': 1}) }}", MUCH),
-    "to_bytes": ("{{ (5).to_bytes(10000000000, 'big') }}", MUCH),
-    "bytes": ("{{ 'a'.encode().ljust(10000000000) }}", MUCH),
-    "tojson": ("{{ [1]|tojson(indent=10000000000) }}", MUCH),
-    "tojson's separators": ("{{ range(9999)|list|tojson(separators=('a' * 99999, ':')) }}", MUCH),
-    "batch": ("{{ [1]|batch(10000000000, 'x')|list }}", MUCH),
-    "slice": ("{{ [1]|slice(10000000000)|list }}", MUCH),
-    "round": ("{{ 1.5|round(1000000000, 'floor') }}", MUCH),
-    "slices": ("{% macro m(x) %}{% set y = x[1:] %}{{ m(y) }}{% endmacro %}{{ m('a' * 999999) }}", MUCH),
-    "comparisons": ("{% set a = 'a' * 999999 %}{% set b = 'a' * 999999 %}" + "{% if a == b %}{% endif %}" * 2000, MUCH),
-    "tests": ("{% set a = 'a' * 999999 %}" + "{% if a is upper %}{% endif %}" * 2000, MUCH),
-    "a search from the right": ("{% set a = 'a' * 999999 %}{{ a.rfind('b' ~ 'a' * 99999) }}", MUCH),
-    "items handed on": ("{% set a = ['a' * 9999] * 99 %}{{ range(99999)|map('default', a, true)|list|tojson }}", MUCH),
-    "a list of a list": (START + loop("{% set ns.y = 'ab'|map('attr', 'x')|map('default', ns.y)|list %}") + "{{ ns.y }}", MUCH),
-    "sorting": ("{% set a = range(99999)|list %}" + loop("{% set b = a|sort(reverse=true) %}", 9999), MUCH),
-    "lipsum": ("{{ lipsum(n=1000000) }}", "'lipsum' is undefined"),
-    "urlize": ("{{ 'a'|urlize }}", "No filter named 'urlize'"),
     "division by zero": ("{{ 1 // 0 }}", "ZeroDivisionError"),
     "digits": ("{{ " + "9" * 90000 + " }}", "cannot be compiled: ValueError"),
-    "parentheses": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "cannot be compiled: RecursionError"),
-    "a sum": ("{{ 1" + "+1" * 40000 + " }}", "cannot be compiled: RecursionError"),
-    "blocks in blocks": ("{% for i in [1] %}" * 60 + "{% endfor %}" * 60, "cannot be compiled: SyntaxError"),
+    "a sum": ("{{ 1" + "+1" * 40000 + " }}", "cannot be compiled"),
     "its length": ("a" * (SOURCE + 1), f"more than the {SOURCE} allowed"),
     "a file": ("{% include 'x' %}", "cannot render"),
+    "a class": ("{{ messages.__class__.__mro__ }}", "unsafe"),
+    "a class through a filter": ("{{ (messages|attr('__class__')).mro() }}", "unsafe|undefined"),
     "another class": ("{% set ns = namespace(__class__=1) %}", "begins with _"),
-    "another class, set": (START + "{% set ns.__class__ = 1 %}", "begins with _"),
+    "another class, set": ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "begins with _"),
+    "another class, of pairs": ("{% set ns = namespace([('__class__', 1)]) %}", "begins with _"),
+    "a list that changes": ("{{ messages.append(1) }}", "unsafe"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_in_an_error(name, monkeypatch):
-    monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.5)
     template, message = HOSTILE[name]
+    if "seconds" in message:
+        monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.2)
     with pytest.raises(ValueError, match=f"the template of x.*({message})"):
         compile_template(template, "the template of x")(
             messages=[{"role": "user", "content": "Hi"}]
         )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "one long ~",
-        "join, the method",
-        "replace, the method",
-        "a list of a list",
-        "doubling by set",
-    ],
-)
-def test_a_large_text_is_refused_before_it_is_made(name):
+def test_a_large_text_is_refused_before_it_is_made():
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError):
-            compile_template(HOSTILE[name][0], "t")(messages=[])
-        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+        with pytest.raises(ValueError, match=REFUSED):
+            compile_template("{{ ('a' * 10**9)|length }}", "t")(messages=[])
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
 
 
-def test_bounds_hold_in_every_thread_and_leave_nothing_behind():
-    render, found = compile_template("{% set x = 'a' * n %}{{ x|length }}", "t"), []
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ '-' * 30 ~ 3 * 'ab' ~ [1] * 2 }}", "-" * 30 + "ababab[1, 1]"),
+        ("{{ 2 ** 10 + 2 ** 0.5 * 0 + 7 % 4 }} {{ 2 * 1.5 }}", "1027.0 3.0"),
+        ("{{ '%5.1f|%*d|%s' % (1.25, 4, 7, 'a') ~ '%d' % 123456789 }}", "  1.2|   7|a123456789"),
+        ("{% set ns = namespace(self=1) %}{% set ns.x = 2 %}{{ ns.self + ns.x }}", "3"),
+    ],
+)
+def test_what_honest_templates_work_out(template, text):
+    assert compile_template(template, "t")() == text
+
+
+alarms = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms on this system")
+
+
+@alarms
+def test_an_alarm_of_somebody_else_goes_off_as_set(monkeypatch):
+    monkeypatch.setattr("minibnf.files.templates.SECONDS", 0.1)
+    render, rung = compile_template(HOSTILE["a loop without end"][0], "t"), []
+
+    def ring(*_):
+        rung.append(time.monotonic())
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for due in (0.05, 0.3):  # before the time limit of the template, and after it
+            rung.clear()
+            began = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, due)
+            with pytest.raises(ValueError, match=r"more than 0\.1 seconds"):
+                render()
+            while not rung and time.monotonic() < began + 5:
+                time.sleep(0.01)
+            assert signal.getsignal(signal.SIGALRM) is ring
+            assert rung and rung[0] - began >= max(due, 0.1) - 0.01
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@alarms
+def test_no_alarm_is_left_behind():
+    handler = signal.getsignal(signal.SIGALRM)
+    assert compile_template("{{ x }}", "t")(x=1) == "1"
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_templates_render_in_other_threads_too():
+    """There without a time limit, but with bounds on what operators make."""
+    render, found = compile_template("{{ ('a' * n)|length }}", "t"), []
 
     def work():
-        for n in (10**10, BUDGET // 10, 10**10, BUDGET // 10):
+        for n in (100, 10**9):
             try:
                 found.append(render(n=n))
-            except ValueError:
-                found.append("refused")
+            except ValueError as error:
+                found.append(str(error))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == sorted(["refused", str(BUDGET // 10)] * 4)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found[0] == "100" and REFUSED in found[1]
 
 
-def test_long_chats_are_no_attack():
-    """What honest templates do with every message: look, trim, split, replace, count, compare, join and slice."""
-    template = (
-        "{% for m in messages[::-1] %}{% set index = messages|length - 1 - loop.index0 %}{% endfor %}"
-        "{% for m in messages %}{% if m.role == messages[0].role and '</think>' in m.content %}"
-        "{% set c = m.content.split('</think>')[-1].replace('think', 'thought').strip() %}"
-        "{{ '<' ~ m.role + '>' + c.strip() ~ [c]|join('') ~ messages|selectattr('role', 'equalto', 'user')|list|length }}"
-        "{% endif %}{% endfor %}"
-    )
-    text = "a" * 300
-    for chat in (
-        [{"role": "user", "content": "no</think> thinks " + text * 10000}],
-        [{"role": "user", "content": "</think>" + text}] * 300,
-    ):
-        answer = "".join(
-            f"<user>{c}{c}{len(chat)}"
-            for c in [chat[0]["content"].split("</think>")[1].replace("think", "thought").strip()]
-        )
-        assert compile_template(template, "t")(messages=chat) == answer * len(chat)
+def test_jinja2_may_be_absent_where_no_template_is_rendered(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(byte_level(tmp_path))
+    monkeypatch.delitem(sys.modules, "minibnf.files.templates")
+    monkeypatch.delattr("minibnf.files.templates")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert tokenizer.encode_text_response("a")[-1] == tokenizer.eos_id
+    with pytest.raises(ImportError, match=r"pip install 'minibnf\[hf\]'"):
+        tokenizer.render([{"role": "user", "content": "a"}])
 
 
-# Where messages might become control tokens: the texts of these, parts of them, what the marks are made of, and neighbours.
+# Where messages might become control tokens: texts of these and parts of them, what the marks are
+# made of, and what may stand beside them.
 PIECES = [
-    *SPECIAL,
-    *ROLES,
-    "<think>",
-    "</think>",
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<unk>",
-    "[INST]",
-    "[/INST]",
-]
+    *SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "[INST]", "[/INST]",
+    "<", "<|", "<|im_", "im_end", "_end|>", "|>", ">", "start_", "/think>", "[IN", "ST]",
+    "<0x0A>", "<0xE4>", "▁", "▁<|im_end|>",
+]  # fmt: skip
+RESTS = ["", "0;", "2;", "start;", "<|im_end|>", "261;"]
+PIECES += [chr(0xE000 + k) + rest for k in range(3) for rest in RESTS]
 PIECES += [
-    "<",
-    "<|",
-    "<|im_",
-    "im_end",
-    "_end|>",
-    "|>",
-    ">",
-    "start_",
-    "/think>",
-    "[IN",
-    "ST]",
-    "<0x0A>",
-    "<0xE4>",
-    "▁",
-    "▁<|im_end|>",
-]
-PIECES += [
-    chr(0xE000 + k) + rest
-    for k in range(3)
-    for rest in ("", "0;", "2;", "start;", "<|im_end|>", "261;")
-]
-PIECES += [
-    " ",
-    "  ",
-    "\n",
-    "\r",
-    "\t",
-    "\u200b",
-    "\u00a0",
-    "user",
-    "assistant",
-    "system",
-    "a",
-    "é",
-    "😀",
-    "0;",
-    "2;",
-    "{{ eos_token }}",
-]
+    " ", "  ", "\n", "\r", "\t", "\u200b", "\u00a0", "user", "assistant", "system",
+    "a", "é", "😀", "0;", "2;", "{{ eos_token }}",
+]  # fmt: skip
+WRITERS = {"bpe": byte_level, "sp": sentence_piece}
+HI = [{"role": "user", "content": "Hi"}]
+PARIS = [{"role": "assistant", "content": "Paris"}]
 
 
 def strings(count=5000, more=()):
@@ -244,18 +193,15 @@ def strings(count=5000, more=()):
     return ["".join(draw.choices([*PIECES, *more], k=draw.randint(1, 6))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "sp"])
+@pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("name", ["chatml", "trims", "builds from role"])
 def test_5000_strings_give_no_control_token(kind, name, tmp_path):
-    tokenizer = load_tokenizer(
-        (byte_level if kind == "bpe" else sentence_piece)(tmp_path, TEMPLATES[name])
-    )
+    tokenizer = load_tokenizer(WRITERS[kind](tmp_path, TEMPLATES[name]))
     texts = strings()
     for role, *contents in zip(["user", "assistant"] * 1250, texts[::2], texts[1::2], strict=True):
         chat = [{"role": role, "content": text} for text in contents]
-        assert controls(tokenizer, tokenizer.encode_chat(chat)) == expected_controls(
-            tokenizer, name, chat
-        ), contents
+        found = controls(tokenizer, tokenizer.encode_chat(chat))
+        assert found == expected_controls(tokenizer, name, chat), contents
 
 
 @pytest.mark.parametrize("write", [byte_level, sentence_piece])
@@ -304,8 +250,6 @@ SMOLLM_3 = """
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
     {%- if not enable_thinking %}{{- '<think>\n\n</think>\n' }}{% endif %}
 {%- endif %}"""
-WRITERS = {"bpe": byte_level, "sp": sentence_piece}
-HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +338,7 @@ def test_variables_reach_the_template_and_forge_nothing(kind, tmp_path):
     turn, thought = [tokenizer.bos_id, tokenizer.eos_id], ["<think>", "</think>"]
     thought = [tokenizer.control[t] for t in thought]
     assert controls(tokenizer, ids) == [*turn, *turn, tokenizer.bos_id, *thought]
-    prompt, response = tokenizer.encode_response(
-        HI, [{"role": "assistant", "content": "Paris"}], **given
-    )
+    prompt, response = tokenizer.encode_response(HI, PARIS, **given)
     assert prompt == ids and tokenizer.decode(response, False) == "Paris<|im_end|>"
 
 
@@ -441,7 +383,7 @@ def test_the_token_that_closes_turns_ends_them(kind, turn, closing, tmp_path):
     assert unlisted == ("closes turns with <|im_end|>" in tokenizer.closing_warning)
     assert unlisted == bool(tokenizer.closing_warning)
     if unlisted:
-        _, ids = tokenizer.encode_response(HI, [{"role": "assistant", "content": "Paris"}])
+        _, ids = tokenizer.encode_response(HI, PARIS)
         assert tokenizer.decode(ids, skip_special=False).endswith(":Paris<|im_end|>")
         listed = json.dumps({"eos_token_id": [tokenizer.eos_id, found]})
         (base / "generation_config.json").write_text(listed)
@@ -457,99 +399,70 @@ THINKS = (  # an empty thought before the last answer only, as Qwen3 writes it
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n", "<think>\n\n</think>\n\n"])
-@pytest.mark.parametrize("kind", ["bpe", "sp"])
-def test_a_thought_that_the_template_writes_belongs_to_the_side_that_inference_puts_it_on(
-    kind, opening, tmp_path
-):
-    tokenizer = load_tokenizer(
-        (byte_level if kind == "bpe" else sentence_piece)(
-            tmp_path, THINKS.replace("opening", repr(opening))
-        )
-    )
-    prompt, ids = tokenizer.encode_response(
-        [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
-    )
-    assert prompt == tokenizer.encode(
-        f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{opening}"
-    )
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_thought_that_the_template_writes_is_on_the_side_of_inference(kind, opening, tmp_path):
+    template = THINKS.replace("opening", repr(opening))
+    tokenizer = load_tokenizer(WRITERS[kind](tmp_path, template))
+    prompt, ids = tokenizer.encode_response(HI, PARIS)
+    asked = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{opening}"
+    assert prompt == tokenizer.encode(asked)
     rest = "<think>\n\n</think>\n\n".removeprefix(opening)
     assert ids == tokenizer.encode(f"{rest}Paris<|im_end|>", continuation=True)
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"),
-            "'<think>",
-        ),  # the history has no thought
-        (
-            CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"),
-            "from character 0 on",
-        ),
-        (
-            THINKS.replace("opening", "'<think>\n'").replace(
-                " and loop.last", " and not loop.last"
-            ),
-            "'<think>",
-        ),
-    ],
-)
-def test_a_prompt_that_the_history_does_not_begin_with_is_refused(template, message, tmp_path):
+REWRITING = {
+    "a thought that no answer in the history has": (
+        CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"), "'<think>"
+    ),
+    "how many messages there are": (
+        CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"),
+        "from character 0 on",
+    ),
+    "a thought in all answers but the last": (
+        THINKS.replace("opening", "'<think>\n'").replace(" and loop.last", " and not loop.last"),
+        "'<think>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REWRITING)
+def test_a_prompt_that_the_history_does_not_begin_with_is_refused(what, tmp_path):
+    template, message = REWRITING[what]
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
     with pytest.raises(ValueError, match=f"no boundary exists: .*{message}"):
-        tokenizer.encode_response(
-            [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Paris"}]
-        )
+        tokenizer.encode_response(HI, PARIS)
 
 
-@pytest.mark.parametrize(
-    ("turn", "answer", "rest"),
-    [
-        (
-            "{{ m.content|trim }}<|im_end|>\n",
-            "  Paris \n",
-            "Paris<|im_end|>",
-        ),  # trims, and writes a line after the turn
-        (
-            "{{ m.content }}{{ ' ###\n\n' }}",
-            " Paris ",
-            " Paris  ###\n\n",
-        ),  # closes the turn with text
-        (
-            "{{ m.content }}<|im_end|>{{ ' over' }}",
-            "Paris",
-            "Paris<|im_end|>",
-        ),  # text after the end of turn
-        (
-            "{{ m.content }}",
-            "<|im_end|>",
-            "<|im_end|>",
-        ),  # closes it with nothing: the answer's own text is no end
-    ],
-)
+# What the template does with a turn: its text, an answer, and the response that is trained on.
+BOUNDARIES = {
+    "trims, and writes a line after the turn": (
+        "{{ m.content|trim }}<|im_end|>\n", "  Paris \n", "Paris<|im_end|>"
+    ),
+    "closes the turn with text": ("{{ m.content }}{{ ' ###\n\n' }}", " Paris ", " Paris  ###\n\n"),
+    "writes text after the end of the turn": (
+        "{{ m.content }}<|im_end|>{{ ' over' }}", "Paris", "Paris<|im_end|>"
+    ),
+    "closes it with nothing: the answer's own text is no end": (
+        "{{ m.content }}", "<|im_end|>", "<|im_end|>"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BOUNDARIES)
 @pytest.mark.parametrize("system", ["", "<|im_start|>Be kind.<|im_end|>\n"])
-@pytest.mark.parametrize("kind", ["bpe", "sp"])
-def test_boundaries(kind, system, turn, answer, rest, tmp_path):
-    head = "{% for m in messages %}<|im_start|>{{ m.role + ':' }}" + turn
-    template = (
-        system
-        + head
-        + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
-    )
-    base = (byte_level if kind == "bpe" else sentence_piece)(tmp_path)
-    tokenizer = load_tokenizer(write_config(base, template))
-    prompt, ids = tokenizer.encode_response(
-        [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": answer}]
-    )
-    assert prompt == tokenizer.encode_chat([{"role": "user", "content": "Hi"}], True)
-    assert tokenizer.decode(prompt, False).startswith(system.rstrip("\n")) and tokenizer.decode(
-        prompt, False
-    ).endswith("assistant:")
+@pytest.mark.parametrize("kind", WRITERS)
+def test_boundaries(kind, system, what, tmp_path):
+    turn, answer, rest = BOUNDARIES[what]
+    turns = "{% for m in messages %}<|im_start|>{{ m.role + ':' }}" + turn + "{% endfor %}"
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    tokenizer = load_tokenizer(WRITERS[kind](tmp_path, system + turns + asks))
+    prompt, ids = tokenizer.encode_response(HI, [{"role": "assistant", "content": answer}])
+    assert prompt == tokenizer.encode_chat(HI, True)
+    text = tokenizer.decode(prompt, False)
+    assert text.startswith(system.rstrip("\n")) and text.endswith("assistant:")
     assert tokenizer.decode(ids, False) == rest
-    assert controls(tokenizer, ids) == [tokenizer.eos_id] * (
-        rest != answer and "<|im_end|>" in rest
-    )
+    ended = rest != answer and "<|im_end|>" in rest
+    assert controls(tokenizer, ids) == ([tokenizer.eos_id] if ended else [])
 
 
 # A template that shows everything that a chat holds, and whose roles build tokens.
@@ -581,15 +494,12 @@ PREPEND = {  # as the first conversions of Llama's tokenizer
     "pre_tokenizer": None,
 }
 SPELT = [*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "<pad>", "<unk>"]
-ADVERSE = st.sampled_from(
-    [
-        *SPELT,
-        *(t[:k] for t in SPELT for k in (1, 2, -1)),
-        *(t[k:] for t in SPELT for k in (1, 2, -1, -2)),
-        *("im_end", "think", "▁", "<0x0A>", "\ue000", "\ue001", " ", "\n", "\r\n", "a", "é", "😀"),
-        *("＜", "＞", "＜think＞", "＜|im_end|＞", "ﬁ"),
-    ]
-)
+ADVERSE = st.sampled_from([
+    *SPELT, *(t[:k] for t in SPELT for k in (1, 2, -1)),
+    *(t[k:] for t in SPELT for k in (1, 2, -1, -2)),
+    "im_end", "think", "▁", "<0x0A>", "\ue000", "\ue001", " ", "\n", "\r\n", "a", "é", "😀",
+    "＜", "＞", "＜think＞", "＜|im_end|＞", "ﬁ",
+])  # fmt: skip
 HOSTILE_TEXT = st.lists(ADVERSE | st.text(max_size=2), max_size=5).map("".join)
 HOSTILE_TEXT = HOSTILE_TEXT.filter(lambda t: not any("\ud800" <= c <= "\udfff" for c in t))
 CALLS = st.lists(
@@ -609,7 +519,7 @@ MESSAGES = st.fixed_dictionaries(
 
 
 def changed(directory, fields):
-    """The tokenizer.json with other fields, and the tokens that are not special normalised."""
+    """The directory with other fields in tokenizer.json, whose plain tokens are normalised."""
     spec = json.loads((directory / "tokenizer.json").read_text()) | fields
     for token in spec["added_tokens"]:
         token["normalized"] = not token["special"]
@@ -619,12 +529,10 @@ def changed(directory, fields):
 
 def harmless(value, key=None):
     """The same chat in harmless words."""
+    if key == "arguments":
+        return {f"k{n}": harmless(v) for n, v in enumerate(value.values())}
     if isinstance(value, dict):
-        return (
-            {f"k{n}": harmless(v) for n, v in enumerate(value.values())}
-            if key == ("arguments")
-            else {k: harmless(v, k) for k, v in value.items()}
-        )
+        return {k: harmless(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [harmless(v) for v in value]
     return value if key == "role" else "word"

@@ -1,4 +1,4 @@
-"""The tokenizer's face over both formats, on vocabularies trained here: tiny byte-level BPEs and sentencepiece models."""
+"""Tokenizers of both formats, on tiny vocabularies that are trained here."""
 
 import io
 import json
@@ -25,14 +25,17 @@ CORPUS = [
 ] * 4
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {
     "chatml": CHATML,
     "trims": CHATML.replace("m['content']", "m['content'] | trim"),
-    "default system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-    + CHATML,
+    "default system": (
+        "{% if messages[0]['role'] != 'system' %}"
+        "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
+    ),
     "closes with text": (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ###\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -61,7 +64,11 @@ def write_config(directory, template, **more):
 
 
 def byte_level(directory, template=CHATML, special=ROLES, words=None, **more):
-    """words: a regular expression for words, as Llama 3 and Qwen have one of their own, with NFC."""
+    """A directory with a byte-level BPE.
+
+    words: a regular expression for words; with it the text is normalised (NFC). Llama 3 and Qwen
+    have such expressions of their own.
+    """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     pre = tokenizers.pre_tokenizers
     tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
@@ -113,11 +120,14 @@ def sentence_piece(directory, template=CHATML, **options):
     return write_config(directory, template)
 
 
+WRITERS = {"bpe": byte_level, "sp": sentence_piece}
+
+
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory):
     """{(format, template's name): Tokenizer}"""
     found = {}
-    for kind, write in (("bpe", byte_level), ("sp", sentence_piece)):
+    for kind, write in WRITERS.items():
         base = write(tmp_path_factory.mktemp(kind))
         for name, template in TEMPLATES.items():
             write_config(base, template)
@@ -125,7 +135,7 @@ def loaded(tmp_path_factory):
     return found
 
 
-each = pytest.mark.parametrize("kind", ["bpe", "sp"])
+each = pytest.mark.parametrize("kind", WRITERS)
 
 
 @each
@@ -137,43 +147,26 @@ def test_half_an_emoji_is_an_error_that_names_row_and_field(loaded, kind, tmp_pa
         read_examples(tmp_path / "rows.jsonl", tokenizer, 100)
 
 
-fragments = st.sampled_from(
-    [
-        *SPECIAL,
-        *ROLES,
-        "<think>",
-        "</think>",
-        "<s>",
-        "</s>",
-        "<pad>",
-        "<unk>",
-        "<",
-        "<|",
-        "<|im_",
-        "im_end|>",
-        "im_end",
-        "|>",
-        "end|>",
-        "\n",
-        " ",
-        "  ",
-        "user",
-        "assistant",
-        "\ue000",
-        "\ue0002;",
-        "2;",
-        "naïve",
-    ]
-)
-letters = st.characters(
-    exclude_characters="▁", exclude_categories=["Cs"]
-)  # ▁ is how sentencepiece writes a space
+fragments = st.sampled_from([
+    *SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>",
+    "<", "<|", "<|im_", "im_end|>", "im_end", "|>", "end|>", "\n", " ", "  ",
+    "user", "assistant", "\ue000", "\ue0002;", "2;", "naïve",
+])  # fmt: skip
+# without ▁, which is how sentencepiece writes a space
+letters = st.characters(exclude_characters="▁", exclude_categories=["Cs"])
 contents = st.lists(fragments | st.text(letters, max_size=4), max_size=5).map("".join)
 plain = st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)
 roles = st.sampled_from(["system", "user", "assistant"])
 chats = st.lists(
     st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4
 )
+plain_chats = st.lists(
+    st.fixed_dictionaries({"role": roles, "content": plain}), min_size=1, max_size=4
+)
+
+
+def users(*texts):
+    return [{"role": "user", "content": text} for text in texts]
 
 
 def controls(tokenizer, ids):
@@ -201,16 +194,10 @@ def expected_controls(tokenizer, name, chat):
 @each
 @pytest.mark.parametrize("name", TEMPLATES)
 @PROPERTY
-@example(chat=[{"role": "user", "content": "<|im_"}, {"role": "user", "content": "end|>"}])
-@example(
-    chat=[
-        {"role": "user", "content": "<|"},
-        {"role": "user", "content": "im_end"},
-        {"role": "user", "content": "|> \n"},
-    ]
-)
-@example(chat=[{"role": "user", "content": "<|im_<|im_end|>end|>"}])
-@example(chat=[{"role": "user", "content": "\ue0002;\ue0012;<think>"}])
+@example(chat=users("<|im_", "end|>"))
+@example(chat=users("<|", "im_end", "|> \n"))
+@example(chat=users("<|im_<|im_end|>end|>"))
+@example(chat=users("\ue0002;\ue0012;<think>"))
 @given(chat=chats)
 def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
     tokenizer = loaded[kind, name]
@@ -222,9 +209,7 @@ def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
 @each
 @pytest.mark.parametrize("name", TEMPLATES)
 @PROPERTY
-@given(
-    chat=st.lists(st.fixed_dictionaries({"role": roles, "content": plain}), min_size=1, max_size=4)
-)
+@given(chat=plain_chats)
 def test_a_chat_without_control_text_is_its_rendering(loaded, kind, name, chat):
     tokenizer = loaded[kind, name]
     assert tokenizer.encode_chat(chat, True) == tokenizer.encode(tokenizer.render(chat, True))
@@ -279,9 +264,7 @@ def test_a_template_that_rewrites_the_prompt_has_no_boundary(tmp_path):
     template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
     with pytest.raises(ValueError, match="no boundary exists: from character 0 on"):
-        tokenizer.encode_response(
-            [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-        )
+        tokenizer.encode_response(users("a"), [{"role": "assistant", "content": "b"}])
 
 
 def test_a_template_that_acts_on_control_text_is_refused(tmp_path):
@@ -289,66 +272,48 @@ def test_a_template_that_acts_on_control_text_is_refused(tmp_path):
         "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
     )
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
-    assert tokenizer.encode_chat([{"role": "user", "content": "a"}]) == tokenizer.encode(
-        "a<|im_end|>"
-    )
+    assert tokenizer.encode_chat(users("a")) == tokenizer.encode("a<|im_end|>")
     with pytest.raises(ValueError, match="acts on control text inside a message"):
         tokenizer.encode_chat([{"role": "assistant", "content": "<think>hm</think>a"}])
 
 
 def test_roles_build_role_tokens_but_never_an_end(loaded):
-    for kind in ("bpe", "sp"):
+    for kind in WRITERS:
         tokenizer = loaded[kind, "builds from role"]
-        ids = tokenizer.encode_chat(
-            [{"role": "im_end", "content": "user"}, {"role": "user", "content": "im_end"}]
-        )
-        assert controls(tokenizer, ids) == [
-            tokenizer.eos_id,
-            tokenizer.control["<|user|>"],
-            tokenizer.eos_id,
-        ]
+        chat = [{"role": "im_end", "content": "user"}, {"role": "user", "content": "im_end"}]
+        user, end = tokenizer.control["<|user|>"], tokenizer.eos_id
+        assert controls(tokenizer, tokenizer.encode_chat(chat)) == [end, user, end]
 
 
 def test_nested_strings_and_keys_are_text_too(tmp_path):
     template = "{% for m in messages %}{{ m['tool_calls'] | tojson }}<|im_end|>{% endfor %}"
     tokenizer = load_tokenizer(byte_level(tmp_path, template))
-    chat = [
-        {
-            "role": "assistant",
-            "tool_calls": [{"name": "<think>", "arguments": {"<|im_end|>": ["é<|im_start|>", 1]}}],
-        }
-    ]
-    ids = tokenizer.encode_chat(chat)
+    arguments = {"<|im_end|>": ["é<|im_start|>", 1]}
+    calls = [{"name": "<think>", "arguments": arguments}]
+    chat = [{"role": "assistant", "tool_calls": calls}]
+    ids, text = tokenizer.encode_chat(chat), tokenizer.render(chat)
     assert controls(tokenizer, ids) == [tokenizer.eos_id]
-    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render(
-        chat
-    ) and "é" in tokenizer.render(chat)
+    assert tokenizer.decode(ids, skip_special=False) == text and "é" in text
 
 
 def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
-    """A vocabulary in which ordinary merges spell '<think>', and one whose model looks words up before it merges."""
+    """Vocabularies in which ordinary merges spell '<think>'.
+
+    The model of the second looks up whole words before it merges.
+    """
     symbols = ["<", ">", "think", "<think", "t", "h", "i", "n", "k", "th", "in", "ink"]
     merges = [("i", "n"), ("in", "k"), ("t", "h"), ("th", "ink"), ("<", "think"), ("<think", ">")]
+    vocabulary = {t: i for i, t in enumerate([*symbols, "<think>", "<|im_end|>"])}
+    config = {"eos_token": "<|im_end|>", "chat_template": "{{ messages[0].content }}<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     for ignore_merges in (False, True):
-        model = tokenizers.models.BPE(
-            {t: i for i, t in enumerate([*symbols, "<think>", "<|im_end|>"])},
-            merges,
-            ignore_merges=ignore_merges,
-        )
+        model = tokenizers.models.BPE(vocabulary, merges, ignore_merges=ignore_merges)
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.add_special_tokens(["<|im_end|>"])
         tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        (tmp_path / "tokenizer_config.json").write_text(
-            json.dumps(
-                {
-                    "eos_token": "<|im_end|>",
-                    "chat_template": "{{ messages[0]['content'] }}<|im_end|>",
-                }
-            )
-        )
         ours = load_tokenizer(tmp_path)
-        ids = ours.encode_chat([{"role": "user", "content": "<think>"}])
+        ids = ours.encode_chat(users("<think>"))
         assert ids == [0, 2, 1, 13]  # "<", "think", ">" and the template's own
         assert ours.encode("<think><|im_end|>") == [12, 13]
 
@@ -363,27 +328,21 @@ def test_a_dummy_prefix_stands_at_the_beginning_only(tmp_path):
     native = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenizer.encode("Paris is") == native.encode("Paris is")
     assert native.id_to_piece(tokenizer.encode("Paris<|im_end|>Paris"))[-1][0] != "▁"
-    chat, response = (
-        [{"role": "user", "content": "Hi"}],
-        [{"role": "assistant", "content": "Paris"}],
-    )
+    chat, response = users("Hi"), [{"role": "assistant", "content": "Paris"}]
     prompt, ids = tokenizer.encode_response(chat, response)
     whole = tokenizer.encode(tokenizer.render(chat + response))
-    assert tokenizer.decode(prompt + ids, skip_special=False) == tokenizer.decode(
-        whole, skip_special=False
-    ).removesuffix("\n")
+    text = tokenizer.decode(whole, skip_special=False).removesuffix("\n")
+    assert tokenizer.decode(prompt + ids, skip_special=False) == text
     assert native.id_to_piece(ids[0])[0] != "▁"
 
 
-def test_sentencepiece_text_is_encoded_as_sentencepiece_does(loaded, tmp_path):
-    native = sentencepiece.SentencePieceProcessor(
-        model_file=str(loaded["sp", "chatml"].backend.path)
-    )
-    text = "The  capital<|im_start|>user\nnaïve \U0001f600<|im_end|>"  # user-defined pieces are read natively
-    assert loaded["sp", "chatml"].encode(text) == native.encode(text)
-    assert (
-        "<think>" in loaded["sp", "chatml"].control and "  " not in loaded["sp", "chatml"].control
-    )
+def test_sentencepiece_text_is_encoded_as_sentencepiece_does(loaded):
+    tokenizer = loaded["sp", "chatml"]
+    native = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.backend.path))
+    # user-defined pieces, which the library reads too
+    text = "The  capital<|im_start|>user\nnaïve \U0001f600<|im_end|>"
+    assert tokenizer.encode(text) == native.encode(text)
+    assert "<think>" in tokenizer.control and "  " not in tokenizer.control
 
 
 def test_tokens_and_attributes(tmp_path):
@@ -391,19 +350,13 @@ def test_tokens_and_attributes(tmp_path):
     (directory / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     (directory / "config.json").write_text('{"eos_token_id": 1}')
     tokenizer = load_tokenizer(directory)
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (
-        2,
-        1,
-        0,
-    ) and tokenizer.end_ids == {0, 1, 2}
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (2, 1, 0)
+    assert tokenizer.end_ids == {0, 1, 2}
     assert set(tokenizer.control) == {*SPECIAL, *ROLES, "<think>", "</think>"}
-    assert (
-        tokenizer.vocab_size
-        == len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 6
-    )
-    assert (
-        len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8
-    )  # the file's truncation does not apply
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    assert tokenizer.vocab_size == len(spec["model"]["vocab"]) + 6
+    # The truncation that the file asks for does not apply.
+    assert len(tokenizer.encode("How many apples are 12 and 34? 46.")) > 8
 
 
 def beginning(directory, kind):
@@ -423,7 +376,7 @@ def beginning(directory, kind):
 
 @each
 def test_a_text_gets_the_beginning_token_once_and_only_where_the_tokenizer_gives_it(kind, tmp_path):
-    directory = (byte_level if kind == "bpe" else sentence_piece)(tmp_path)
+    directory = WRITERS[kind](tmp_path)
     plain, begun = load_tokenizer(directory), beginning(directory, kind)
     ids = plain.encode("The capital")
     assert plain.encode_text("The capital") == ids == begun.encode("The capital")
@@ -454,19 +407,18 @@ def test_save_copies_the_files(tmp_path):
     tokenizer.save(tmp_path / "b" / "c")
     tokenizer.save(tmp_path / "a")  # onto itself: nothing happens
     names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(p.name for p in (tmp_path / "b" / "c").iterdir()) == names
-    assert all(
-        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / "c" / n).read_bytes() for n in names
-    )
-    assert (
-        load_tokenizer(tmp_path / "b" / "c").render([{"role": "user", "content": "x"}]) == "x"
-    )  # .jinja wins
+    copies = tmp_path / "b" / "c"
+    assert sorted(p.name for p in copies.iterdir()) == names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (copies / name).read_bytes()
+    assert load_tokenizer(copies).render(users("x")) == "x"  # the .jinja file wins
 
 
 def test_templates_have_what_transformers_gives_them(tmp_path):
     template = (
-        "{%- for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ bos_token }}"
-        "{{ strftime_now('%Y') | length }}{% generation %}{{ m | tojson }}{% endgeneration %}"
+        "{%- for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n"
+        "{{ bos_token }}{{ strftime_now('%Y') | length }}"
+        "{% generation %}{{ m | tojson }}{% endgeneration %}"
         "{% endfor %}{{ tools is none }}{{ eos_token }}"
     )
     tokenizer = load_tokenizer(byte_level(tmp_path, [{"name": "default", "template": template}]))
@@ -494,9 +446,8 @@ def test_loading_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds neither"):
         load_tokenizer(tmp_path)
     byte_level(tmp_path, eos_token="<end>")
-    with pytest.raises(
-        ValueError, match=r"eos_token is '<end>', which tokenizer\.json does not hold"
-    ):
+    lacks = r"eos_token is '<end>', which tokenizer\.json does not hold"
+    with pytest.raises(ValueError, match=lacks):
         load_tokenizer(tmp_path)
     write_config(tmp_path, CHATML, eos_token=None)
     with pytest.raises(ValueError, match="eos_token is missing"):
@@ -526,10 +477,8 @@ def test_ids_beyond_the_vocabulary_and_lost_characters_are_told(tmp_path):
     with pytest.raises(ValueError, match="is no id of"):
         tokenizer.decode([tokenizer.vocab_size])
     spec = json.loads((directory / "tokenizer.json").read_text())
-    symbol = next(
-        token for token in spec["model"]["vocab"] if token == "Ą"
-    )  # what spells the byte 4
-    spec["model"]["vocab"]["unused"] = spec["model"]["vocab"].pop(symbol)
+    vocabulary = spec["model"]["vocab"]
+    vocabulary["unused"] = vocabulary.pop("Ą")  # which spells the byte 4
     (directory / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = load_tokenizer(directory)
     with warnings.catch_warnings():

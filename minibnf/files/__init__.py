@@ -1,4 +1,7 @@
-"""What other people's files look like: configs, tensors, tokenizers, templates, rows. It knows no model."""
+"""What other people's files look like: configs, tensors, tokenizers, templates, rows.
+
+Nothing here knows a model.
+"""
 
 from minibnf.files.tokenizer import load_tokenizer
 

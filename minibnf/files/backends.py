@@ -1,5 +1,7 @@
-"""The two kinds of tokenizer files: tokenizer.json (package tokenizers) and sentencepiece's
-tokenizer.model. tokenizer.py puts one face on both."""
+"""The two kinds of tokenizer files, which tokenizer.py puts one face on.
+
+They are tokenizer.json, which the package tokenizers reads, and sentencepiece's tokenizer.model.
+"""
 
 import re
 import struct
@@ -8,9 +10,9 @@ from itertools import groupby
 
 from minibnf.files.spelling import any_of
 
-# Control tokens are all that are special, and all other added ones with markup in them, such as
-# <think> or <tool_call>: templates and parsers trust those as much. Letters, digits and white
-# space alone are vocabulary.
+# Control tokens are the special tokens, and the other added tokens with markup in them, such as
+# <think> or <tool_call>, since templates and parsers trust those as much. An added token that is
+# only letters, digits and white space is ordinary vocabulary.
 PLAIN = re.compile(r"[\w\s]*")
 
 
@@ -37,7 +39,7 @@ class HuggingFace:
             if token.special or not PLAIN.fullmatch(token.content)
         }
         self.special_texts = [token.content for token in added.values() if token.special]
-        # A continuation is encoded after some token, one that takes nothing of what follows it.
+        # A continuation is encoded behind some token that takes nothing of what follows it.
         simple = (t for t in added.values() if not (t.rstrip or t.single_word or t.normalized))
         self.before = next((t.content for t in simple), "")
         self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
@@ -45,9 +47,9 @@ class HuggingFace:
         self.byte_tokens = {
             i for t, i in vocabulary.items() if fallback and re.fullmatch("<0x[0-9A-F]{2}>", t)
         }
-        # A byte-level BPE spells each byte by one printable character. Some vocabularies
-        # (SmolLM2's) lack a few of these, and then the library leaves such bytes out, as
-        # transformers does too. Here that is at least said.
+        # A byte-level BPE spells each byte by one printable character. Some vocabularies, such as
+        # SmolLM2's, lack a few of these. The library leaves out such bytes without a word, and so
+        # does transformers; here a warning names them.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         characters = map(chr, printable + list(range(256, 512)))
@@ -88,14 +90,14 @@ class SentencePiece:
         except RuntimeError as error:
             raise ValueError(f"{path} cannot be read as a sentencepiece model: {error}") from error
         # The dummy prefix, a space before the text, belongs at its beginning only. The bytes add
-        # normalizer_spec { add_dummy_prefix: false } to the model: in protobuf, what comes last
-        # counts. (The library's own way to edit a model needs the package protobuf.)
+        # normalizer_spec { add_dummy_prefix: false } to the model. In protobuf the last value of a
+        # field counts. (The library's own way to edit a model needs the package protobuf.)
         self.rest = Processor(model_proto=model + b"\x1a\x02\x18\x00")
         self.vocab_size, self.control, self.special_texts = len(self.first), {}, []
         for i in range(self.vocab_size):
             piece = self.first.id_to_piece(i)
-            # The library does not tell which pieces are user-defined. In the file a piece is its
-            # text, 0x15, its score and, unless it is a normal one, 0x18 and its type.
+            # The library does not tell which pieces are user-defined, but the file does: a piece
+            # is its text, 0x15, its score and, unless it is a normal piece, 0x18 and its type.
             entry = piece.encode() + b"\x15" + struct.pack("<f", self.first.get_score(i))
             at = model.index(entry, at) + len(entry)
             text = piece.replace("\u2581", " ")
@@ -117,13 +119,15 @@ class SentencePiece:
         return i if self.first.id_to_piece(i) == piece else None
 
     def begin(self, config, bos_id):
-        """The beginning token where tokenizer_config.json asks for one, by the default of
-        transformers 5."""
+        """The ids before a text: bos_id where tokenizer_config.json asks for it, else none.
+
+        The default is that of transformers 5.
+        """
         default = str(config.get("tokenizer_class")).startswith("CodeLlama")
         return [bos_id] if config.get("add_bos_token", default) and bos_id is not None else []
 
     def encode(self, text, continuation):
-        """sentencepiece reads user-defined pieces in text, but not control pieces."""
+        """The ids of a text; control pieces are read here, since sentencepiece reads none."""
         ids = []
         for k, part in enumerate(self.pattern.split(text)):  # ordinary text and control in turn
             if k % 2:

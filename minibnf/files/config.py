@@ -9,6 +9,7 @@ it (announce_ignored). tests/parity holds the lists below against transformers' 
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from minibnf.files.disk import read_json
@@ -16,7 +17,7 @@ from minibnf.files.disk import read_json
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: base theta; llama3: (factor, low_freq_factor, high_freq_factor, original context) or None."""
+    """Rotary positions. theta: their base. llama3: the values of LLAMA3's fields, or None."""
 
     theta: float
     llama3: tuple[float, float, float, float] | None = None
@@ -24,10 +25,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Layer:
-    """What differs between layers: a token sees `window` tokens up to itself (None: all); rope None: no positions at all."""
+    """What differs between layers."""
 
-    window: int | None
-    rope: Rope | None
+    window: int | None  # a token sees so many tokens up to itself; None: all
+    rope: Rope | None  # None: no positions at all
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Config:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each query's and key's head
-    gemma: bool  # norms multiply by 1 + weight, embeddings by sqrt(hidden_size), four norms a layer
+    gemma: bool  # norms multiply by 1 + weight, embeddings by sqrt(hidden_size), 4 norms per layer
     query_scale: float
     attention_softcap: float | None
     final_softcap: float | None
@@ -106,17 +107,31 @@ READS = {  # family: the fields it reads besides SHAPE
 OFF = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 DEFAULTS = {  # where transformers' own default is not that of Llama
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "gemma2": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "num_key_value_heads": 4},
-    "gemma3_text": {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-                    "num_key_value_heads": 4, "sliding_window_pattern": 6, "rope_theta": 1e6},
-    "smollm3": {"tie_word_embeddings": True, "rope_theta": 2e6, "num_key_value_heads": 4, "no_rope_layer_interval": 4},
+    "gemma2": {
+        "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+        "sliding_window": 4096, "num_key_value_heads": 4,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+        "sliding_window": 4096, "num_key_value_heads": 4,
+        "sliding_window_pattern": 6, "rope_theta": 1e6,
+    },
+    "smollm3": {
+        "tie_word_embeddings": True, "num_key_value_heads": 4,
+        "rope_theta": 2e6, "no_rope_layer_interval": 4,
+    },
     "qwen3": {"head_dim": 128},
 }  # fmt: skip
+KINDS = ("full_attention", "sliding_attention")  # of layers, as layer_types names them
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_config(directory) -> tuple[Config, dict]:
-    """config.json -> (the Config, the whole of it). Raises ValueError that names a field, FileNotFoundError."""
+    """The Config that config.json gives, and the whole of the file.
+
+    Raises FileNotFoundError, or ValueError that names the field.
+    """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise no_model(directory, "no config.json")
@@ -140,7 +155,7 @@ def no_model(directory, lacks: str) -> FileNotFoundError:
 
 
 def parse_config(raw: dict, path) -> Config:
-    """See the top of the file. Raises ValueError that names the field."""
+    """The Config of what a config.json holds. Raises ValueError that names the field."""
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if family not in READS:
         raise ValueError(
@@ -154,38 +169,22 @@ def parse_config(raw: dict, path) -> Config:
         if field in read and (value is not None or field in OFF)
     }
 
-    def number(name, default=None):
-        value = given.get(name, default)
-        real = name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float) if real else int)
-            or value <= 0
-        ):
-            raise ValueError(
-                f"{path}: field '{name}' must be a {'' if real else 'whole '}number above 0, not {value!r}"
-            )
-        return value
-
-    hidden, heads, n = (
-        number("hidden_size"),
-        number("num_attention_heads"),
-        number("num_hidden_layers"),
-    )
+    number = partial(_number, given, path)
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
     head_dim, gemma = number("head_dim", hidden // heads), family.startswith("gemma")
     bias = bool(given.get("attention_bias"))
     config = Config(
         vocab_size=number("vocab_size"),
         hidden_size=hidden,
         intermediate_size=number("intermediate_size"),
-        num_hidden_layers=n,
+        num_hidden_layers=number("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=number("num_key_value_heads", heads),
         head_dim=head_dim,
         rms_norm_eps=number("rms_norm_eps", 1e-6),
         tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
         max_position_embeddings=number("max_position_embeddings", 2048),
-        layers=_layers(given, family, n, number, path),
+        layers=_layers(given, family, number, path),
         family=family,
         gelu=gemma,
         qkv_bias=bias or family == "qwen2",
@@ -199,9 +198,21 @@ def parse_config(raw: dict, path) -> Config:
     )
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError(
-            f"{path}: num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
+            f"{path}: num_attention_heads must be a multiple of num_key_value_heads, "
+            "and head_dim even"
         )
     return config
+
+
+def _number(given: dict, path, name: str, default=None):
+    """The value of a field that must be a number above 0."""
+    value = given.get(name, default)
+    real = name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
+    right = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
+    if not right or value <= 0:
+        kind = "number" if real else "whole number"
+        raise ValueError(f"{path}: field '{name}' must be a {kind} above 0, not {value!r}")
+    return value
 
 
 def _only(family: str) -> dict[str, tuple]:
@@ -235,27 +246,20 @@ def announce_ignored(directory, raw: dict) -> None:
         print(f"{Path(directory) / 'config.json'}: {what}", file=sys.stderr)
 
 
-def _layers(given: dict, family: str, n: int, number, path) -> tuple[Layer, ...]:
+def _layers(given: dict, family: str, number, path) -> tuple[Layer, ...]:
     """Each layer's window and rotary positions."""
-    types = given.get("layer_types")
+    n, types = number("num_hidden_layers"), given.get("layer_types")
     if types is None:  # as transformers 4 wrote no such field
-        sliding = {
-            "mistral": lambda i: given["sliding_window"] is not None,
-            "gemma2": lambda i: i % 2 == 0,
-            "gemma3_text": lambda i: (i + 1) % number("sliding_window_pattern") != 0,
-            "qwen2": lambda i: (
-                given.get("use_sliding_window", False) and i >= given.get("max_window_layers", 28)
-            ),
-        }
-        of = sliding.get("qwen2" if family == "qwen3" else family, lambda i: False)
         if family == "smollm3" and given.get("use_sliding_window"):
             raise ValueError(
                 f"{path}: field 'use_sliding_window' needs the field 'layer_types' beside it"
             )
-        types = ["sliding_attention" if of(i) else "full_attention" for i in range(n)]
-    if len(types) != n or set(types) - {"sliding_attention", "full_attention"}:
+        sliding = (_is_sliding(i, given, family, number) for i in range(n))
+        types = ["sliding_attention" if s else "full_attention" for s in sliding]
+    if len(types) != n or not set(types).issubset(KINDS):
         raise ValueError(
-            f"{path}: field 'layer_types' must name {n} times sliding_attention or full_attention, not {types}"
+            f"{path}: field 'layer_types' must name {n} times sliding_attention or "
+            f"full_attention, not {types}"
         )
     window = number("sliding_window") if "sliding_attention" in types else None
     kept = given.get("no_rope_layers")
@@ -271,57 +275,53 @@ def _layers(given: dict, family: str, n: int, number, path) -> tuple[Layer, ...]
     )
 
 
+def _is_sliding(i: int, given: dict, family: str, number) -> bool:
+    """Whether layer i has a sliding window in a config that does not name its layers' types."""
+    if family == "mistral":
+        return given["sliding_window"] is not None
+    if family == "gemma2":
+        return i % 2 == 0
+    if family == "gemma3_text":
+        return (i + 1) % number("sliding_window_pattern") != 0
+    if family in ("qwen2", "qwen3"):
+        return bool(given.get("use_sliding_window")) and i >= given.get("max_window_layers", 28)
+    return False
+
+
 def _ropes(given: dict, number, path) -> dict[str, Rope]:
-    """{"full_attention": ..., "sliding_attention": ...}, from rope_theta and rope_scaling or from rope_parameters."""
+    """The Rope of each of KINDS, from rope_theta and rope_scaling or from rope_parameters."""
     raw = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    each = (
-        raw
-        if set(raw) & {"full_attention", "sliding_attention"}
-        else {"full_attention": raw, "sliding_attention": raw}
-    )
-    if (
-        given.get("rope_parameters")
-        and each is not raw
-        and given.get("model_type") == "gemma3_text"
-    ):
+    apart, gemma3 = not set(KINDS).isdisjoint(raw), given.get("model_type") == "gemma3_text"
+    if gemma3 and not apart and given.get("rope_parameters"):
         raise ValueError(
-            f"{path}: field 'rope_parameters' must hold full_attention and sliding_attention for gemma3_text"
+            f"{path}: field 'rope_parameters' must hold full_attention and sliding_attention "
+            "for gemma3_text"
         )
-    found = {}
-    for kind in ("full_attention", "sliding_attention"):
-        p = each.get(kind) or {}
-        local = (
-            kind == "sliding_attention" and given.get("model_type") == "gemma3_text"
-        )  # its local layers' own base
-        if local and each is not raw:  # a scaling of transformers 4 is the global layers' alone
-            p = {}
-        theta = p.get("rope_theta") or (
-            given.get("rope_local_base_freq", 1e4) if local else number("rope_theta", 1e4)
+    ropes = {}
+    for kind in KINDS:
+        parameters = (raw.get(kind) or {}) if apart else raw
+        local = gemma3 and kind == "sliding_attention"  # such layers have a base of their own
+        if local and not apart:  # a scaling of transformers 4 is the global layers' alone
+            parameters = {}
+        theta = parameters.get("rope_theta")
+        if not theta:
+            theta = given.get("rope_local_base_freq", 1e4) if local else number("rope_theta", 1e4)
+        ropes[kind] = _rope(parameters, theta, path)
+    return ropes
+
+
+def _rope(parameters: dict, theta: float, path) -> Rope:
+    """The Rope of one set of parameters, which are refused unless they are followed here."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    others = set(parameters) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    whole_head = parameters.get("partial_rotary_factor", 1.0) == 1.0
+    if kind == "default" and whole_head and not others:
+        return Rope(theta)
+    if kind != "llama3" or not whole_head or len(others) != len(LLAMA3):
+        raise ValueError(
+            f"{path}: rotary positions {parameters} are not supported; only rope_type default "
+            "and llama3 are"
         )
-        rope_type = p.get("rope_type", p.get("type", "default"))
-        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if (
-            rope_type == "default"
-            and not set(p) - known
-            and p.get("partial_rotary_factor", 1.0) == 1.0
-        ):
-            found[kind] = Rope(theta)
-        elif (
-            rope_type == "llama3"
-            and len(set(p) - known) == 4
-            and p.get("partial_rotary_factor", 1.0) == 1.0
-        ):
-            names = (
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            )
-            if missing := [name for name in names if name not in p]:
-                raise ValueError(f"{path}: rotary scaling llama3 lacks the field '{missing[0]}'")
-            found[kind] = Rope(theta, tuple(float(p[name]) for name in names))
-        else:
-            raise ValueError(
-                f"{path}: rotary positions {p} are not supported; only rope_type default and llama3 are"
-            )
-    return found
+    if missing := [name for name in LLAMA3 if name not in parameters]:
+        raise ValueError(f"{path}: rotary scaling llama3 lacks the field '{missing[0]}'")
+    return Rope(theta, tuple(float(parameters[name]) for name in LLAMA3))

@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def read_json(path: Path):
-    """The JSON of a file. Raises FileNotFoundError, or ValueError that says where the file is broken."""
+    """The JSON of a file.
+
+    Raises FileNotFoundError, or ValueError that says where the file is broken.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
@@ -18,7 +21,7 @@ def read_json(path: Path):
 
 
 def optional(path: Path) -> dict:
-    """The JSON object of a file that need not be there: {} without it. ValueError: not an object."""
+    """The JSON object of a file, or {} where there is no such file. ValueError: it is no object."""
     value = read_json(path) if path.is_file() else {}
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -26,19 +29,22 @@ def optional(path: Path) -> dict:
 
 
 def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
+    """Write JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a text file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 class replacing:
-    """with replacing(directory) as temporary: fill temporary; on success it takes the directory's place by renaming."""
+    """A temporary folder that takes the directory's place when the block ends without an error.
+
+    with replacing(directory) as temporary: ... fill temporary ...
+    """
 
     def __init__(self, directory):
         self.directory = Path(directory)
@@ -61,15 +67,16 @@ class replacing:
 
 
 def inside(path: Path, folder: Path) -> bool:
-    """Does a path, or what it links to, lie in a folder, or is it the folder itself?"""
+    """Whether a path, or what it links to, is the folder or lies in it."""
     places = path.resolve(), path.parent.resolve() / path.name
     return any(place.is_relative_to(folder.resolve()) for place in places)
 
 
 def check_output(out: Path, inputs: Iterable[Path]) -> None:
-    """ValueError if out, a file to write, is a folder, an input, or a file of an input's folder.
+    """Raise ValueError where writing the file `out` would overwrite an input.
 
-    Under whatever name: a symbolic or a hard link to an input is that input.
+    Neither may out be a folder. A folder among the inputs stands for the files in it, and a
+    symbolic or hard link to an input is that input.
     """
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file")

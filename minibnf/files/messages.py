@@ -1,4 +1,4 @@
-"""What a field of a row says: a text or messages, and where the prompt ends within."""
+"""What a field of a row says: a text or messages, and where the prompt in it ends."""
 
 COMPARED = (  # the keys that make two messages the same; ids, times and all others do not
     "role", "content", "reasoning_content", "thinking", "tool_calls", "tool_call_id", "name",
@@ -57,7 +57,10 @@ def _part(part, where: str) -> str:
 
 
 def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
-    """The prompt, and the completions without it, which may all begin with it or alone hold it."""
+    """The prompt, and the completions without it.
+
+    Completions may repeat the prompt; where there is no prompt, they begin with it.
+    """
     text = any(isinstance(value, str) for value in given)
     if prompt is None:
         size = _end_in_texts(given, where) if text else _end_in_messages(given, where)
@@ -72,7 +75,7 @@ def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
 
 
 def _end_in_messages(given: list[list[dict]], where) -> int:
-    """How many messages of chosen and rejected are their prompt: those they share."""
+    """How many messages at the beginning of chosen and rejected are their prompt."""
     size = shared(*given)
     if size in (0, *map(len, given)):
         what = "share no first message" if not size else "do not differ after their beginning"
@@ -83,7 +86,7 @@ def _end_in_messages(given: list[list[dict]], where) -> int:
 
 
 def _end_in_texts(given: list, where) -> int:
-    """How many characters of chosen and rejected are their prompt, which ends with TURN."""
+    """How many characters at the beginning of chosen and rejected are their prompt."""
     texts = all(isinstance(value, str) for value in given)
     differ = (i for i, (a, b) in enumerate(zip(*given, strict=False)) if a != b)
     start = given[0].rfind(TURN, 0, next(differ, min(map(len, given)))) if texts else -1
@@ -96,7 +99,7 @@ def _end_in_texts(given: list, where) -> int:
 
 
 def shared(a: list[dict], b: list[dict]) -> int:
-    """How many first messages two conversations share, by the keys in COMPARED."""
+    """How many messages at their beginning two conversations share, by the keys in COMPARED."""
     a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
     size = min(len(a), len(b))
     return next((i for i in range(size) if a[i] != b[i]), size)

@@ -1,4 +1,4 @@
-"""Rows: what files of them look like and what a row says, knowing no model and no tokenizer.
+"""Files of rows, and what a row says, without any model or tokenizer.
 
     for place, row in scan_rows("pairs.jsonl"):     # one function per format yields these
         parse_row(row, place)                       # -> Record(prompt, completions, preferred, ...)
@@ -11,9 +11,9 @@ A row is one of
     {"prompt": P, "completion": C, "label": bool}   unpaired
     {"chosen": C, "rejected": C}                    paired, the prompt implicit
 P and C are texts or messages (see messages.py). Three more columns have a meaning beside messages:
-"system" (a text) becomes the first message; "tools" (a list of schemas) and "chat_template_kwargs"
-(an object) are variables of the chat template, and may be JSON in a text. null means absent, at any
-depth: Arrow writes it for what other rows have.
+"system" (a text) becomes the first message. "tools" (a list of schemas) and "chat_template_kwargs"
+(an object) are variables of the chat template; either may also be a text that holds JSON. null
+means absent, at any depth, since Arrow writes null for a key that only other rows have.
 """
 
 import gzip
@@ -32,13 +32,14 @@ from tqdm import tqdm
 from minibnf.files.messages import COMPARED, text_or_messages, without_prompt
 
 OPTIONS = ("system", "tools", "chat_template_kwargs")
+UNPAIRED = ("prompt", "completion", "label")
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
-DEPTH = 100  # how deeply a row's lists and objects may be nested; those behind us recurse too
+DEPTH = 100  # how deeply a row's lists and objects may be nested; later code recurses too
 SHOWN = 10  # bad rows that an error lists
 
 
 class Place(NamedTuple):
-    """Where a row stands; its text is the beginning of errors."""
+    """Where a row stands. Errors begin with its text."""
 
     path: Path
     unit: str  # "line", or "row" in an array and in Parquet
@@ -52,9 +53,10 @@ class Place(NamedTuple):
 
 
 def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
-    """The rows of a file one after another, less their nulls; for one that is no JSON object, why.
+    """The rows of a file, one after another, without their nulls.
 
-    Raises FileNotFoundError, ImportError, ValueError for a file without rows or a broken one.
+    In place of a row that is no JSON object comes a ValueError that says why. Raises
+    FileNotFoundError, ImportError, or ValueError for a file that is broken or has no rows.
     """
     path = Path(path)
     if not path.exists():
@@ -77,7 +79,7 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
 
 
 def _json(path: Path) -> Iterator[tuple[Place, object]]:
-    """The first line that is not blank tells which form of JSON a file has."""
+    """The rows of a file of JSON, whose first line that is not blank tells its form."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         first = []
         for line in stream:
@@ -94,7 +96,7 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
 
 
 def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[Place, object]]:
-    """JSON Lines. A line that is no JSON is an error of its own, and reading goes on."""
+    """The rows of JSON Lines. A broken line becomes a ValueError, and reading goes on."""
     for number, line in enumerate(lines, 1):
         if line.strip(BLANK):
             place = Place(path, "line", number)
@@ -107,7 +109,7 @@ def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[Place, object]]
 
 
 def _array(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
-    """A JSON array of rows."""
+    """The rows of a JSON array."""
     with _json_errors(path, whole=True):
         rows = json.loads(data.decode("utf-8-sig"))
     for number, row in enumerate(rows, 1):
@@ -115,7 +117,7 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
 
 
 def _objects(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
-    """JSON objects one after another, each over any number of lines; its place is its first line."""
+    """The rows in JSON objects over any number of lines; a row's place is its first line."""
     with _json_errors(path, whole=True):
         text = data.decode("utf-8-sig")
     space, decode = re.compile(r"\s*"), json.JSONDecoder().raw_decode
@@ -153,7 +155,7 @@ def _parquet(path: Path) -> Iterator[tuple[Place, object]]:
 
 @contextmanager
 def _json_errors(where, whole: bool = False):
-    """What is wrong with JSON is said by where and column; of a whole file, by line and column."""
+    """Errors of reading JSON as ValueError that says where, the column and, of a file, the line."""
     try:
         yield
     except json.JSONDecodeError as error:
@@ -162,12 +164,12 @@ def _json_errors(where, whole: bool = False):
         raise ValueError(f"{at}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text: {error}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits, deep brackets
         raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
 
 
 def _object(value, place: Place) -> dict | ValueError:
-    """A row without its nulls, or why it is none."""
+    """A row without its nulls, or a ValueError that says why it is no row."""
     if isinstance(value, ValueError):
         return value
     if not isinstance(value, dict):
@@ -179,9 +181,9 @@ def _object(value, place: Place) -> dict | ValueError:
 
 
 def present(value, place: Place, depth: int = DEPTH):
-    """The value without the keys that hold null: Arrow writes null for what another row has.
+    """The value without the keys that hold null, at any depth.
 
-    Raises ValueError for what is nested more than `depth` deep.
+    Raises ValueError where it is nested more than `depth` deep.
     """
     if not depth:
         raise ValueError(f"{place}: JSON nested more than {DEPTH} deep")
@@ -193,10 +195,10 @@ def present(value, place: Place, depth: int = DEPTH):
 
 
 def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) -> list:
-    """[read(row, place)] of what scan_rows yields. ValueError names the first ten bad rows.
+    """[read(row, place), ...] of what scan_rows yields.
 
-    A row is bad if it is a ValueError or read raises one. Past the first bad row, rows are read
-    only to find more of them.
+    A row is bad if it is a ValueError or read raises one. After the first bad row the others are
+    only looked through for more; then a ValueError lists the first ten.
     """
     results, errors, path = [], [], None
     for place, row in tqdm(rows, desc="reading", unit="row", disable=None, leave=False):
@@ -219,12 +221,12 @@ def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) ->
 
 
 def read_rows(path) -> list[tuple[Place, dict]]:
-    """The rows of a file, less their nulls. Raises as scan_rows and each_row do."""
-    return each_row(scan_rows(path), _placed)
+    """The rows of a file, without their nulls. Raises as scan_rows and each_row do."""
 
+    def placed(row, place):
+        return place, row
 
-def _placed(row: dict, place: Place) -> tuple[Place, dict]:
-    return place, row
+    return each_row(scan_rows(path), placed)
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -242,7 +244,7 @@ class Record(NamedTuple):
 
 
 def parse_row(row: dict, where) -> Record:
-    """A paired or unpaired row without nulls. ValueError names where, the field and why."""
+    """The Record of a paired or unpaired row. ValueError names where, the field and why."""
     unpaired = "completion" in row or "label" in row
     fields = ("completion",) if unpaired else ("chosen", "rejected")
     if unpaired:
@@ -251,7 +253,7 @@ def parse_row(row: dict, where) -> Record:
                 f"{where}: field '{min(both)}' stands beside completion or label; "
                 "a row is paired or it is not"
             )
-        for name in ("prompt", "completion", "label"):
+        for name in UNPAIRED:
             if name not in row:
                 raise ValueError(f"{where}: an unpaired row needs the field '{name}'")
         if not isinstance(row["label"], bool):
@@ -275,7 +277,7 @@ def parse_row(row: dict, where) -> Record:
 
 
 def parse_prompt(row: dict, where, chat: bool) -> Record:
-    """A row with a prompt alone; chat: a text is what a user says. ValueError as parse_row."""
+    """The Record of a row's prompt, which in a chat may be what a user says; see parse_row."""
     if "prompt" not in row:
         wanted = _wanted(row, "a row has a prompt")
         raise ValueError(f"{where}: field 'prompt' is missing; {wanted}")
@@ -288,7 +290,10 @@ def parse_prompt(row: dict, where, chat: bool) -> Record:
 
 
 def record_of(row: dict, where, prompt, completions, preferred, used: Iterable[str]) -> Record:
-    """The Record of a row, with what its columns in OPTIONS say. used: the columns read so far."""
+    """The Record of a row, with what its columns in OPTIONS say.
+
+    used: the columns that were read so far.
+    """
     prompt = _with_system(prompt, row.get("system"), where)
     unused = tuple(name for name in row if name not in (*used, *OPTIONS))
     return Record(prompt, completions, preferred, _variables(row, where), unused)
@@ -334,7 +339,10 @@ def _variables(row: dict, where) -> dict:
 
 
 def _from_json(row: dict, name: str, where):
-    """A column's value; of a text, the JSON in it: Arrow cannot hold schemas of several shapes."""
+    """The value of a column, or the JSON in it where it is a text.
+
+    People write such texts because Arrow cannot hold schemas of several shapes in one column.
+    """
     value = row.get(name)
     if value == "":  # people write it for none
         return None
@@ -356,14 +364,17 @@ def _wanted(row: dict, forms: str) -> str:
 
 @dataclass
 class Notes:
-    """What people should know of the rows of a run, though none is bad."""
+    """What people should know about the rows of a run, though no row is bad."""
 
     unused: dict[str, None] = field(default_factory=dict)  # columns, in the order they were met
     repeated: list[Place] = field(default_factory=list)  # rows whose responses repeat the prompt
 
     def add(self, record: Record, place: Place, tokenizer) -> None:
-        """tokenizer: reads(name) says whether its chat template reads a variable, mentions(key)
-        whether it knows a key of messages."""
+        """Note what is remarkable about a row.
+
+        tokenizer: its reads(name) says whether its chat template reads a variable, and
+        mentions(key) whether it knows a key of messages.
+        """
         self.unused |= dict.fromkeys(record.unused)
         text = isinstance(record.prompt, str)
         said = [] if text else [record.prompt, *(messages for _, messages in record.completions)]

@@ -1,4 +1,7 @@
-"""Tensors in safetensors files: what their headers say, and reading and writing them. Nothing is pickled."""
+"""Tensors in safetensors files: reading their headers, reading them, writing them.
+
+Nothing is pickled.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,26 +14,21 @@ from safetensors.torch import save_file
 
 from minibnf.files.disk import read_json, write_json
 
-FLOATS = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}  # as safetensors names them
-
+# By safetensors' names.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what its file's header says of it; dtype as safetensors writes it: F32, BF16, ..."""
+    """Where a tensor lies, and what its file's header says of it."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # as safetensors writes it: F32, BF16, ...
 
 
 def headers(directory: Path) -> dict[str, Stored]:
-    """{name: Stored} of every tensor in a checkpoint's files. No tensor is read.
+    """{name: Stored} of every tensor in a checkpoint's files, none of which is read.
 
     Raises FileNotFoundError, or ValueError for a damaged file or a tensor in two files.
     """
@@ -46,7 +44,7 @@ def headers(directory: Path) -> dict[str, Stored]:
 
 
 def tensors_of(stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of each, file by file."""
+    """The name and tensor of each, file by file."""
     for file in sorted({x.file for x in stored.values()}):
         with opened(file) as tensors:
             for name in (name for name, x in stored.items() if x.file == file):
@@ -55,7 +53,7 @@ def tensors_of(stored: dict[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def opened(file: Path):
-    """safe_open, whose own exception (no ValueError) becomes one that names the file."""
+    """What safe_open gives; its own exception becomes a ValueError that names the file."""
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors
@@ -87,7 +85,10 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
-    """A safetensors file, whole or not at all, and readable by whom the umask lets read it (the library's own is not)."""
+    """Write a safetensors file, whole or not at all.
+
+    Whoever the umask allows may read it, which is not so of the library's own files.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.touch()
     mode = temporary.stat().st_mode
@@ -100,7 +101,7 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
 
 
 def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """model.safetensors or, past SHARD_BYTES, several files and their index, in a directory."""
+    """Write model.safetensors into a directory; past SHARD_BYTES, several files and an index."""
     shards, size, weight_map = [{}], 0, {}
     for name, tensor in tensors.items():
         if size and size + tensor.nbytes > SHARD_BYTES:

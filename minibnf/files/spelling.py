@@ -1,13 +1,13 @@
-"""Where strings spell the texts of control tokens, whole or in part."""
+"""Finding where strings spell the texts of control tokens, whole or in part."""
 
 import re
 
 
 class Spelling:
-    """Where strings spell some texts, or could become part of one beside other text.
+    """Marks where strings spell some texts, or may spell one together with what is beside them.
 
-    functional: words that no role may be. Other words of roles are left alone, for a template
-    like '<|' + role + '|>' means the token that it builds.
+    functional: words that no role may spell. Every other word in a role is left alone, since a
+    template like '<|' + role + '|>' wants the token that it builds.
     """
 
     def __init__(self, texts, functional):
@@ -23,10 +23,13 @@ class Spelling:
         self.words = words(self.texts)
 
     def apart(self, value, mark, key=None):
-        """A copy of messages, or of what is in them, with a mark after the first character of
-        each text that a string spells. A string that could be an end or the middle of a text gets
-        marks at its own ends, inside white space, which templates trim."""
-        if isinstance(value, dict):  # the template looks keys up, so their ends get no marks
+        """A copy of messages, or of a value in them, with marks in its strings.
+
+        A mark stands after the first character of each text that a string spells. A string that
+        could be a part of a text gets marks at both its ends too. These stand inside the white
+        space around the string, since templates trim that.
+        """
+        if isinstance(value, dict):  # a template looks up keys, so their ends get no mark
             return {self._marked(str(k), mark): self.apart(v, mark, k) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self.apart(item, mark, key) for item in value]
@@ -49,10 +52,10 @@ class Spelling:
 
 
 def words(texts):
-    """What is left of texts without their punctuation."""
+    """The words that are left of texts without their punctuation."""
     return {re.sub(r"\W", "", text) for text in texts} - {""}
 
 
 def any_of(texts):
-    """The pattern that finds any of the texts, the longest first, as tokenizers do."""
+    """The pattern that finds any of the texts, and the longest of several, as tokenizers do."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")

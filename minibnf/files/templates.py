@@ -1,299 +1,180 @@
-"""Chat templates: messages to text in jinja2's sandbox, as transformers does it, with bounds on size and time.
+"""Chat templates: messages to text in jinja2's sandbox, set up as transformers does it.
 
-A chat template is a program that comes with a downloaded checkpoint. The sandbox keeps it from the machine; the meter here
-keeps it from taking all of the memory, or for ever. What a template makes, compares, writes or loops over is charged, in
-characters and items, before it is made where it could be large, against a budget that grows with the messages. Between any
-two charges lies only work that is linear in values already paid for, so the time, looked at with each charge, is bounded too.
+A chat template is a program that comes with a downloaded checkpoint. The sandbox keeps it away from
+the machine's files and processes, and there are limits on its size, text and time.
+
+A hostile template can still keep the processor busy until its time is up, and off the main thread
+nothing stops it. Until then it can take as much memory as it likes, since methods and filters may
+build long texts. One such call, for example 'a'.center(10**10), also runs to its end before the
+time limit can act.
 """
 
-import copy
 import json
 import re
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from functools import wraps
-from threading import local
+from contextlib import contextmanager
 
-SOURCE = 100_000  # characters a template may have; published ones have at most 20,000
-BUDGET, PER_INPUT = (
-    4_000_000,
-    300,
-)  # characters and items a rendering may handle, and how many more a character of input buys
-SECONDS = 3  # of the thread's own processor time, so a busy machine takes nothing away
+from jinja2 import TemplateError, TemplateSyntaxError, meta
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
-# Filters and methods whose result can be their arguments' product; others' is at most a few times their arguments' sum.
-PRODUCTS = "batch center format indent join replace round slice tojson truncate".split()
-# Others only count or hand on the items of what they are given.
-ITEMS = "attr count d default first items last length list map reject rejectattr select selectattr".split()
-WITHOUT = (
-    "pprint random striptags sum unique urlize wordwrap xmlattr".split()
-)  # slow or random, and of no use in a chat
+SOURCE = 100_000  # characters of a template; published ones have at most 20,000
+LARGEST = 10_000_000  # characters of a rendered text; items or bits of what an operator makes
+SECONDS = 5  # for compiling a template, and for each rendering
 
 
 def compile_template(source, where):
     """A function of the template's variables (messages=..., ...) that returns the text.
 
-    source: the template; where: what errors call it. Raises ValueError, here or on a call, where the template is malformed,
-    refuses what it is given (raise_exception), fails, or asks for more than BUDGET, SECONDS or the sandbox allow. A template
-    is bounded in all but one thing: compiling its at most SOURCE characters can take a second or two.
+    source: the template; where: what errors call it. Raises ValueError, here or on a call, where
+    the template is malformed, refuses what it is given (raise_exception), fails, or asks for more
+    than the sandbox, LARGEST or SECONDS allow.
     """
-    try:
-        from jinja2 import TemplateError, TemplateSyntaxError
-    except ImportError:
-        raise ImportError(
-            "chat templates need the package jinja2: pip install 'minibnf[hf]'"
-        ) from None
     if len(source) > SOURCE:
         raise ValueError(f"{where} has {len(source)} characters, more than the {SOURCE} allowed")
-    jinja = environment()
     try:
-        jinja.start("")  # constant expressions are worked out here
-        template = jinja.from_string(jinja.metered(source))
+        with time_limit(SECONDS):  # constant expressions are worked out here
+            template = ENVIRONMENT.from_string(source)
     except TemplateSyntaxError as error:
         raise ValueError(f"{where} is malformed, line {error.lineno}: {error}") from error
-    except Exception as error:  # such as RecursionError: a thousand parentheses
+    except (Exception, TimeUp) as error:  # such as RecursionError: a thousand parentheses
         raise ValueError(f"{where} cannot be compiled: {type(error).__name__}: {error}") from error
 
     def render(**given):
+        pieces, size = [], 0
         try:
-            jinja.start(given)
-            return template.render(given)
-        except (
-            Exception
-        ) as error:  # a template can raise anything, from ZeroDivisionError to RecursionError
-            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            with time_limit(SECONDS):
+                for piece in template.generate(given):
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > LARGEST:
+                        raise TemplateError(f"they become more than {LARGEST} characters")
+        # A template can raise anything, from ZeroDivisionError to RecursionError.
+        except (Exception, TimeUp) as error:
+            told = isinstance(error, TemplateError | TimeUp)
+            kind = "" if told else f"{type(error).__name__}: "
             raise ValueError(f"{where} cannot render these messages: {kind}{error}") from error
+        return "".join(pieces)
 
     return render
 
 
 def variables_read(source):
     """The names of the variables that a template reads."""
-    from jinja2 import meta
-
-    return meta.find_undeclared_variables(environment().parse(source))
+    return meta.find_undeclared_variables(ENVIRONMENT.parse(source))
 
 
-def environment():
-    """jinja2's ImmutableSandboxedEnvironment as transformers sets it up, and with the meter."""
-    from jinja2 import TemplateError, nodes, pass_context
-    from jinja2.exceptions import SecurityError, TemplateRuntimeError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-    from jinja2.visitor import NodeTransformer
+# ------------------------------------------------------------------------------------ time limit
 
-    class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-        def start(self, given):
-            """Set this thread's budget for what is given."""
-            self.meter.left, self.meter.end = float("inf"), time.thread_time() + SECONDS
-            self.meter.left = BUDGET + PER_INPUT * self.weigh(given)
+class TimeUp(BaseException):
+    """No Exception, since jinja2 swallows those while it works out constant expressions."""
 
-        def charge(self, amount):
-            self.meter.left -= amount
-            if self.meter.left < 0:
-                raise TemplateRuntimeError("it makes or handles far more text than a chat needs")
-            if time.thread_time() > self.meter.end:
-                raise TemplateRuntimeError(f"it takes more than {SECONDS} seconds")
 
-        def weigh(self, *values):
-            """The characters and items in values, each counted as often as it occurs; no more are counted than are left."""
-            total, todo = 0, list(values)
-            while todo:
-                value = todo.pop()
-                if isinstance(value, str | bytes | range):
-                    total += 1 + len(value)
-                elif isinstance(value, int):  # multiplication takes the square of the length
-                    total += 1 + value.bit_length() ** 2 // 4096
-                elif isinstance(value, Mapping):
-                    total += 2 * len(value)
-                    todo += [*value.keys(), *value.values()]
-                elif isinstance(
-                    value,
-                    list | tuple | set | type({}.keys()) | type({}.values()) | type({}.items()),
-                ):
-                    total += 1 + len(value)
-                    todo += value
-                elif type(value) is type(iter([])):  # what drawn returns
-                    todo.append(list(copy.copy(value)))
-                elif type(value) is Namespace:
-                    todo.append(attributes(value))
-                else:
-                    total += 16
-                if total > self.meter.left:
-                    self.charge(total)
-            return total
+@contextmanager
+def time_limit(seconds):
+    """Raise TimeUp in work that takes longer. Off the main thread and on Windows: no limit.
 
-        def charge_product(self, first, *rest):
-            """For what may take or make as much as first times the rest: a number counts with its value, here."""
-            first, *rest = (abs(v) if isinstance(v, int) else self.weigh(v) for v in (first, *rest))
-            self.charge((1 + first) * (1 + sum(rest)))
+    An alarm that somebody else has set goes off when it is due, or right after the work.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer"):
+        yield
+        return
 
-        def widths(self, text):
-            """The numbers in a format, which pad: '%999999d', '{:999999}'."""
-            if isinstance(text, str) and re.search(r"\{[^{}]*\{", text):
-                raise TemplateRuntimeError("formats within formats are not supported")
-            return map(int, re.findall(r"\d+", text)) if isinstance(text, str) else ()
+    def stop(*_):
+        raise TimeUp(f"it takes more than {seconds} seconds")
 
-        def call_binop(self, context, operator, left, right):
-            numbers = isinstance(left, int | float) and isinstance(right, int | float)
-            if operator == "**" and isinstance(left, int) and isinstance(right, int):
-                self.charge((left.bit_length() * max(right, 0)) ** 2 // 4096)
-            elif operator in "*%" and not numbers:
-                many = right if isinstance(right, tuple) else [right]  # '%*d' % (width, number)
-                self.charge_product(left, *many, *(self.widths(left) if operator == "%" else ()))
-            else:
-                self.charge(self.weigh(left, right))
-            result = super().call_binop(context, operator, left, right)
-            self.charge(self.weigh(result))
-            return result
+    handler, began = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    due, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        if due:
+            left = due - (time.monotonic() - began)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-6), interval)
 
-        def call(self, context, obj, /, *args, **kwargs):
-            method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
-            owner = getattr(method, "__self__", None)
-            if isinstance(owner, str | bytes | int | float):
-                args = [drawn(self, arg) for arg in args]
-                widths = self.widths(owner) if "format" in method.__name__ else ()
-                named = [
-                    v for k, v in kwargs.items() if not k.startswith("_")
-                ]  # jinja adds _loop_vars
-                self.charge_product(owner, *args, *named, *widths)
-            result = super().call(context, obj, *args, **kwargs)
-            if type(result) is Namespace and any(
-                str(k).startswith("_") for k in attributes(result)
-            ):
-                raise SecurityError("a namespace may have no name that begins with _")
-            self.charge(self.weigh(result))
-            return result
 
-        def metered(self, source):
-            """The parsed template, in which values pass the filter 'spend' before they are written, compared or kept."""
-            tree = Meter().visit(self.parse(source))
-            tree.set_environment(self)
-            return tree
+# --------------------------------------------------------------------------------------- sandbox
 
-    def attributes(namespace):
-        return object.__getattribute__(namespace, "_Namespace__attrs")
 
-    def drawn(jinja, value):
-        """An iterator's items, weighed, behind an iterator again: filters and methods draw them all at once."""
-        if not isinstance(value, Iterator):
-            return value
-        items = []
-        for item in value:
-            jinja.charge(jinja.weigh(item))
-            items.append(item)
-        return iter(items)
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, whose operators refuse results that are far too large for a chat."""
 
-    @pass_context
-    def spend(context, value):
-        context.environment.charge(context.environment.weigh(value))
-        return value
+    intercepted_binops = frozenset(["*", "**", "%"])
 
-    def paid(node):
-        return nodes.Filter(node, "spend", [], [], None, None).set_lineno(node.lineno)
+    def call_binop(self, context, operator, left, right):
+        if size_of(operator, left, right) > LARGEST:
+            raise SecurityError(f"'{operator}' would make more than a chat needs")
+        return super().call_binop(context, operator, left, right)
 
-    class Meter(NodeTransformer):
-        def visit_items(self, node):
-            self.generic_visit(node)
-            field = "items" if hasattr(node, "items") else "nodes"
-            if getattr(node, "ctx", "load") == "load":
-                setattr(node, field, [paid(n) for n in getattr(node, field)])
-            return node
 
-        visit_Output = visit_Concat = visit_List = visit_Tuple = visit_items
+def size_of(operator, left, right):
+    """At most so many bits (of a number), characters or items the operator makes.
 
-        def visit_value(self, node):
-            self.generic_visit(node)
-            node.value = paid(node.value)
-            return node
+    Of '%99d' % 1 and '%*d' % (99, 1) it is the width, 99. What is an error anyway has size 0.
+    """
+    if operator == "%" and isinstance(left, str | bytes):
+        widths = [int(digits) for digits in re.findall("[0-9]+", str(left))]
+        if "*" in str(left) and isinstance(right, tuple):
+            widths += [abs(width) for width in right if isinstance(width, int)]
+        return sum(widths)
+    if isinstance(left, int) and isinstance(right, int):
+        if operator == "**":
+            return left.bit_length() * max(right, 0)
+        return left.bit_length() + right.bit_length()
+    sequence, times = (right, left) if isinstance(left, int) else (left, right)
+    return len(sequence) * times if hasattr(sequence, "__len__") and isinstance(times, int) else 0
 
-        visit_Pair = visit_value  # of a dict
 
-        def visit_Compare(self, node):
-            self.generic_visit(node)
-            node.expr = paid(node.expr)
-            for operand in node.ops:
-                operand.expr = paid(operand.expr)
-            return node
+class SafeNamespace(Namespace):
+    """A namespace without names such as __class__, through which a template could leave jinja2."""
 
-        def visit_Getitem(self, node):
-            self.generic_visit(node)
-            if isinstance(node.arg, nodes.Slice):
-                node.node = paid(node.node)
-            return node
+    def __init__(*args, **kwargs):  # without the name self, which may be a key
+        given = dict(*args[1:], **kwargs)
+        for name in given:
+            refuse_private(name)
+        Namespace.__init__(args[0], given)
 
-        def visit_For(self, node):
-            node.body.insert(
-                0, nodes.Output([nodes.TemplateData("")]).set_lineno(node.lineno)
-            )  # each turn pays something
-            self.generic_visit(node)
-            node.test = node.test and paid(node.test)
-            return node
+    def __setitem__(self, name, value):
+        refuse_private(name)
+        super().__setitem__(name, value)
 
-        def visit_NSRef(self, node):
-            if node.attr.startswith("_"):
-                raise SecurityError("a namespace may have no name that begins with _")
-            return node
 
-    class Generation(Extension):  # {% generation %} only points out an assistant's words
-        tags = {"generation"}  # noqa: RUF012
+def refuse_private(name):
+    if str(name).startswith("_"):
+        raise SecurityError("a namespace may have no name that begins with _")
 
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def raise_exception(message):
-        raise TemplateError(message)
+class Generation(Extension):
+    """The tag {% generation %}, which only points out an assistant's words."""
 
-    def tojson(
-        x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-    ):  # jinja's own escapes HTML
-        return json.dumps(
-            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+    tags = {"generation"}  # noqa: RUF012
 
-    def metered_filter(name, function):
-        @wraps(function)
-        def filtered(*args, **kwargs):
-            own = (
-                args[:1] if hasattr(function, "jinja_pass_arg") else ()
-            )  # jinja's own, such as its environment
-            given = args[len(own) :]
-            if name in ITEMS:
-                result = function(*args, **kwargs)
-                jinja.charge(1 + sum(len(v) for v in (given[0], result) if hasattr(v, "__len__")))
-                return result
-            given = [drawn(jinja, arg) for arg in given]
-            if name in PRODUCTS:
-                jinja.charge_product(
-                    *given, *kwargs.values(), *(jinja.widths(given[0]) if name == "format" else ())
-                )
-            else:
-                jinja.charge(jinja.weigh(*given, *kwargs.values()))
-            result = function(*own, *given, **kwargs)
-            jinja.charge(jinja.weigh(result))
-            return result
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-        return filtered
 
-    def metered_test(function):
-        @wraps(function)
-        def tested(*args, **kwargs):
-            jinja.charge(jinja.weigh(*(a for i, a in enumerate(args) if i or isinstance(a, str))))
-            return function(*args, **kwargs)
+def raise_exception(message):
+    raise TemplateError(message)
 
-        return tested
 
-    jinja = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    jinja.meter = local()
-    jinja.filters["tojson"] = tojson
-    jinja.filters = {
-        k: metered_filter(k, f) for k, f in jinja.filters.items() if k not in WITHOUT
-    } | {"spend": spend}
-    jinja.tests = {k: metered_test(f) for k, f in jinja.tests.items()}
-    del jinja.globals["lipsum"]
-    jinja.globals["raise_exception"] = raise_exception
-    return jinja
+def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON as it is: jinja2's own filter escapes HTML."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+ENVIRONMENT = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+ENVIRONMENT.filters["tojson"] = tojson
+ENVIRONMENT.globals |= {"raise_exception": raise_exception, "namespace": SafeNamespace}

@@ -14,27 +14,22 @@ import json
 import shutil
 from collections import Counter
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from minibnf.files.backends import HuggingFace, SentencePiece
 from minibnf.files.config import no_model
 from minibnf.files.disk import optional
 from minibnf.files.spelling import Spelling, any_of, words
-from minibnf.files.templates import compile_template, variables_read
 
 FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def load_tokenizer(directory):
-    """The Tokenizer of a directory: of tokenizer.json, or of tokenizer.model where there is none.
+    """The Tokenizer of a directory, of its tokenizer.json or else its tokenizer.model.
 
     Raises FileNotFoundError where neither exists, ValueError where a file is malformed or two
     contradict each other, ImportError where tokenizer.json needs the missing package tokenizers.
@@ -52,9 +47,9 @@ class Tokenizer:
 
     vocab_size: every id is below it.  control: {text: id} of the control tokens.
     eos_id, bos_id, pad_id: the last two may be None.  begin: the ids put before a text.
-    limit: how many rows the model in the same folder has (vocab_size in its config.json); encoding
-    a text that needs a token from there on is an error.
-    now: the time that a template is told; set when the tokenizer is loaded.
+    limit: how many rows the model in the same folder has (vocab_size in its config.json). A text
+    that needs an id from there on is refused.
+    now: the time that a template is told, at first that of loading; it may be set.
     """
 
     def __init__(self, directory, backend):
@@ -71,14 +66,8 @@ class Tokenizer:
         if "eos_token" not in self.special:
             missing = "eos_token is missing, and no other file says which token ends a text"
             raise ValueError(f"{config}: {missing}")
-        file, ids = backend.path.name, {}
-        for key in ("eos_token", "bos_token", "pad_token"):
-            ids[key] = backend.id(self.special[key]) if key in self.special else None
-            if key in self.special and ids[key] is None:
-                raise ValueError(
-                    f"{config}: {key} is {self.special[key]!r}, which {file} does not hold"
-                )
-        self.eos_id, self.bos_id, self.pad_id = ids["eos_token"], ids["bos_token"], ids["pad_token"]
+        self.eos_id, self.bos_id = self._id_of("eos_token"), self._id_of("bos_token")
+        self.pad_id, file = self._id_of("pad_token"), backend.path.name
         for i, entry in self.config.get("added_tokens_decoder", {}).items():
             text, found = entry["content"], backend.id(entry["content"])
             if found != int(i):
@@ -89,7 +78,7 @@ class Tokenizer:
         self._check_rows([self.eos_id])
         # A program that stops at generation_config.json's tokens looks nowhere else; where that
         # names none it takes config.json's, and at last the tokenizer's own.
-        generation, config = (self._ends_of(f) for f in ("generation_config.json", "config.json"))
+        generation, config = self._ends_of("generation_config.json"), self._ends_of("config.json")
         self._listed, self._ends = generation or config or [self.eos_id], generation + config
         self.source = self.config.get("chat_template")
         if isinstance(self.source, list):
@@ -99,7 +88,7 @@ class Tokenizer:
         self._pattern = any_of(self.control)
 
     def encode(self, text, continuation=False):
-        """The ids of a text as it stands: control tokens in it are read, none is added.
+        """The ids of a text as it stands; control tokens in it are read, and none is added.
 
         continuation: the text follows another one, so a tokenizer that begins a text with a space
         of its own does not.
@@ -133,9 +122,9 @@ class Tokenizer:
         return ids if ended or not ids else [*ids, self.eos_id]
 
     def decode(self, ids, skip_special=True):
-        """The text of token ids; special tokens are left out, or (skip_special=False) spelt out.
+        """The text of token ids. Raises ValueError for an id that does not exist.
 
-        Raises ValueError for an id that does not exist.
+        Special tokens are left out, or spelt out where skip_special is False.
         """
         ids = [int(i) for i in ids]
         for i in ids:
@@ -148,16 +137,13 @@ class Tokenizer:
         """The text of token ids while they come, in pieces, each as soon as it is certain.
 
         Joined, the pieces are decode(ids). ids: any iterable, such as a generator. A character
-        spread over several tokens is shown when it is whole; where a tokenizer.json spells
-        characters by <0xE4>-like tokens, a run of these is shown when it ends, since one wrong
-        byte spoils all of it. Each id costs the decoding of a few ids, however long the text.
+        that is spread over several tokens is shown when it is whole. Where a tokenizer.json spells
+        bytes by tokens like <0xE4>, a run of these is shown when it ends, since one wrong byte
+        spoils all of it. Each id costs the decoding of a few ids, however long the text is.
         """
-
-        def decode(ids):
-            return self.decode(ids, skip_special)
-
-        # Text after an ordinary token does not depend on which: a decoder treats only the
-        # beginning of a text as special.
+        decode = partial(self.decode, skip_special=skip_special)
+        # What follows an ordinary token reads the same whichever token that is, since a decoder
+        # treats nothing but the beginning of a text differently.
         bytes_ = self.backend.byte_tokens
         ordinary = (i for i in range(self.vocab_size) if decode([i]).isalnum() and i not in bytes_)
         anchor = [i for i in [next(ordinary, None)] if i is not None]
@@ -169,12 +155,12 @@ class Tokenizer:
             if i in bytes_:
                 continue
             text = decode(before + held)
-            # The up to 3 first bytes of a character show as one \ufffd or as one each; a \ufffd
-            # can stand for 3 bytes.
+            # Up to 3 bytes of an unfinished character show as one \ufffd, or as one for each. As
+            # each \ufffd may stand for 3 bytes, 9 ids are held.
             waiting = min(3, len(text) - len(text.rstrip("\ufffd")))
             if piece := text[shown : len(text) - waiting]:
                 yield piece
-            # Else this text has not begun: white space that the decoder leaves out.
+            # Else the text has not begun, and the decoder leaves out white space before it.
             if text or decode(held + held):
                 before = anchor
             held = held[-9:] if waiting else []
@@ -183,9 +169,9 @@ class Tokenizer:
             yield piece
 
     def render(self, messages, /, add_generation_prompt=False, **variables):
-        """The template's text for a list of {"role", "content", ...}.
+        """The template's text for messages, a list of {"role", "content", ...}.
 
-        variables: others that the template reads, such as tools=[...], enable_thinking=False.
+        variables: others that the template reads, such as tools=[...] or enable_thinking=False.
         Raises ValueError where there is no template, or it refuses the messages.
         """
         given = {"tools": None, "documents": None, "strftime_now": self.now.strftime}
@@ -197,15 +183,15 @@ class Tokenizer:
         return self.source is not None and name in self._variables
 
     def mentions(self, word):
-        """Whether the template's source holds a word, such as the key of a message that it reads."""
+        """Whether the template's source holds a word, such as a key of messages."""
         return self.source is not None and word in self.source
 
     def encode_chat(self, messages, /, add_generation_prompt=False, **variables):
         """The ids of the rendered chat, in which whatever the messages say is ordinary text.
 
-        A message with '<|im_end|>' in it yields tokens that spell it, never the control token, and
-        so do strings in the variables. Without such a string this is encode(render(...)).
-        Raises ValueError as render, or where the template acts on control text in a message.
+        '<|im_end|>' in a message or a variable becomes tokens that spell it, never the control
+        token. Without such strings this is encode(render(...)). Raises ValueError as render does,
+        or where the template acts on control text in a message.
         """
         mark = self._mark(messages, variables)
         text = self._marked(mark, messages, [], add_generation_prompt, variables)
@@ -214,12 +200,13 @@ class Tokenizer:
     def encode_response(self, messages, response, /, **variables):
         """(prompt ids, response ids), split where inference splits.
 
-        The prompt is encode_chat(messages, True, ...), the response what follows it: the messages
-        of the response, of which the assistant's may hold markup that is no special token, such
-        as <think>, and that becomes its token as when it was generated. The response ends with
-        its last end-of-turn token (end_ids), since no model generates what a template may write
-        after it; where the template closes the turn with text, all of that stays.
-        Raises ValueError as encode_chat, or where the chat does not begin with the prompt.
+        The prompt is encode_chat(messages, True, ...), and the response is what follows it when
+        the messages of the response are added. Markup in an assistant's message of the response
+        that is no special token, such as <think>, becomes its token, as when it was generated.
+        The response ends with its last end-of-turn token (one of end_ids), since no model
+        generates what a template may write after it. Where the template closes the turn with text,
+        all of that stays. Raises ValueError as encode_chat does, or where the chat does not begin
+        with the prompt.
         """
         mark = self._mark(messages, response, variables)
         prompt = self._marked(mark, messages, [], True, variables)
@@ -237,14 +224,17 @@ class Tokenizer:
         return self._encode_marked(mark, prompt), ids[: ends[-1] + 1] if ends else ids
 
     def save(self, directory):
-        """Copy the tokenizer's files, as they are, into a directory, made where there is none."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        """Copy the tokenizer's files, as they are, into a directory, which is made if need be."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if directory.samefile(self.directory):
+            return
         for name in FILES:
-            if (self.directory / name).is_file() and not Path(directory).samefile(self.directory):
-                shutil.copyfile(self.directory / name, Path(directory) / name)
+            if (self.directory / name).is_file():
+                shutil.copyfile(self.directory / name, directory / name)
         more = self.directory / "additional_chat_templates"
-        if more.is_dir() and not Path(directory).samefile(self.directory):
-            shutil.copytree(more, Path(directory) / more.name, dirs_exist_ok=True)
+        if more.is_dir():
+            shutil.copytree(more, directory / more.name, dirs_exist_ok=True)
 
     @cached_property
     def template(self):
@@ -253,13 +243,13 @@ class Tokenizer:
                 f"{self.directory} has no chat template: chat_template.jinja, or chat_template in "
                 "tokenizer_config.json (of several, the one named 'default')"
             )
-        return compile_template(self.source, f"the chat template of {self.directory}")
+        return templates().compile_template(self.source, f"the chat template of {self.directory}")
 
     @cached_property
     def closing_id(self):
-        """The token with which the template closes an assistant's turn.
+        """The id of the token with which the template closes an assistant's turn.
 
-        None where text closes it, where there is no template, or where it refuses a plain chat.
+        It is None where text closes it, or the template is missing or refuses a plain chat.
         """
         said = "It is Paris."
         chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": said}]
@@ -272,14 +262,17 @@ class Tokenizer:
 
     @cached_property
     def end_ids(self):
-        """The ids that end a turn: eos_id, closing_id, and the eos_token_id of
-        generation_config.json and config.json."""
+        """The ids that end a turn.
+
+        They are eos_id, closing_id, and every eos_token_id of generation_config.json and
+        config.json.
+        """
         closing = [] if self.closing_id is None else [self.closing_id]
         return frozenset([self.eos_id, *self._ends, *closing])
 
     @property
     def closing_warning(self):
-        """One line where other programs will not stop at the template's closing token, else ''."""
+        """A warning where other programs will not stop at the template's closing token, or ''."""
         if self.closing_id is None or self.closing_id in self._listed:
             return ""
         closing = self.decode([self.closing_id], skip_special=False)
@@ -287,6 +280,15 @@ class Tokenizer:
             f"warning: the chat template closes turns with {closing} ({self.closing_id}), which "
             "no eos_token_id names: other programs will run on"
         )
+
+    def _id_of(self, key):
+        """The id of a special token such as "eos_token", or None where no file names it."""
+        text = self.special.get(key)
+        found = None if text is None else self.backend.id(text)
+        if text is not None and found is None:
+            where = f"{self.directory / 'tokenizer_config.json'}: {key}"
+            raise ValueError(f"{where} is {text!r}, which {self.backend.path.name} does not hold")
+        return found
 
     def _ends_of(self, file):
         """The eos_token_id of a file, as a list."""
@@ -300,7 +302,8 @@ class Tokenizer:
 
     @cached_property
     def _variables(self):
-        return self.template and variables_read(self.source)  # the template: says what is wrong
+        # The template comes first, since it says what is wrong with a malformed source.
+        return self.template and templates().variables_read(self.source)
 
     @cached_property
     def _spelt_tokens(self):
@@ -308,7 +311,7 @@ class Tokenizer:
 
     @cached_property
     def _spelt_special(self):
-        """The control tokens that are special: for the library, by name or as an end of a turn."""
+        """The control tokens that are special to the library, by name, or as the end of a turn."""
         names = {*self.backend.special_texts, *self.special.values()}
         for token in self.config.get("additional_special_tokens") or []:
             names.add(token["content"] if isinstance(token, dict) else token)
@@ -323,7 +326,7 @@ class Tokenizer:
 
     @cached_property
     def _end_words(self):
-        """The words in the tokens that begin, end or pad a text, which no role may build."""
+        """The words in the tokens that begin, end or pad a text; no role may spell these."""
         ids = self.end_ids | {self.bos_id, self.pad_id}
         return words(text for text, i in self.control.items() if i in ids)
 
@@ -333,7 +336,7 @@ class Tokenizer:
         return {i: text for text, i in self.control.items() if i not in self.backend.unknown}
 
     def _mark(self, *values):
-        """A character that occurs nowhere: the first private-use one that is free."""
+        """A character that occurs in none of the values, and in no template or control token."""
         values = [values, self.source, list(self.control)]
         seen = json.dumps(values, ensure_ascii=False, default=str)
         return next(c for c in map(chr, range(0xE000, 0x110000)) if c not in seen)
@@ -353,26 +356,27 @@ class Tokenizer:
 
         plain = self.render([*messages, *response], add_generation_prompt, **variables)
         text = rendered(self._spelt_tokens, self._spelt_special)
-        # A template can also join what a message says apart: SmolLM3's takes '/think' out of a
-        # system message, which makes '<|im_end|>' of '<|im_/thinkend|>'. With every first character
-        # of a control token marked none is joined, so then the template's own are left.
+        # A template may also join two parts of a message. SmolLM3's takes '/think' out of a system
+        # message, which turns '<|im_/thinkend|>' into '<|im_end|>'. With the first character of
+        # every control token marked, none can be joined, and the template's own tokens are left.
         pattern = (self._spelt_special if response else self._spelt_tokens).pattern
         own = pattern.findall(rendered(self._spelt_firsts, self._spelt_firsts))
         if text.replace(mark, "") != plain or pattern.findall(text) != own:
-            remedy = (
-                'What an assistant thought has a field of its own: {"role": "assistant", '
-                '"reasoning_content": "...", "content": "..."}'
-            )
+            remedy = ""
+            if self.mentions("reasoning_content"):
+                remedy = (
+                    ' What an assistant thought has a field of its own: {"role": "assistant", '
+                    '"reasoning_content": "...", "content": "..."}'
+                )
             raise ValueError(
                 f"the chat template of {self.directory} acts on control text inside a message "
-                "(such as '</think>'), which is to be ordinary text: take it out of the message. "
+                "(such as '</think>'), which is to be ordinary text: take it out of the message."
                 + remedy
-                * self.mentions("reasoning_content")
             )
         return text
 
     def _encode_marked(self, mark, text, continuation=False):
-        """The ids of the pieces between marks, each encoded by itself."""
+        """The ids of the pieces of text between marks, each encoded by itself."""
         pieces = [piece for piece in text.split(mark) if piece]
         ids = [i for k, p in enumerate(pieces) for i in self.encode(p, continuation or k > 0)]
         made = Counter(i for i in ids if i in self._text_of)
@@ -383,3 +387,13 @@ class Tokenizer:
                 "that only resembles it: take that out of the message"
             )
         return ids
+
+
+def templates():
+    """The module of chat templates, which needs a package that texts do not need."""
+    try:
+        from minibnf.files import templates as module
+    except ImportError:
+        hint = "chat templates need the package jinja2: pip install 'minibnf[hf]'"
+        raise ImportError(hint) from None
+    return module

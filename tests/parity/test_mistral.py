@@ -1,9 +1,12 @@
-"""Real vocabularies, those of the PyPI package mistral-common: sentencepiece models, and a byte-level BPE of 131,072 tokens.
+"""Real vocabularies of mistral-common: sentencepiece models, and a BPE of 131,072 tokens.
 
-Judges: sentencepiece itself; transformers' class over sentencepiece, for every string; and transformers' AutoTokenizer, which
-turns the model into a tokenizer.json and is not faithful in three things, found here with its version 5.23: it merges spaces
-first, although their pieces have the lowest score of all; it adds no space before a text that begins with one; and it reads
-'<unk>' in a text as the unknown token. Strings with these are left to the other two.
+Three judges: sentencepiece itself; transformers' class over sentencepiece, for every string; and
+transformers' AutoTokenizer, which turns the model into a tokenizer.json. In version 5.23 this last
+one is not faithful in three things:
+- it merges spaces first, although their pieces have the lowest score of all;
+- it adds no space before a text that begins with one;
+- it reads '<unk>' in a text as the unknown token.
+Strings with these are left to the other two judges.
 """
 
 import base64
@@ -26,15 +29,15 @@ from tests import test_templates  # noqa: E402
 from tests.parity.test_tokenizer import strings  # noqa: E402
 from tests.test_tokenizer import controls  # noqa: E402
 
-SPEC = importlib.util.find_spec(
-    "mistral_common"
-)  # its data files are all that is used; it is not imported
+# Its data files are all that is used; it is not imported.
+SPEC = importlib.util.find_spec("mistral_common")
 DATA = Path(SPEC.submodule_search_locations[0]) / "data" if SPEC else None
 pytestmark = pytest.mark.skipif(SPEC is None, reason="mistral-common is not installed: make parity")
 MODELS = sorted(p.name for p in DATA.glob("*.model*")) if SPEC else []
 TEKKEN = "tekken_240911.json"
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% else %}{{ m.content|trim + eos_token }}{% endif %}{% endfor %}"
 )
 CONFIG = {
@@ -47,29 +50,27 @@ CONFIG = {
 
 
 def byte_level_bpe(path):
-    """tekken's ranked byte strings as a tokenizer.json: every way to split a token into two others is a merge, of its rank."""
+    """The tokenizer that tekken's ranked byte strings make, with what it was made of.
+
+    Every way to split a token into two others is a merge, of the token's rank. Beside the tokenizer
+    come the ranks, how bytes are spelt, and how many special tokens precede the others.
+    """
     spec = json.loads(path.read_text(encoding="utf-8"))
-    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    special += [
-        f"<SPECIAL_{i}>" for i in range(len(special), spec["config"]["default_num_special_tokens"])
-    ]
-    size = spec["config"]["default_vocab_size"] - len(special)
+    config, special = spec["config"], ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    count = config["default_num_special_tokens"]
+    special += [f"<SPECIAL_{i}>" for i in range(len(special), count)]
+    size = config["default_vocab_size"] - len(special)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     spelt = dict(zip(printable + others, map(chr, printable + list(range(256, 512))), strict=False))
-    tokens = [
-        "".join(spelt[b] for b in base64.b64decode(entry["token_bytes"]))
-        for entry in spec["vocab"][:size]
-    ]
+    words = [base64.b64decode(entry["token_bytes"]) for entry in spec["vocab"][:size]]
+    tokens = ["".join(spelt[b] for b in word) for word in words]
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    splits = lambda t: [
-        (t[:k], t[k:]) for k in range(1, len(t)) if t[:k] in ranks and t[k:] in ranks
-    ]
-    merges = [
-        pair
-        for token in tokens
-        for pair in sorted(splits(token), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    ]
+    merges = []
+    for token in tokens:
+        splits = [(token[:k], token[k:]) for k in range(1, len(token))]
+        splits = [(a, b) for a, b in splits if a in ranks and b in ranks]
+        merges += sorted(splits, key=lambda split: (ranks[split[0]], ranks[split[1]]))
     vocabulary = {token: i for i, token in enumerate([*special, *tokens])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
     pre = tokenizers.pre_tokenizers
@@ -91,27 +92,23 @@ def directory(request, tmp_path_factory):
         byte_level_bpe(DATA / TEKKEN)[0].save(str(path / "tokenizer.json"))
     else:
         shutil.copy(DATA / request.param, path / "tokenizer.model")
-    kind = {
-        "tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer",
-        "legacy": False,
-    }
+    name = "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"
+    kind = {"tokenizer_class": name, "legacy": False}
     (path / "tokenizer_config.json").write_text(json.dumps(CONFIG | kind))
     return path
 
 
 def mixed(tokenizer, count=5000):
-    """Strings, half of them with control tokens, or parts of these, somewhere."""
-    draw, tokens = (
-        random.Random(0),
-        [*list(tokenizer.control)[:12], "[INS", "T]", "/INST]", "[/INST"],
-    )
-    texts = strings(count)
-    return [
-        t
-        if draw.random() < 0.5
-        else t[: (k := draw.randint(0, len(t)))] + draw.choice(tokens) + t[k:]
-        for t in texts
-    ]
+    """Strings, half of which hold a control token or a part of one somewhere."""
+    draw = random.Random(0)
+    tokens = [*list(tokenizer.control)[:12], "[INS", "T]", "/INST]", "[/INST"]
+    texts = []
+    for text in strings(count):
+        if draw.random() >= 0.5:
+            at = draw.randint(0, len(text))
+            text = text[:at] + draw.choice(tokens) + text[at:]
+        texts.append(text)
+    return texts
 
 
 def ids(tokenizer, text):
@@ -119,7 +116,10 @@ def ids(tokenizer, text):
 
 
 def over_sentencepiece(directory, control, legacy):
-    """transformers' own class over sentencepiece. legacy: it adds a space before the text, and never does otherwise."""
+    """transformers' own class over sentencepiece.
+
+    legacy: it adds a space before every text, and otherwise before none.
+    """
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
     names = {key: CONFIG[key] for key in ("bos_token", "eos_token", "unk_token")}
@@ -131,15 +131,11 @@ def over_sentencepiece(directory, control, legacy):
 def test_ids_of_sentencepiece_models(directory):
     ours = load_tokenizer(directory)
     native = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-    prefixing, plain = (
-        over_sentencepiece(directory, ours.control, legacy) for legacy in (True, False)
-    )
+    prefixing = over_sentencepiece(directory, ours.control, legacy=True)
+    plain = over_sentencepiece(directory, ours.control, legacy=False)
     converted = transformers.AutoTokenizer.from_pretrained(directory)
-    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (
-        len(native),
-        native.bos_id(),
-        native.eos_id(),
-    )
+    assert ours.vocab_size == len(native)
+    assert (ours.bos_id, ours.eos_id) == (native.bos_id(), native.eos_id())
     counts = [0, 0]
     for text in mixed(ours):
         found = ours.encode(text)
@@ -170,10 +166,22 @@ def test_the_beginning_of_text_prompts(directory, kind, add):
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     ours = load_tokenizer(directory)
     begun = theirs("The capital").input_ids[:1] == [theirs.bos_token_id]
-    assert ours.encode_text("The capital") == [ours.bos_id] * begun + ours.encode("The capital")
+    first = [ours.bos_id] if begun else []
+    assert ours.encode_text("The capital") == first + ours.encode("The capital")
     if kind == "LlamaTokenizer":
         for text in ("The capital of France", "naïve", "你好 a"):
             assert ours.encode_text(text) == theirs(text).input_ids
+
+
+def merged(parts, ranks):
+    """The parts of a word after all merges, that of the lowest rank first."""
+    while True:
+        joined = [a + b for a, b in pairwise(parts)]
+        known = [k for k, token in enumerate(joined) if token in ranks]
+        if not known:
+            return parts
+        k = min(known, key=lambda k: ranks[joined[k]])
+        parts = [*parts[:k], joined[k], *parts[k + 2 :]]
 
 
 @pytest.mark.parametrize("directory", [TEKKEN], indirect=True)
@@ -190,19 +198,11 @@ def test_ids_of_a_byte_level_bpe(directory):
                 found, skip_special_tokens=skip, clean_up_tokenization_spaces=False
             )
     _, ranks, spelt, offset = byte_level_bpe(DATA / TEKKEN)
-    pattern = regex.compile(
-        json.loads((DATA / TEKKEN).read_text(encoding="utf-8"))["config"]["pattern"]
-    )
+    spec = json.loads((DATA / TEKKEN).read_text(encoding="utf-8"))
+    pattern = regex.compile(spec["config"]["pattern"])
     for text in strings(1000):
-        expected = []
-        for word in pattern.findall(text):
-            parts = [spelt[b] for b in word.encode()]
-            while pairs := [
-                (ranks[a + b], k) for k, (a, b) in enumerate(pairwise(parts)) if a + b in ranks
-            ]:
-                k = min(pairs)[1]
-                parts[k : k + 2] = [parts[k] + parts[k + 1]]
-            expected += [ranks[part] + offset for part in parts]
+        words = [merged([spelt[b] for b in w.encode()], ranks) for w in pattern.findall(text)]
+        expected = [ranks[part] + offset for word in words for part in word]
         assert ours.encode(text) == expected, text
 
 
@@ -213,19 +213,16 @@ def test_chats_streams_and_5000_strings(directory):
     ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
     expected = controls(ours, ours.encode_chat([{"role": "user", "content": "a"}]))
     spare = list(ours.control)[:40]
-    for text in test_templates.strings(
-        5000, [*spare, *(t[:-1] for t in spare), *(t[1:] for t in spare)]
-    ):
-        found = ours.encode_chat([{"role": "user", "content": text}])
+    parts = [*spare, *(t[:-1] for t in spare), *(t[1:] for t in spare)]
+    for text in test_templates.strings(5000, parts):
+        chat = [{"role": "user", "content": text}]
+        found = ours.encode_chat(chat)
         assert controls(ours, found) == expected, text
         if "▁" not in text:
-            assert ours.decode(found, skip_special=False) == ours.render(
-                [{"role": "user", "content": text}]
-            )
+            assert ours.decode(found, skip_special=False) == ours.render(chat)
     for text in strings(500):
-        chat = [
-            {"role": role, "content": text.strip(" ")} for role in ("user", "assistant", "user")
-        ]
+        said = text.strip(" ")
+        chat = [{"role": role, "content": said} for role in ("user", "assistant", "user")]
         assert ours.render(chat) == theirs.apply_chat_template(chat, tokenize=False)
         found = ours.encode_chat(chat)
         assert found == ours.encode(ours.render(chat))

@@ -43,16 +43,10 @@ def test_a_prompt_with_columns(tmp_path, system, tools, kwargs):
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     tools = json.loads(tools) if isinstance(tools, str) else tools
     first = said("system", system) if system else []
+    given = {"tools": tools, "return_dict": True, **(kwargs or {})}
+    chat = first + CHAT
+    prompt = theirs.apply_chat_template(chat, add_generation_prompt=True, **given).input_ids
+    assert list(example.prompt) == prompt
     for answer, response in zip(answers.values(), example.responses, strict=True):
-        prompt, whole = (
-            theirs.apply_chat_template(
-                messages,
-                tools=tools,
-                add_generation_prompt=not more,
-                return_dict=True,
-                **kwargs or {},
-            ).input_ids
-            for more, messages in ((False, first + CHAT), (True, first + CHAT + answer))
-        )
-        assert list(example.prompt) == prompt
+        whole = theirs.apply_chat_template(chat + answer, **given).input_ids
         assert whole[: len(prompt) + len(response)] == prompt + list(response)

@@ -1,4 +1,7 @@
-"""The chat templates of the model families, in our own words but of the same behaviour, against transformers: text and ids."""
+"""The chat templates of the model families against transformers: text and ids.
+
+The templates are in our own words, but behave as the families' own.
+"""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,9 +13,11 @@ from tests.test_templates import strings
 from tests.test_tokenizer import byte_level, controls
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
+jinja2 = pytest.importorskip("jinja2", reason="needs minibnf[hf]")
 transformers = pytest.importorskip("transformers", reason="parity needs transformers")
 
-TURNS = "{%- if (m.role == 'user') == (loop.index0 % 2 == 1) -%}{{ raise_exception('user and assistant take turns') }}{%- endif -%}"
+TURNS = """{%- if (m.role == 'user') == (loop.index0 % 2 == 1) -%}
+{{ raise_exception('user and assistant take turns') }}{%- endif -%}"""
 LLAMA_2 = (  # the system message inside the first user's; every answer ends with a space and </s>
     """
 {%- set system = '' -%}
@@ -25,18 +30,21 @@ LLAMA_2 = (  # the system message inside the first user's; every answer ends wit
     + TURNS
     + """
     {%- set content = ((system if loop.first else '') + m.content).strip() -%}
-    {{ bos_token + '[INST] ' + content + ' [/INST]' if m.role == 'user' else ' ' + content + ' ' + eos_token }}
+    {{ bos_token + '[INST] ' + content + ' [/INST]' if m.role == 'user'
+       else ' ' + content + ' ' + eos_token }}
 {%- endfor -%}"""
 )
 MISTRAL_1 = (  # system messages are refused
     "{{ bos_token }}{% for m in messages %}"
     + TURNS
-    + """{% if m.role == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% elif m.role == 'assistant' %}
-{{- m['content'] + eos_token + ' ' }}{% else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"""
+    + """{% if m.role == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}
+{%- elif m.role == 'assistant' %}{{- m['content'] + eos_token + ' ' }}
+{%- else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"""
 )
 MISTRAL_3 = (  # the system message goes to the last user's message, if that is the chat's last
     """
-{%- if messages[0]['role'] == 'system' %}{% set system, rest = messages[0]['content'], messages[1:] %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system, rest = messages[0]['content'], messages[1:] %}
 {%- else %}{% set rest = messages %}{% endif %}
 {{- bos_token }}
 {%- for m in rest | rejectattr('role', 'equalto', 'tool') %}
@@ -44,15 +52,18 @@ MISTRAL_3 = (  # the system message goes to the last user's message, if that is 
     + TURNS
     + """
     {%- if m['role'] == 'user' %}
-        {%- if loop.last and system is defined %}{{- '[INST] ' + system + '\\n\\n' + m['content'] + '[/INST]' }}
+        {%- if loop.last and system is defined %}
+            {{- '[INST] ' + system + '\\n\\n' + m['content'] + '[/INST]' }}
         {%- else %}{{- '[INST] ' + m['content'] + '[/INST]' }}{% endif %}
     {%- else %}{{- ' ' + m['content']|trim + eos_token }}{% endif %}
 {%- endfor %}"""
 )
 LLAMA_3 = (  # trims everything
-    "{% for m in messages %}{% set turn = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim %}"
+    "{% for m in messages %}{% set head = '<|start_header_id|>' + m['role'] %}"
+    "{% set turn = head + '<|end_header_id|>\n\n' + m['content'] | trim %}"
     "{{ (bos_token if loop.index0 == 0 else '') + turn + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA_31 = """{{- bos_token }}
 {%- if not date_string is defined %}
@@ -67,19 +78,25 @@ LLAMA_31 = """{{- bos_token }}
 {#- always there, with the dates #}
 {{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
 {{- "Environment: ipython\n" if tools is not none else "" }}
-{{- "Cutting Knowledge Date: December 2023\nToday Date: " + date_string + "\n\n" + system + "<|eot_id|>" }}
+{{- "Cutting Knowledge Date: December 2023\nToday Date: " + date_string }}
+{{- "\n\n" + system + "<|eot_id|>" }}
 {%- for m in messages %}
     {%- if not (m.role in ['ipython', 'tool'] or 'tool_calls' in m) %}
-        {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}
+        {{- m['content'] | trim + '<|eot_id|>' }}
     {%- elif 'tool_calls' in m %}
-        {%- if not m.tool_calls|length == 1 %}{{- raise_exception("one tool call at a time") }}{% endif %}
+        {%- if not m.tool_calls|length == 1 %}
+            {{- raise_exception("one tool call at a time") }}
+        {%- endif %}
         {%- set call = m.tool_calls[0].function %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + call.name + '", "parameters": ' }}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+        {{- '{"name": "' + call.name + '", "parameters": ' }}
         {{- call.arguments | tojson }}
         {{- "}<|eot_id|>" }}
     {%- else %}
         {{- "<|start_header_id|>ipython<|end_header_id|>\n\n" }}
-        {%- if m.content is mapping or (m.content is iterable and m.content is not string) %}{{- m.content | tojson }}
+        {%- if m.content is mapping or (m.content is iterable and m.content is not string) %}
+            {{- m.content | tojson }}
         {%- else %}{{- m.content }}{% endif %}
         {{- "<|eot_id|>" }}
     {%- endif %}
@@ -101,9 +118,13 @@ CALLS = """
             {{- '}\\n</tool_call>' }}
         {%- endfor %}"""
 RESPONSES = """
-        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}{{- '<|im_start|>user' }}{% endif %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
         {{- '\\n<tool_response>\\n' }}{{- m.content }}{{- '\\n</tool_response>' }}
-        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}{{- '<|im_end|>\\n' }}{% endif %}"""
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}"""
 TOOLS = (  # how a turn of Qwen's ends, and those of tools
     CALLS
     + """
@@ -116,10 +137,12 @@ TOOLS = (  # how a turn of Qwen's ends, and those of tools
 )
 QWEN_25 = (
     """
-{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- else %}{{- '<|im_start|>system\\nYou are Qwen. You help.<|im_end|>\\n' }}{% endif %}
 {%- for m in messages %}
-    {%- if (m.role == "user") or (m.role == "system" and not loop.first) or (m.role == "assistant" and not m.tool_calls) %}
+    {%- if (m.role == "user") or (m.role == "system" and not loop.first)
+           or (m.role == "assistant" and not m.tool_calls) %}
         {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}
     {%- elif m.role == "assistant" %}
         {%- set content = m.content %}
@@ -128,14 +151,19 @@ QWEN_25 = (
     + """
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 )
-QWEN_3 = (  # thoughts stay in the turns after the last question only; an empty one is written where there is none
+# Thoughts stay in the turns after the last question only. Where there is none, an empty one is
+# written.
+QWEN_3 = (
     """
-{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
 {%- set ns = namespace(searching=true, last=messages|length - 1) %}
 {%- for m in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.searching and m.role == "user" and m.content is string and not (m.content.startswith('<tool_response>')
-           and m.content.endswith('</tool_response>')) %}
+    {%- if ns.searching and m.role == "user" and m.content is string
+           and not (m.content.startswith('<tool_response>')
+                    and m.content.endswith('</tool_response>')) %}
         {%- set ns.searching = false %}{% set ns.last = index %}
     {%- endif %}
 {%- endfor %}
@@ -147,7 +175,8 @@ QWEN_3 = (  # thoughts stay in the turns after the last question only; an empty 
         {%- set thought = '' %}
         {%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}
         {%- elif '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n') %}
+            {%- set thought = thought.split('<think>')[-1].lstrip('\\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {{- '<|im_start|>' + m.role + '\\n' }}
@@ -158,22 +187,28 @@ QWEN_3 = (  # thoughts stay in the turns after the last question only; an empty 
     + """
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
 {%- endif %}"""
 )
-SMOLLM_3 = """{# a system message of its own with the date and the mode, /think or /no_think, which the given one may set #}
+# It writes a system message of its own with the date and the mode, /think or /no_think. The given
+# system message may set the mode.
+SMOLLM_3 = """
 {%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
 {%- set mode = "/think" if enable_thinking else "/no_think" -%}
 {{- "<|im_start|>system\n" -}}
 {%- if messages[0].role == "system" -%}
   {%- set system = messages[0].content -%}
-  {%- set mode = "/no_think" if "/no_think" in system else "/think" if "/think" in system else mode -%}
+  {%- set mode = "/no_think" if "/no_think" in system
+      else "/think" if "/think" in system else mode -%}
   {%- set custom = system.replace("/no_think", "").replace("/think", "").rstrip() -%}
 {%- endif -%}
 {%- if "/system_override" in system -%}
   {{- custom.replace("/system_override", "").rstrip() -}}{{- "<|im_end|>\n" -}}
 {%- else -%}
-  {{- "## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: " ~ strftime_now("%d %B %Y") ~ "\n" -}}
+  {{- "## Metadata\n\nKnowledge Cutoff Date: June 2025\n" -}}
+  {{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\n" -}}
   {{- "Reasoning Mode: " + mode + "\n\n## Custom Instructions\n\n" -}}
   {{- (custom if custom else "Think first." if mode == "/think" else "Be brief.") + "\n\n" -}}
   {%- if xml_tools or python_tools or tools -%}{{- "### Tools\n\n" -}}{%- endif -%}
@@ -183,16 +218,17 @@ SMOLLM_3 = """{# a system message of its own with the date and the mode, /think 
   {%- set content = m.content if m.content is string else "" -%}
   {%- if m.role == "user" -%}{{ "<|im_start|>user\n" + content + "<|im_end|>\n" }}
   {%- elif m.role == "assistant" -%}{% generation %}
-    {%- if mode == "/think" -%}{{ "<|im_start|>assistant\n" + content.lstrip("\n") + "<|im_end|>\n" }}
-    {%- else -%}{{ "<|im_start|>assistant\n" + "<think>\n\n</think>\n" + content.lstrip("\n") + "<|im_end|>\n" }}{%- endif -%}
+    {%- set thought = "" if mode == "/think" else "<think>\n\n</think>\n" -%}
+    {{- "<|im_start|>assistant\n" + thought + content.lstrip("\n") + "<|im_end|>\n" -}}
   {% endgeneration %}
   {%- elif m.role == "tool" -%}{{ "<|im_start|>user\n" + content + "<|im_end|>\n" }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-  {{ "<|im_start|>assistant\n" if mode == "/think" else "<|im_start|>assistant\n" + "<think>\n\n</think>\n" }}
+  {{ "<|im_start|>assistant\n" + ("" if mode == "/think" else "<think>\n\n</think>\n") }}
 {%- endif -%}"""
 GEMMA_2 = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}"
     + TURNS
     + "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
@@ -211,7 +247,8 @@ GEMMA_3 = (
     """
     + TURNS
     + """
-    {{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (prefix if loop.first else "") }}
+    {{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}
+    {{- prefix if loop.first else "" }}
     {%- if m['content'] is string -%}{{ m['content'] | trim }}
     {%- elif m['content'] is iterable -%}
         {%- for item in m['content'] -%}
@@ -224,18 +261,14 @@ GEMMA_3 = (
 {%- if add_generation_prompt -%}{{'<start_of_turn>model\n'}}{%- endif -%}"""
 )
 
-CHATML = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-]
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML += ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 START_OF_TURN = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>"]
-WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SETTINGS = {  # template, kind of tokenizer, special tokens, bos, end of turn
     "llama 2": (LLAMA_2, "metaspace", ["<s>", "</s>"], "<s>", "</s>"),
     "mistral 1": (MISTRAL_1, "unigram", ["<s>", "</s>"], "<s>", "</s>"),
@@ -279,74 +312,63 @@ def both(tmp_path_factory):
 
 
 each = pytest.mark.parametrize("family", SETTINGS)
-marked_up = st.text() | st.sampled_from(
-    [
-        "<think>\nhm\n</think>\n\nyes",
-        "a</think>",
-        "\n",
-        "/no_think",
-        "Hi /think",
-        "/system_override",
-        " ",
-    ]
-)
+SAID = ["<think>\nhm\n</think>\n\nyes", "a</think>", "Hi /think", "/no_think", "/system_override"]
+marked_up = st.text() | st.sampled_from([*SAID, "\n", " "])
 plain = st.text(st.characters(exclude_characters="<|>[]/", exclude_categories=["Cs"]))
 
 
 def chats(contents):
-    """System, user and assistant, mostly in turn; now and then any order, for the templates that refuse it."""
-    turns = st.lists(contents, min_size=1, max_size=4).map(
-        lambda texts: [
-            {"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)
+    """System, user and assistant, mostly in turn.
+
+    Now and then they come in any order, for the templates that refuse it.
+    """
+
+    def in_turn(system, texts):
+        roles = ("user", "assistant") * len(texts)
+        return system + [
+            {"role": role, "content": text} for role, text in zip(roles, texts, strict=False)
         ]
-    )
-    any_order = st.lists(
-        st.fixed_dictionaries(
-            {"role": st.sampled_from(["system", "user", "assistant"]), "content": contents}
-        ),
-        min_size=1,
-    )
-    head = contents.map(lambda t: [{"role": "system", "content": t}]) | st.just([])
-    return st.builds(lambda head, turns: head + turns, head, turns) | any_order
+
+    system = contents.map(lambda t: [{"role": "system", "content": t}]) | st.just([])
+    roles = st.sampled_from(["system", "user", "assistant"])
+    message = st.fixed_dictionaries({"role": roles, "content": contents})
+    turns = st.builds(in_turn, system, st.lists(contents, min_size=1, max_size=4))
+    return turns | st.lists(message, min_size=1)
 
 
-def outcome(function, error):
+def outcome(error, function, *args, **kwargs):
     try:
-        return function()
+        return function(*args, **kwargs)
     except error:
         return "refused"
+
+
+def text_of(theirs, chat, prompt=False):
+    return theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+
+
+def ids_of(theirs, chat, prompt=False):
+    return theirs.apply_chat_template(
+        chat, add_generation_prompt=prompt, return_dict=True
+    ).input_ids
 
 
 @each
 @PROPERTY
 @given(chat=chats(marked_up), prompt=st.booleans())
 def test_the_text_is_that_of_transformers(both, family, chat, prompt):
-    from jinja2 import TemplateError
-
     ours, theirs = both[family]
-    expected = outcome(
-        lambda: theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False),
-        TemplateError,
-    )
-    assert outcome(lambda: ours.render(chat, prompt), ValueError) == expected
+    expected = outcome(jinja2.TemplateError, text_of, theirs, chat, prompt)
+    assert outcome(ValueError, ours.render, chat, prompt) == expected
 
 
 @each
 @PROPERTY
 @given(chat=chats(plain), prompt=st.booleans())
 def test_the_ids_are_those_of_transformers(both, family, chat, prompt):
-    from jinja2 import TemplateError
-
     ours, theirs = both[family]
-    expected = outcome(
-        lambda: (
-            theirs.apply_chat_template(
-                chat, add_generation_prompt=prompt, return_dict=True
-            ).input_ids
-        ),
-        TemplateError,
-    )
-    assert outcome(lambda: ours.encode_chat(chat, prompt), ValueError) == expected
+    expected = outcome(jinja2.TemplateError, ids_of, theirs, chat, prompt)
+    assert outcome(ValueError, ours.encode_chat, chat, prompt) == expected
 
 
 def test_tools_and_reasoning(both):
@@ -360,26 +382,19 @@ def test_tools_and_reasoning(both):
     for family in ("llama 3.1", "qwen 2.5", "qwen 3", "smollm 3"):
         ours, theirs = both[family]
         for end in (1, 3, 4):
-            assert ours.render(chat[:end], True) == theirs.apply_chat_template(
-                chat[:end], add_generation_prompt=True, tokenize=False
-            )
+            assert ours.render(chat[:end], True) == text_of(theirs, chat[:end], True)
 
 
 @each
 def test_parts_of_a_message(both, family):
     """Content as a list of parts: read, spelt out as Python does, or refused."""
-    from jinja2 import TemplateError
-
     ours, theirs = both[family]
     chat = [{"role": "user", "content": [{"type": "text", "text": " Hi "}, {"type": "image"}]}]
-    expected = outcome(
-        lambda: theirs.apply_chat_template(chat, tokenize=False),
-        (TemplateError, TypeError, AttributeError),
-    )
-    assert outcome(lambda: ours.render(chat), ValueError) == expected
-    assert (expected == "refused") == (
-        not family.startswith(("llama 3", "gemma", "qwen 3", "smollm 3"))
-    )
+    errors = (jinja2.TemplateError, TypeError, AttributeError)
+    expected = outcome(errors, text_of, theirs, chat)
+    assert outcome(ValueError, ours.render, chat) == expected
+    taken = family.startswith(("llama 3", "gemma", "qwen 3", "smollm 3"))
+    assert (expected == "refused") == (not taken)
 
 
 @each
@@ -387,34 +402,22 @@ def test_parts_of_a_message(both, family):
 @given(chat=chats(plain), answer=plain)
 def test_the_boundary_is_where_transformers_would_generate(both, family, chat, answer):
     ours, theirs = both[family]
-    if chat[-1]["role"] != "user" or "refused" == outcome(
-        lambda: ours.render(chat, True), ValueError
-    ):
+    refused = outcome(ValueError, ours.render, chat, True) == "refused"
+    if chat[-1]["role"] != "user" or refused:
         return
     response = [{"role": "assistant", "content": answer}]
-    if (
-        family == "mistral 3" and chat[0]["role"] == "system"
-    ):  # it drops the system message as soon as an answer follows
+    # Mistral's third template drops the system message as soon as an answer follows.
+    if family == "mistral 3" and chat[0]["role"] == "system":
         with pytest.raises(ValueError, match="no boundary exists"):
             ours.encode_response(chat, response)
         return
     prompt, ids = ours.encode_response(chat, response)
-    text = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert (
-        prompt
-        == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids
-    )
-    full = theirs.apply_chat_template(chat + response, tokenize=False)
-    eos = theirs.eos_token
-    assert (
-        full.startswith(text)
-        and ids[-1] == ours.eos_id
-        and controls(ours, ids).count(ours.eos_id) == 1
-    )
-    rest = ours.encode(
-        full[len(text) :][: full[len(text) :].rindex(eos) + len(eos)], continuation=True
-    )
-    assert ids == rest
+    assert prompt == ids_of(theirs, chat, True)
+    text, full = text_of(theirs, chat, True), text_of(theirs, chat + response)
+    assert full.startswith(text)
+    assert ids[-1] == ours.eos_id and controls(ours, ids).count(ours.eos_id) == 1
+    eos, rest = theirs.eos_token, full[len(text) :]
+    assert ids == ours.encode(rest[: rest.rindex(eos) + len(eos)], continuation=True)
 
 
 @pytest.mark.parametrize("kind", ["byte level", "metaspace", "gemma", "unigram"])
@@ -446,36 +449,33 @@ def test_ids_of_text_prompts(kind, single, tmp_path):
 
 @each
 def test_5000_strings_give_no_control_token(both, family):
-    """In a user's message; a template that acts on such text may refuse it, which is only seen with '</think>' or the like."""
+    """In a user's message, where no template here acts on what a string spells."""
     ours, _ = both[family]
     expected = controls(ours, ours.encode_chat([{"role": "user", "content": "a"}], True))
-    for text in strings(
-        5000, [*ours.control, *(t[:-1] for t in ours.control), *(t[1:] for t in ours.control)]
-    ):
-        assert (
-            controls(ours, ours.encode_chat([{"role": "user", "content": text}], True)) == expected
-        ), text
+    parts = [*ours.control, *(t[:-1] for t in ours.control), *(t[1:] for t in ours.control)]
+    for text in strings(5000, parts):
+        ids = ours.encode_chat([{"role": "user", "content": text}], True)
+        assert controls(ours, ids) == expected, text
+
+
+PLAIN = [
+    "The capital",
+    " of ",
+    "naïve",
+    "你好",
+    "привет",
+    "12",
+    "\r\n",
+    "    return x",
+    "𝔘",
+    "\x00",
+]
 
 
 @each
 def test_ids_of_5000_strings(both, family):
     ours, theirs = both[family]
-    for text in strings(
-        5000,
-        [
-            *ours.control,
-            "The capital",
-            " of ",
-            "naïve",
-            "你好",
-            "привет",
-            "12",
-            "\r\n",
-            "    return x",
-            "𝔘",
-            "\x00",
-        ],
-    ):
+    for text in strings(5000, [*ours.control, *PLAIN]):
         expected = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode(text) == expected, text
         for skip in (False, True):

@@ -1,8 +1,7 @@
-"""The converted SmolLM2-135M-Instruct against transformers: token ids, chats, and every weight of the same GGUF file."""
+"""The converted SmolLM2-135M-Instruct against transformers: ids, chats, and every weight."""
 
 import json
 import random
-import warnings
 from pathlib import Path
 
 import pytest
@@ -43,45 +42,17 @@ def gguf():
 
 
 def strings(count=5000, digits=True):
-    """Words, white space, numbers, code, many scripts, control tokens and random characters, joined at random."""
+    """Strings of words, white space, numbers, code, many scripts, control tokens and characters.
+
+    They are joined at random.
+    """
     draw = random.Random(0)
     words = [
-        "The",
-        " capital",
-        " of",
-        "France",
-        "don't",
-        "I'LL",
-        "naïve",
-        "你好",
-        "привет",
-        "😀👍🏽",
-        "עברית",
-        "हिन्दी",
-        "\n",
-        "\n\n",
-        " ",
-        "  ",
-        "\t",
-        "\r\n",
-        "def f(x):",
-        "    return",
-        "!=",
-        "...",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_",
-        "<file_sep>",
-        "|>",
-        "1",
-        "23",
-        "2024",
-        "3.14",
-        "1e-5",
-        "٣",
-        "½",
-        "²",
-    ]
+        "The", " capital", " of", "France", "don't", "I'LL", "naïve", "你好", "привет", "😀👍🏽",
+        "עברית", "हिन्दी", "\n", "\n\n", " ", "  ", "\t", "\r\n", "def f(x):", "    return", "!=",
+        "...", "<|im_start|>", "<|im_end|>", "<|im_", "<file_sep>", "|>", "1", "23", "2024",
+        "3.14", "1e-5", "٣", "½", "²",
+    ]  # fmt: skip
     blocks = [(32, 126), (160, 0x2FFF), (0x10000, 0x1FFFF)]
     made = []
     for _ in range(count):
@@ -91,14 +62,15 @@ def strings(count=5000, digits=True):
     return made if digits else ["".join(c for c in text if not c.isnumeric()) for text in made]
 
 
+# SmolLM2 has no tokens for some characters; both leave these out, and ours warns.
+unwarned = pytest.mark.filterwarnings("ignore:.* has no token for")
+
+
+@unwarned
 def test_ids_of_strings(ours, theirs):
     for text in strings():
         expected = theirs(text, add_special_tokens=False).input_ids
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of characters that SmolLM2 has no tokens for, and which both leave out
-            assert ours.encode(text) == expected, text
+        assert ours.encode(text) == expected, text
         for skip in (False, True):
             text = theirs.decode(
                 expected, skip_special_tokens=skip, clean_up_tokenization_spaces=False
@@ -106,40 +78,31 @@ def test_ids_of_strings(ours, theirs):
             assert ours.decode(expected, skip_special=skip) == text
 
 
+CHATS = ["user", "system user", "user assistant", "system user assistant user"]
+
+
+@unwarned
 def test_ids_of_chats(ours, theirs):
     draw, texts = random.Random(1), [t for t in strings(400) if "<" not in t]
     for _ in range(100):
-        roles = draw.choice(
-            [
-                ["user"],
-                ["system", "user"],
-                ["user", "assistant"],
-                ["system", "user", "assistant", "user"],
-            ]
-        )
+        roles = draw.choice(CHATS).split()
         chat = [{"role": role, "content": draw.choice(texts)} for role in roles]
         for prompt in (False, True):
-            assert ours.render(chat, prompt) == theirs.apply_chat_template(
-                chat, add_generation_prompt=prompt, tokenize=False
-            )
+            text = theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+            assert ours.render(chat, prompt) == text
             expected = theirs.apply_chat_template(
                 chat, add_generation_prompt=prompt, return_dict=True
-            ).input_ids
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                assert ours.encode_chat(chat, prompt) == expected
+            )
+            assert ours.encode_chat(chat, prompt) == expected.input_ids
 
 
+@unwarned
 def test_5000_strings_give_no_control_token(ours):
     expected = controls(ours, ours.encode_chat([{"role": "user", "content": "a"}], True))
     parts = [*ours.control, *(t[:-1] for t in ours.control), *(t[1:] for t in ours.control)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for text in test_templates.strings(5000, parts):
-            assert (
-                controls(ours, ours.encode_chat([{"role": "user", "content": text}], True))
-                == expected
-            ), text
+    for text in test_templates.strings(5000, parts):
+        ids = ours.encode_chat([{"role": "user", "content": text}], True)
+        assert controls(ours, ids) == expected, text
 
 
 def test_streams(ours, theirs):
@@ -151,32 +114,28 @@ def test_streams(ours, theirs):
 
 
 def test_special_ids(ours, theirs):
-    assert (ours.eos_id, ours.bos_id, ours.pad_id) == (
-        theirs.eos_token_id,
-        theirs.bos_token_id,
-        theirs.pad_token_id,
-    )
-    assert (
-        ours.vocab_size
-        == len(theirs)
-        == json.loads((DIRECTORY / "config.json").read_text())["vocab_size"]
-    )
+    assert ours.eos_id == theirs.eos_token_id
+    assert ours.bos_id == theirs.bos_token_id
+    assert ours.pad_id == theirs.pad_token_id
+    config = json.loads((DIRECTORY / "config.json").read_text())
+    assert ours.vocab_size == len(theirs) == config["vocab_size"]
 
 
+@unwarned
 def test_ids_of_the_tokenizer_that_transformers_makes_of_the_gguf(ours, gguf):
-    """Only for text without digits: transformers overlooks that the pre-tokenizer 'smollm' sets each digit apart."""
+    """For text without digits, since transformers does not set each digit apart.
+
+    It overlooks that the pre-tokenizer 'smollm' does.
+    """
     theirs = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for text in strings(400, digits=False):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
 
 
 def test_weights_equal_transformers_reading_of_the_gguf(gguf, monkeypatch):
     """Bit for bit, so the rows of q and k are in Hugging Face's order."""
-    monkeypatch.setattr(
-        "transformers.modeling_utils.is_accelerate_available", lambda: True
-    )  # asked for, but not needed here
+    # The library asks for accelerate, which is not needed here.
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
@@ -187,20 +146,19 @@ def test_weights_equal_transformers_reading_of_the_gguf(gguf, monkeypatch):
 
 
 def test_the_model_says_paris_and_for_the_right_reason(theirs):
-    """The likelihood tells what plausible text does not: with q and k left as GGUF has them it is about 0.7 nats worse."""
+    """Its likelihood of a sentence is right too, which a plausible answer does not show.
+
+    With q and k left as GGUF has them the likelihood is about 0.7 nats worse.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
-    ids = theirs(
-        "The capital of France is Paris, and the capital of Germany is Berlin.", return_tensors="pt"
-    ).input_ids
+    said = "The capital of France is Paris, and the capital of Germany is Berlin."
+    ids = theirs(said, return_tensors="pt").input_ids
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = theirs.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
         assert model(ids, labels=ids).loss.item() == pytest.approx(1.7154, abs=1e-3)
-        answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)[
-            0, prompt.input_ids.shape[1] :
-        ]
-    assert theirs.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+        whole = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0]
+    answer = theirs.decode(whole[prompt.input_ids.shape[1] :], skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."
