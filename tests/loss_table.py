@@ -16,18 +16,24 @@ WHAT = {
     "simpo": "mean log-probabilities",
     "cpo": "a uniform reference",
 }
-# Besides autograd and finite differences, which check every loss: whose code gives the same loss and gradients (make parity)
+# Autograd and finite differences check every loss. Besides: whose code gives the same loss and
+# gradients (make parity).
 PEERS = {
-    "bnf": "its published form", "dpo": "TRL, Liger", "ipo": "TRL", "kto": "TRL, Liger", "orpo": "TRL, Liger",
-    "simpo": "TRL, Liger", "cpo": "TRL, Liger",
+    "bnf": "its published form", "dpo": "TRL, Liger", "ipo": "TRL", "kto": "TRL, Liger",
+    "orpo": "TRL, Liger", "simpo": "TRL, Liger", "cpo": "TRL, Liger",
 }  # fmt: skip
+HEAD = [
+    "`--loss`", "what it is", "reference", "pairs", "`--loss-args` and defaults",
+    "`--lr` at width 576", "checked against",
+]  # fmt: skip
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:
-    rows = [
-        "| `--loss` | what it is | reference | pairs | `--loss-args` and defaults | `--lr` at width 576 | checked against |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [row(HEAD), "|---" * len(HEAD) + "|"]
     for name, loss in LOSSES.items():
         hyper = " ".join(
             f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
@@ -35,11 +41,9 @@ def table() -> str:
             if k != "kl"
         )
         needs = ["yes" if x else "no" for x in (loss.needs_ref, loss.needs_pairs)]
-        judges = ", ".join(["autograd", *([PEERS[name]] if name in PEERS else [])])
-        rows.append(
-            f"| {name} | {WHAT[name]} | {needs[0]} | {needs[1]} | {hyper} | {loss.learning_rate:g} | {judges} |"
-        )
-    return "\n".join(rows)
+        judges = f"autograd, {PEERS[name]}" if name in PEERS else "autograd"
+        lines.append(row([name, WHAT[name], *needs, hyper, f"{loss.learning_rate:g}", judges]))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

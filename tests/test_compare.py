@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,20 @@ def write_few_pairs(folder):
         written(folder / f"qa-{split}.jsonl", rows)
 
 
-def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, capsys):
+class InThisProcess(Executor):
+    """Stands in for a pool of processes, of which each would import torch anew."""
+
+    def __init__(self, workers, context):
+        pass
+
+    def submit(self, function, *given):
+        done = Future()
+        done.set_result(function(*given))
+        return done
+
+
+def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minibnf.lab.trials.ProcessPoolExecutor", InThisProcess)
     spec = {
         "base": "weights/tiny", "seeds": [1], "train": {"batch_size": 8, "max_steps": 2},
         "exam": {"samples": 1, "count": 2}, "sets": {"qa": {"kind": "qa", "count": 16}},

@@ -38,6 +38,7 @@ from tests.test_train import rows, write
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"
 
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "model"
