@@ -1,7 +1,7 @@
 """The README's table of losses, printed from the code: python -m tests.loss_table (make losses)."""
 
-from minibnf.losses import LOSSES
 from minibnf.arguments import default_rate
+from minibnf.losses import LOSSES
 
 WHAT = {
     "bnf": "bidirectional negative feedback",
@@ -17,18 +17,24 @@ WHAT = {
     "simpo": "mean log-probabilities",
     "cpo": "a uniform reference",
 }
-# Besides autograd and finite differences, which check every loss: whose code gives the same loss and gradients (make parity)
+# Autograd and finite differences check every loss. Besides: whose code gives the same loss and
+# gradients (make parity).
 PEERS = {
-    "bnf": "its published form", "dpo": "TRL, Liger", "ipo": "TRL", "kto": "TRL, Liger", "orpo": "TRL, Liger",
-    "simpo": "TRL, Liger", "cpo": "TRL, Liger",
+    "bnf": "its published form", "dpo": "TRL, Liger", "ipo": "TRL", "kto": "TRL, Liger",
+    "orpo": "TRL, Liger", "simpo": "TRL, Liger", "cpo": "TRL, Liger",
 }  # fmt: skip
+HEAD = [
+    "`--loss`", "what it is", "reference", "pairs", "`--loss-args` and defaults",
+    "`--lr` at width 576", "checked against",
+]  # fmt: skip
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def table() -> str:
-    rows = [
-        "| `--loss` | what it is | reference | pairs | `--loss-args` and defaults | `--lr` at width 576 | checked against |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [row(HEAD), "|---" * len(HEAD) + "|"]
     for name, loss in LOSSES.items():
         hyper = " ".join(
             f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
@@ -36,11 +42,9 @@ def table() -> str:
             if k != "kl"
         )
         needs = ["yes" if x else "no" for x in (loss.needs_ref, loss.needs_pairs)]
-        judges = ", ".join(["autograd", *([PEERS[name]] if name in PEERS else [])])
-        rows.append(
-            f"| {name} | {WHAT[name]} | {needs[0]} | {needs[1]} | {hyper} | {default_rate(name):g} | {judges} |"
-        )
-    return "\n".join(rows)
+        judges = f"autograd, {PEERS[name]}" if name in PEERS else "autograd"
+        lines.append(row([name, WHAT[name], *needs, hyper, f"{default_rate(name):g}", judges]))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

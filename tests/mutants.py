@@ -1,19 +1,26 @@
-"""What `make mutants` ends with: the share of mutants killed, and each survivor with the reason why it may live.
+"""What `make mutants` ends with: the share of mutants killed, and why each survivor may live.
 
-A mutant is one small change of the code; it is killed if a test fails. Those listed in EQUIVALENT behave as the original does,
-or differ only in what no test should fix (a threshold between two formulas that are both right there).
+A mutant is one small change of the code; it is killed if a test fails. Those listed in EQUIVALENT
+behave as the original does, or differ only in what no test should fix (a threshold between two
+formulas that are both right there).
 """
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 MUTMUT = Path(sys.executable).parent / "mutmut"
+DEFAULT_DEVICE = "on a CPU the device by default is the right one; the tests have no other"
+OTHER_HALF = (
+    "on a CPU the other half of the condition finds the same; "
+    "this half is for devices that it would wait for"
+)
 EQUIVALENT = {  # a fragment of the changed line -> why the change is none
     "needs_input_grad[:3]": "the third input, targets, holds integers and never needs a gradient",
-    "device=None": "on a CPU the device by default is the right one; the tests have no other",
-    "torch.float32, )": "on a CPU the device by default is the right one; the tests have no other",
-    "torch.int64, )": "on a CPU the device by default is the right one; the tests have no other",
+    "device=None": DEFAULT_DEVICE,
+    "torch.float32, )": DEFAULT_DEVICE,
+    "torch.int64, )": DEFAULT_DEVICE,
     ">= 1e-2": "where rounding ends is a convention",
     "near = a >": "both forms of log(1 - e^a) are accurate around the threshold",
     "near, torch.log(": "only what the branch not taken is given, any finite value",
@@ -24,8 +31,8 @@ EQUIVALENT = {  # a fragment of the changed line -> why the change is none
     "torch.where(certain, 2.0, E)": "only what the branch not taken is given",
     "torch.where(middle, x, 2.0)": "only what the branch not taken is given",
     "break": "the hyper-parameter that is skipped is the last one of its loss",
-    "lone = None": "on a CPU the other half of the condition finds the same; this half is for devices that it would wait for",
-    "lone = 3 *": "on a CPU the other half of the condition finds the same; this half is for devices that it would wait for",
+    "lone = None": OTHER_HALF,
+    "lone = 3 *": OTHER_HALF,
     "logps.dtype == dtype or": "converting what needs no conversion changes nothing",
 }
 
@@ -34,35 +41,29 @@ def run(*arguments: str) -> str:
     return subprocess.run([MUTMUT, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def changed_line(name: str) -> str:
+    """What a mutant has in place of the original's line."""
+    lines = run("show", name).splitlines()
+    added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+    return " ".join(line[1:].strip() for line in added)
+
+
 def main() -> int:
-    verdicts = [
-        line.strip().rsplit(": ", 1)
-        for line in run("results", "--all", "true").splitlines()
-        if ": " in line
-    ]
-    counts: dict[str, int] = {}
-    for _, verdict in verdicts:
-        counts[verdict] = counts.get(verdict, 0) + 1
-    killed = sum(n for verdict, n in counts.items() if verdict in ("killed", "timeout"))
-    print(
-        f"\n{len(verdicts)} mutants: "
-        + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
-    )
+    lines = run("results", "--all", "true").splitlines()
+    verdicts = [line.strip().rsplit(": ", 1) for line in lines if ": " in line]
+    counts = Counter(verdict for _, verdict in verdicts)
+    killed = counts["killed"] + counts["timeout"]
+    shown = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+    print(f"\n{len(verdicts)} mutants: {shown}")
     unexplained = 0
     for name, verdict in verdicts:
-        if verdict not in ("killed", "timeout"):
-            changed = [
-                line[1:].strip()
-                for line in run("show", name).splitlines()
-                if line[:1] == "+" and line[:3] != "+++"
-            ]
-            reason = next(
-                (why for fragment, why in EQUIVALENT.items() if fragment in " ".join(changed)), None
-            )
-            unexplained += reason is None
-            print(
-                f"{verdict}  {name}\n    {' '.join(changed)}\n    {reason or 'NOT EXPLAINED: a test is missing'}"
-            )
+        if verdict in ("killed", "timeout"):
+            continue
+        line = changed_line(name)
+        reason = next((why for fragment, why in EQUIVALENT.items() if fragment in line), None)
+        unexplained += reason is None
+        reason = reason or "NOT EXPLAINED: a test is missing"
+        print(f"{verdict}  {name}\n    {line}\n    {reason}")
     share = killed / max(1, len(verdicts))
     print(f"\n{100 * share:.1f}% killed; {unexplained} survivors unexplained")
     return 0 if len(verdicts) >= 100 and share >= 0.95 else 1

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minibnf.files.config import READS
-from minibnf.lab.verdicts import concentration, figure, rivals, table, verdict_table
+from minibnf.lab.tables import concentration, figure, rivals, table
+from minibnf.lab.verdicts import verdict_table
 from minibnf.losses import bnf_loss
 from tests.loss_table import table as loss_table
 

@@ -11,7 +11,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def machine() -> str:
     if DEVICE == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"no CUDA device here; {torch.get_num_threads()} threads of the processor, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"no CUDA device here; {threads} threads of the processor, torch {torch.__version__}"
 
 
 def wait() -> None:
@@ -21,8 +22,11 @@ def wait() -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had so far: the device's, or the resident size. On Linux ru_maxrss would begin with
-    that of the process that started it, so it is read from the kernel's own count."""
+    """The most memory that this process had so far: the device's, or the resident size.
+
+    On Linux ru_maxrss would begin with that of the process that started this one, so the kernel's
+    own count is read.
+    """
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -1,10 +1,11 @@
-"""A model of 1.07 billion parameters trained in 20 GB: peak memory and speed of a few steps, beside check's estimate.
+"""A model of 1.07 billion parameters trained in 20 GB: memory and speed, beside check's estimate.
 
     python -m tests.benchmarks.billion [--steps 3] [--dtype bfloat16] [--pairs 8]
 
-Random weights in Llama-3.2-1B's layers (16 of width 2048), with the tokenizer and the vocabulary of the model in --like. The
-trainer as a user runs it: float32 weights, gradients and AdamW, --gradient-checkpointing, checkpoint and model saved at the
-end, 17 GB in a temporary folder (TMPDIR says where).
+Random weights in Llama-3.2-1B's layers (16 of width 2048), with the tokenizer and the vocabulary of
+the model in --like. The trainer runs as a user runs it, for a few steps: float32 weights, gradients
+and AdamW, --gradient-checkpointing. Checkpoint and model are saved at the end, 17 GB in a temporary
+folder (TMPDIR says where).
 """
 
 import argparse
@@ -48,17 +49,20 @@ def main():
         raw = json.loads((folder / "model" / "config.json").read_text()) | LAYERS | {"head_dim": 64}
         (folder / "model" / "config.json").write_text(json.dumps(raw))
         data = first_rows(args.data, args.pairs * args.steps, folder)
-        flags = ["--model", folder / "model", "--from-scratch", "--data", data, "--out", folder / "run", "--dtype", args.dtype,
-                 "--batch-size", args.pairs, "--max-steps", args.steps, "--gradient-checkpointing"]  # fmt: skip
+        flags = [
+            "--model", folder / "model", "--from-scratch", "--data", data, "--out", folder / "run",
+            "--dtype", args.dtype, "--batch-size", args.pairs, "--max-steps", args.steps,
+            "--gradient-checkpointing",
+        ]  # fmt: skip
         if train([str(flag) for flag in flags]) != 0:
             raise SystemExit("the trainer did not end well")
-        rows = [
-            json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        ]
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
         facts = json.loads((folder / "run" / "config.json").read_text())["facts"]
     print(machine())
     print(
-        f"{facts['parameters'] / 1e9:.2f} billion parameters, {args.dtype}, micro-batches of {facts['max_tokens']} tokens"
+        f"{facts['parameters'] / 1e9:.2f} billion parameters, {args.dtype}, "
+        f"micro-batches of {facts['max_tokens']} tokens"
     )
     for row in rows:
         print(f"step {row['step']}  loss {row['loss']:+.3f}  {row['tokens_per_s']:.0f} tokens/s")

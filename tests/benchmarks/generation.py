@@ -1,10 +1,12 @@
-"""Batched greedy generation against transformers' generate: the same prompts, dtype and threads, both sides alternating.
+"""Batched greedy generation against transformers' generate, both sides alternating.
 
-    python -m tests.benchmarks.generation [--model DIR] [--data FILE.jsonl] [--prompts 64] [--new-tokens 128]
+    python -m tests.benchmarks.generation [--model DIR] [--data FILE.jsonl] [--prompts 64]
+        [--new-tokens 128]
 
-Prompts are the "prompt" of preference rows through the model's chat template. transformers gets them in one left-padded
-batch, its fastest way here. Both stop a row at the end of its turn; how many outputs are the same is printed too (in
-bfloat16 a near tie of two tokens may fall either way).
+Both have the same prompts, dtype and threads. Prompts are the "prompt" of preference rows through
+the model's chat template. transformers gets them in one left-padded batch, its fastest way here.
+Both stop a row at the end of its turn. How many outputs are the same is printed too (in bfloat16 a
+near tie of two tokens may fall either way).
 """
 
 import argparse
@@ -13,6 +15,7 @@ import itertools
 import json
 import statistics
 import time
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -20,14 +23,17 @@ import torch
 
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate
-from minibnf.lab.smallworld import QA, REASONING, problems
+from minibnf.lab.language import QA, REASONING, problems
 from minibnf.machine import DTYPES
 from minibnf.model import load
 from tests.benchmarks import DEVICE, machine, wait
 
 
 def prompts_of(file: str, tokenizer, count: int) -> list[list[int]]:
-    """The first `count` prompts of a preference file, as ids ready for an answer; the small world's where it is not there."""
+    """The first `count` prompts of a preference file, as ids ready for an answer.
+
+    The small world's where the file is not there.
+    """
     if Path(file).is_file():
         with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
             rows = [json.loads(line)["prompt"] for line in itertools.islice(lines, count)]
@@ -73,37 +79,40 @@ def main():
     prompts, ends = prompts_of(args.data, tokenizer, args.prompts), set(tokenizer.end_ids)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     print(
-        f"{len(prompts)} prompts of {shortest} to {longest} tokens, {args.new_tokens} new tokens at most"
+        f"{len(prompts)} prompts of {shortest} to {longest} tokens, "
+        f"{args.new_tokens} new tokens at most"
     )
     print(machine())
+    greedy = {"max_new_tokens": args.new_tokens, "temperature": 0, "stop_ids": ends}
+    padding = (args.new_tokens, tokenizer.eos_id, ends)
     for name in args.dtypes:
-        ours = load(args.model, dtype=DTYPES[name]).to(DEVICE)
-        peer = (
-            AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[name]).eval().to(DEVICE)
-        )
+        model = load(args.model, dtype=DTYPES[name]).to(DEVICE)
+        peer = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[name])
+        peer = peer.eval().to(DEVICE)
         sides = {
-            "minibnf": lambda ours=ours: generate(
-                ours, prompts, max_new_tokens=args.new_tokens, temperature=0, stop_ids=ends
-            ),
-            "transformers": lambda peer=peer: theirs(
-                peer, prompts, args.new_tokens, tokenizer.eos_id, ends
-            ),
+            "minibnf": partial(generate, model, prompts, **greedy),
+            "transformers": partial(theirs, peer, prompts, *padding),
         }
-        seconds, outputs = {side: [] for side in sides}, {}
-        for _ in range(args.rounds):
-            for side, run in sides.items():
-                began = time.perf_counter()
-                outputs[side] = run()
-                wait()
-                seconds[side].append(time.perf_counter() - began)
-        medians = {side: statistics.median(s) for side, s in seconds.items()}
-        ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-        same = sum(a == b for a, b in zip(*outputs.values(), strict=True))
-        new = sum(map(len, outputs["minibnf"]))
-        for side, s in medians.items():
-            print(f"{name:9} {side:13} {s:7.2f} s  {new / s:7.0f} tokens/s")
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{name:9} ratio {spread}, {same} of {len(prompts)} outputs the same")
+        compared(name, sides, args.rounds)
+
+
+def compared(name: str, sides: dict, rounds: int) -> None:
+    """Run the two sides in turn; print medians, the ratio by round and how many outputs agree."""
+    seconds, outputs = {side: [] for side in sides}, {}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            began = time.perf_counter()
+            outputs[side] = run()
+            wait()
+            seconds[side].append(time.perf_counter() - began)
+    ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    same = sum(a == b for a, b in zip(*outputs.values(), strict=True))
+    new = sum(map(len, outputs["minibnf"]))
+    for side, taken in seconds.items():
+        s = statistics.median(taken)
+        print(f"{name:9} {side:13} {s:7.2f} s  {new / s:7.0f} tokens/s")
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"{name:9} ratio {spread}, {same} of {len(outputs['minibnf'])} outputs the same")
 
 
 if __name__ == "__main__":

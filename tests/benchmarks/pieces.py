@@ -1,13 +1,16 @@
-"""The trainer's pieces, each against what else does its work: medians and ratios, both sides alternating in one process.
+"""The trainer's pieces, each against what else does its work, alternating in one process.
 
-python -m tests.benchmarks.pieces [--rounds 5] [--json FILE]
+    python -m tests.benchmarks.pieces [--rounds 5] [--json FILE]
 
 losses       a step of BNF against one of NLL on the same tokens, all of them preferred
-vocabulary   token_logps, forward and backward, against the plain expression and torch's linear_cross_entropy; its memory at
-             V = 131,072, N = 8,192, D = 576, and its time there against the plain expression's (large), which takes 15 GB;
-             its growth with tokens and with the vocabulary
+vocabulary   token_logps, forward and backward, against the plain expression and torch's
+             linear_cross_entropy; its growth with tokens and with the vocabulary; its memory at
+             V = 131,072, N = 8,192, D = 576, and its time there against the plain expression's
+             (large), which takes 15 GB
 start        from the command to the first step's metrics
 data         reading, tokenising, packing and mismatching 100,000 pairs
+
+Medians and ratios are printed.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,26 +67,25 @@ class Given:
 
 
 def losses(model_dir: str, rounds: int) -> dict:
-    model, generator = (
-        load(model_dir, dtype=torch.float32).to(DEVICE),
-        torch.Generator().manual_seed(0),
-    )
-    ids = lambda n: tuple(
-        torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
-    )
+    model = load(model_dir, dtype=torch.float32).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        size = model.config.vocab_size
+        return tuple(torch.randint(size, (n,), generator=generator).tolist())
+
     examples = [Example(ids(90), (ids(130),), (True,), i) for i in range(8)]
     batches = pack(examples, list(range(8)), 2048)
 
-    def step(name):
-        run_batches(model, batches, LOSSES[name], LOSSES[name].hyper({}), Given() if LOSSES[name].needs_ref else None,
-                    torch.float32, DEVICE, backward=True)  # fmt: skip
+    def step(name: str) -> None:
+        loss = LOSSES[name]
+        reference = Given() if loss.needs_ref else None
+        run_batches(model, batches, loss, loss.hyper({}), reference, torch.float32, DEVICE,
+                    backward=True)  # fmt: skip
         model.zero_grad(set_to_none=True)
 
-    return show(
-        "losses",
-        alternate({name: lambda n=name: step(n) for name in ("nll", "bnf")}, rounds),
-        "nll",
-    )
+    sides = {name: partial(step, name) for name in ("nll", "bnf")}
+    return show("losses", alternate(sides, rounds), "nll")
 
 
 def problem(N: int, V: int, D: int = 576):
@@ -95,7 +98,7 @@ def plain(hidden, unembed, targets):
 
 
 def ligers():
-    """Liger's fused linear and cross-entropy as a function like token_logps, or why it does not run here."""
+    """Liger's fused linear and cross-entropy, like token_logps; or why it does not run here."""
     if DEVICE == "cpu":
         return "its kernels are for a GPU"
     try:
@@ -104,9 +107,11 @@ def ligers():
         )
     except ImportError as error:
         return str(error)
-    return lambda hidden, unembed, targets: (
-        -Fused.apply(hidden, unembed, targets, None, None, -100, 0.0, 0.0, "sum")[0]
-    )
+
+    def fused(hidden, unembed, targets):
+        return -Fused.apply(hidden, unembed, targets, None, None, -100, 0.0, 0.0, "sum")[0]
+
+    return fused
 
 
 def torchs(hidden, unembed, targets):
@@ -118,6 +123,10 @@ def both_ways(function, given):
     given[0].grad = given[1].grad = None
 
 
+# (N, V) at which the growth of token_logps is measured
+SIZES = [(1024, 49152), (2048, 49152), (4096, 49152), (2048, 24576), (2048, 98304)]
+
+
 def vocabulary(rounds: int) -> dict:
     functions = {"token_logps": token_logps, "plain": plain}
     if hasattr(F, "linear_cross_entropy"):
@@ -127,23 +136,19 @@ def vocabulary(rounds: int) -> dict:
     else:
         print(f"vocabulary  Liger's is not run: {liger}")
     given = problem(2048, 49152)
-    found = show(
-        "vocabulary",
-        alternate({n: lambda f=f: both_ways(f, given) for n, f in functions.items()}, rounds),
-        "token_logps",
-    )
-    for N, V in ((1024, 49152), (2048, 49152), (4096, 49152), (2048, 24576), (2048, 98304)):
+    sides = {name: partial(both_ways, f, given) for name, f in functions.items()}
+    found = show("vocabulary", alternate(sides, rounds), "token_logps")
+    for N, V in SIZES:
         given = problem(N, V)
-        (seconds,) = alternate({"": lambda g=given: both_ways(token_logps, g)}, 1).values()
+        (seconds,) = alternate({"": partial(both_ways, token_logps, given)}, 1).values()
         print(f"growth      N {N:6,}  V {V:7,}  {seconds / (N * V) * 1e9:6.2f} ns a logit")
         found[f"ns a logit, N {N}, V {V}"] = seconds / (N * V) * 1e9
     given = problem(8192, 131072)
-    large = {n: lambda f=functions[n]: both_ways(f, given) for n in ("token_logps", "plain")}
-    found |= show("large", alternate(large, 1), "token_logps")
+    sides = {name: partial(both_ways, functions[name], given) for name in ("token_logps", "plain")}
+    found |= show("large", alternate(sides, 1), "token_logps")
     command = [sys.executable, "-m", "tests.benchmarks.pieces", "--memory"]
-    used, allowed = map(
-        float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    used, allowed = map(float, done.stdout.split())
     bound = f"1.2 of inputs and outputs, and 256 MB: {allowed / 1e6:.0f}"
     print(f"memory      N 8,192, V 131,072: {used / 1e6:.0f} MB at the peak; {bound}", flush=True)
     return found | {"memory": used, "memory allowed": allowed}
@@ -170,21 +175,23 @@ def start(model_dir: str) -> dict:
             out = Path(folder) / Path(model).name
             flags = ["--model", model, "--data", data, "--batch-size", "8", "--out", str(out)]
             began = time.perf_counter()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "minibnf.train", *flags], stdout=subprocess.DEVNULL
+            command, metrics = (
+                [sys.executable, "-m", "minibnf.train", *flags],
+                out / "metrics.jsonl",
             )
-            while process.poll() is None and not (
-                (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size
-            ):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
                 time.sleep(0.02)
-            found[f"start {model}"] = time.perf_counter() - began
+            seconds = found[f"start {model}"] = time.perf_counter() - began
             if process.wait() != 0:
                 raise SystemExit(f"the trainer failed on {model}")
-            print(
-                f"start       {model:36} {found[f'start {model}']:9.1f} s to the first step's metrics",
-                flush=True,
-            )
+            shown = f"{seconds:9.1f} s to the first step's metrics"
+            print(f"start       {model:36} {shown}", flush=True)
     return found
+
+
+def said(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
 
 
 def data() -> dict:
@@ -192,9 +199,11 @@ def data() -> dict:
         file = Path(folder) / "pairs.jsonl"
         with open(file, "w", encoding="utf-8") as lines:
             for i in range(100_000):
-                said = lambda role, text: [{"role": role, "content": text}]
-                row = {"prompt": said("user", f"What is {i} plus {i}?"), "chosen": said("assistant", f"It is {2 * i}."),
-                       "rejected": said("assistant", f"It is {2 * i + 1}.")}  # fmt: skip
+                row = {
+                    "prompt": said("user", f"What is {i} plus {i}?"),
+                    "chosen": said("assistant", f"It is {2 * i}."),
+                    "rejected": said("assistant", f"It is {2 * i + 1}."),
+                }
                 lines.write(json.dumps(row) + "\n")
         began = time.perf_counter()
         examples, _ = read_examples(file, load_tokenizer("weights/tiny"), 512)
@@ -204,7 +213,8 @@ def data() -> dict:
             pack(examples, order[i : i + 32], 2048)
         packed = time.perf_counter() - began - read
     print(
-        f"data        100,000 pairs: {read:.1f} s to read and tokenise, {packed:.1f} s to pack in steps of 32",
+        f"data        100,000 pairs: {read:.1f} s to read and tokenise, "
+        f"{packed:.1f} s to pack in steps of 32",
         flush=True,
     )
     began = time.perf_counter()
@@ -217,7 +227,8 @@ def data() -> dict:
     mismatched(one_prompt, 512, file)
     mismatch = time.perf_counter() - began
     print(
-        f"data        {at_once:.1f} s to pack them all at once, as an evaluation does; {mismatch:.1f} s to mismatch them for"
+        f"data        {at_once:.1f} s to pack them all at once, as an evaluation does; "
+        f"{mismatch:.1f} s to mismatch them for"
     )
     print("            kto where nine in ten have the same prompt", flush=True)
     return {"read": read, "pack": packed, "pack at once": at_once, "mismatch": mismatch}

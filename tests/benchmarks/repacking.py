@@ -1,9 +1,10 @@
-"""What rounding alone does to BNF's weights: the policy is the reference, packed as in later epochs.
+"""What rounding alone does to BNF's weights: the reference against itself, packed otherwise.
 
-python -m tests.benchmarks.repacking [--model DIR] [--data FILE] [--rows 64]
+    python -m tests.benchmarks.repacking [--model DIR] [--data FILE] [--rows 64]
 
-The reference is read in the packs of the first epoch, so there policy and reference agree exactly (on a
-CPU). Later epochs pack other rows together, products have other sizes, and some round otherwise.
+The reference is read in the packs of the first epoch, so there policy and reference agree exactly
+(on a CPU). Later epochs pack other rows together, products have other sizes, and some round
+otherwise.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tests.benchmarks import DEVICE, machine
 
 
 def epoch_logps(model, examples, epoch: int, dtype) -> torch.Tensor:
-    """(N,): the log-probabilities of all response tokens, read in an epoch's packs (batches of 8)."""
+    """(N,): the log-probabilities of response tokens, read in an epoch's packs (batches of 8)."""
     order = order_of_epoch(len(examples), 0, epoch)
     steps = (pack(examples, order[i : i + 8], 2048) for i in range(0, len(order), 8))
     found = dict(read_batches(model, steps, len(examples), dtype, token_logps, f"epoch {epoch}"))
@@ -43,9 +44,9 @@ def main():
             w = bnf_weight(logps, reference)
             shift = (logps - reference).abs()
             print(
-                f"{str(dtype).removeprefix('torch.'):9} epoch {epoch + 1}: {len(w)} tokens, mean |log p - log r| "
-                f"{shift.mean():.2e} nat, w: mean {w.mean():.6f}, least {w.min():.4f}, "
-                f"exactly 1 {(w == 1).double().mean():.3f}",
+                f"{str(dtype).removeprefix('torch.'):9} epoch {epoch + 1}: {len(w)} tokens, "
+                f"mean |log p - log r| {shift.mean():.2e} nat, w: mean {w.mean():.6f}, "
+                f"least {w.min():.4f}, exactly 1 {(w == 1).double().mean():.3f}",
                 flush=True,
             )
 

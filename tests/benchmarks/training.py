@@ -1,19 +1,22 @@
-"""Pairs a second and peak memory: minibnf's trainer against TRL's DPOTrainer, and against the machine's own matrix speed.
+"""Pairs per second and peak memory: minibnf's trainer against TRL's DPOTrainer.
 
-    python -m tests.benchmarks.training [--data gsm8k_pairs helpful] [--dtypes float32 bfloat16] [--rounds 3] [--json F]
+    python -m tests.benchmarks.training [--data gsm8k_pairs helpful] [--dtypes float32 bfloat16]
+        [--rounds 3] [--json FILE]
 
-Each measurement is a process of its own, on CUDA where there is a device: the trainer as a user runs it, a few steps of
-`--pairs` pairs, the first one not counted, without the reference pass. TRL gets its reference log-probabilities precomputed,
-the fused AdamW, and the best of several numbers of pairs a forward (by gradient accumulation the same pairs a step); in
-bfloat16 its weights and optimiser are bfloat16, minibnf's weights stay float32. The sides alternate; medians and ratios of the
-rounds are printed.
+Each measurement is a process of its own, on CUDA where there is a device: the trainer as a user
+runs it, a few steps of `--pairs` pairs. The first step is not counted, nor is the reference pass.
+TRL gets its reference log-probabilities precomputed, the fused AdamW, and the best of several
+numbers of pairs per forward (with gradient accumulation, so that a step has the same pairs). In
+bfloat16 its weights and optimiser are bfloat16, while minibnf's weights stay float32. The sides
+alternate; medians and ratios of the rounds are printed.
 
-Needed operations of a step, a multiplication and an addition counted as two:
+minibnf is also held against the machine's own matrix speed. Needed operations of a step, with a
+multiplication and an addition counted as two:
     6 x parameters in the layers' matrices x tokens read       (forward 2, backward 4)
     6 x V x D x response tokens                                (the vocabulary, one sweep)
     12 x layers x heads x head width x pairs of tokens one of which sees the other
-The matrix speed is that of 4096³ products, on a CPU by the faster of PyTorch's two libraries, measured in each of minibnf's
-processes.
+The matrix speed is that of 4096³ products, on a CPU by the faster of PyTorch's two libraries,
+measured in each of minibnf's processes.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,15 +35,15 @@ import torch
 from minibnf.data import pack, read_examples
 from minibnf.files.rows import read_rows
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.lab.smallworld import main as smallworld
 from minibnf.machine import DTYPES
 from minibnf.model import load
 from minibnf.train import main as train
 from tests.benchmarks import DEVICE, machine, peak_bytes, wait
 
 STEPS = {"cpu": 3, "cuda": 20}[DEVICE]
-TOKENS = {"cpu": (2048, 768), "cuda": (16384, 4096)}[
-    DEVICE
-]  # a micro-batch: the trainer's default, and less
+# Of a micro-batch: the trainer's default, and less.
+TOKENS = {"cpu": (2048, 768), "cuda": (16384, 4096)}[DEVICE]
 
 
 def needed_operations(model, batches) -> int:
@@ -62,17 +66,18 @@ def needed_operations(model, batches) -> int:
 
 
 def matrix_speed(dtype: torch.dtype) -> float:
-    """Operations a second: the best of three 4096³ products by each library that PyTorch has for this type."""
+    """Operations per second: the best of three 4096³ products by each library for this type."""
     x = torch.randn(4096, 4096, dtype=dtype, device=DEVICE)
-    ways = [lambda: x @ x]
+    products = [partial(torch.matmul, x, x)]
     if dtype == torch.float32 and DEVICE == "cpu":
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], ""))
+        mkldnn = torch.ops.mkldnn._linear_pointwise
+        products.append(partial(mkldnn, x, x, None, "none", [], ""))
     best, repeats = float("inf"), {"cpu": 1, "cuda": 20}[DEVICE]
-    for way in ways * 3:
+    for product in products * 3:
         wait()
         began = time.perf_counter()
         for _ in range(repeats):
-            way()
+            product()
         wait()
         best = min(best, (time.perf_counter() - began) / repeats)
     return 2 * 4096**3 / best
@@ -80,33 +85,22 @@ def matrix_speed(dtype: torch.dtype) -> float:
 
 def ours(job: dict, folder: Path) -> dict:
     flags = {
-        "model": job["model"], "data": job["file"], "loss": job["loss"], "out": folder / "run", "batch-size": job["pairs"],
-        "max-steps": STEPS, "dtype": job["dtype"], "max-tokens": job["max_tokens"], "lr": 1e-6,
+        "model": job["model"], "data": job["file"], "loss": job["loss"], "out": folder / "run",
+        "batch-size": job["pairs"], "max-steps": STEPS, "dtype": job["dtype"],
+        "max-tokens": job["max_tokens"], "lr": 1e-6,
     }  # fmt: skip
     if train([str(x) for name, value in flags.items() for x in (f"--{name}", value)]) != 0:
         raise SystemExit("the trainer did not end well")
     peak = peak_bytes() / 1e9
-    rows = [
-        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    ][1:]
-    rates = [row["examples_per_s"] for row in rows]
-    model = load(job["model"])
-    examples, _ = read_examples(
-        job["file"], load_tokenizer(job["model"]), model.config.max_position_embeddings
-    )
-    operations = (
-        needed_operations(model, pack(examples, list(range(len(examples))), 2**20))
-        / len(examples)
-        * job["pairs"]
-    )
-    rate = len(rates) / sum(1 / r for r in rates)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    rate = statistics.harmonic_mean([json.loads(line)["examples_per_s"] for line in lines[1:]])
+    model, tokenizer = load(job["model"]), load_tokenizer(job["model"])
+    examples, _ = read_examples(job["file"], tokenizer, model.config.max_position_embeddings)
+    batches = pack(examples, list(range(len(examples))), 2**20)
+    operations = needed_operations(model, batches) / len(examples)  # for one pair
     speed = matrix_speed(DTYPES[job["dtype"]])
-    return {
-        "pairs_per_s": rate,
-        "peak_gb": peak,
-        "share": operations * rate / job["pairs"] / speed,
-        "machine": speed,
-    }
+    share = operations * rate / speed
+    return {"pairs_per_s": rate, "peak_gb": peak, "share": share, "machine": speed}
 
 
 def theirs(job: dict, folder: Path) -> dict:
@@ -126,24 +120,27 @@ def theirs(job: dict, folder: Path) -> dict:
                 ends.append(time.perf_counter())
 
     args = DPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=DEVICE == "cpu", bf16=False, report_to="none", save_strategy="no",
-        gradient_checkpointing=job["checkpointing"], disable_tqdm=True, max_length=None, precompute_ref_log_probs=True,
-        max_steps=STEPS, learning_rate=1e-6,
-        per_device_train_batch_size=job["batch"], gradient_accumulation_steps=job["pairs"] // job["batch"],
+        output_dir=str(folder / "trl"), use_cpu=DEVICE == "cpu", bf16=False, report_to="none",
+        save_strategy="no", gradient_checkpointing=job["checkpointing"], disable_tqdm=True,
+        max_length=None, precompute_ref_log_probs=True, max_steps=STEPS, learning_rate=1e-6,
+        per_device_train_batch_size=job["batch"],
+        gradient_accumulation_steps=job["pairs"] // job["batch"],
         optim="adamw_torch_fused", logging_strategy="no",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]])
     rows = datasets.Dataset.from_list([row for _, row in read_rows(job["file"])])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    DPOTrainer(
-        model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
-    ).train()
+    how = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [Clock()]}
+    DPOTrainer(model, args=args, **how).train()
     rate = job["pairs"] * (STEPS - 1) / (ends[1] - ends[0])
     return {"pairs_per_s": rate, "peak_gb": peak_bytes() / 1e9}
 
 
 def measure(job: dict) -> dict:
-    """In a process of its own, so that memory is its own too; {"failed": why} where it does not end."""
+    """In a process of its own, so that memory is its own too.
+
+    {"failed": why} where it does not end.
+    """
     command = [sys.executable, "-m", "tests.benchmarks.training", "--worker", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -159,22 +156,9 @@ def first_rows(data: str, count: int, folder: Path) -> Path:
         rows = [row for _, row in read_rows(data)][:count]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
-        from minibnf.lab.smallworld import main as smallworld
-
         print(f"{data} is not there: pairs of the small world instead")
-        smallworld(
-            [
-                "pairs",
-                "--model",
-                "weights/tiny",
-                "--kind",
-                "math",
-                "--count",
-                str(count),
-                "--out",
-                str(file),
-            ]
-        )
+        flags = ["--model", "weights/tiny", "--kind", "math", "--count", str(count)]
+        smallworld(["pairs", *flags, "--out", str(file)])
     return file
 
 
@@ -189,7 +173,8 @@ def main():
     )
     p.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=list(DTYPES))
     p.add_argument("--pairs", type=int, default=8, help="a step")
-    p.add_argument("--trl-batch", type=int, nargs="*", default=[1, 2, 4, *[8] * (DEVICE == "cuda")],
+    batches = [1, 2, 4, 8] if DEVICE == "cuda" else [1, 2, 4]
+    p.add_argument("--trl-batch", type=int, nargs="*", default=batches,
                    help="pairs a forward to try for TRL")  # fmt: skip
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--json", help="also write every number here")
@@ -197,12 +182,9 @@ def main():
     args = p.parse_args()
     if args.worker:
         job = json.loads(args.worker)
+        side = ours if job["side"] == "minibnf" else theirs
         with tempfile.TemporaryDirectory() as folder:
-            print(
-                "RESULT "
-                + json.dumps((ours if job["side"] == "minibnf" else theirs)(job, Path(folder))),
-                flush=True,
-            )
+            print("RESULT " + json.dumps(side(job, Path(folder))), flush=True)
         os._exit(0)  # some of the peer's threads outlive its work
     print(machine())
     found = []
@@ -216,6 +198,26 @@ def main():
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def fastest_of_trl(common: dict, batches: list[int]) -> tuple[str, dict]:
+    """(name, job) of the best number of pairs per forward; prints what was tried.
+
+    Checkpointing only ever costs time, but where memory is short it makes the largest batch fit.
+    """
+    ways = [(batch, False) for batch in batches] + [(max(batches), True)]
+    rates, jobs = {}, {}
+    for batch, checkpointing in ways:
+        job = common | {"side": "trl", "batch": batch, "checkpointing": checkpointing}
+        name = f"TRL dpo, {batch} a forward" + (", checkpointing" if checkpointing else "")
+        result = measure(job)
+        if "failed" in result:
+            print(f"tried    {name:32} failed: {result['failed']}")
+            continue
+        rates[name], jobs[name] = result["pairs_per_s"], job
+        print(f"tried    {name:32} {rates[name]:.3f} pairs/s, {result['peak_gb']:.1f} GB")
+    best = max(rates, key=rates.get)
+    return best, jobs[best]
+
+
 def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
     common = {"model": args.model, "file": file, "pairs": args.pairs, "dtype": dtype}
     jobs = {
@@ -223,56 +225,36 @@ def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
         | {"side": "minibnf", "loss": loss, "max_tokens": tokens}
         for loss, tokens in (("bnf", TOKENS[0]), ("bnf", TOKENS[1]), ("dpo", TOKENS[0]))
     }
-    tried = {}
-    for batch in args.trl_batch:
-        for checkpointing in (False, True):
-            if checkpointing and batch != max(args.trl_batch):
-                continue  # it only ever costs time; where memory is short it is what makes the largest batch fit
-            job = common | {"side": "trl", "batch": batch, "checkpointing": checkpointing}
-            tried[f"TRL dpo, {batch} a forward" + ", checkpointing" * checkpointing] = (
-                job,
-                measure(job),
-            )
-    for name, (_, result) in tried.items():
-        print(f"tried    {name:32} " + (f"{result['pairs_per_s']:.3f} pairs/s, {result['peak_gb']:.1f} GB"
-              if "failed" not in result else f"failed: {result['failed']}"))  # fmt: skip
-    best = max(
-        (name for name, (_, r) in tried.items() if "failed" not in r),
-        key=lambda n: tried[n][1]["pairs_per_s"],
-    )
-    jobs[best] = tried[best][0]
+    peer, job = fastest_of_trl(common, args.trl_batch)
+    jobs[peer] = job
     results = {name: [] for name in jobs}
     for _ in range(args.rounds):
         for name, job in jobs.items():
             results[name].append(measure(job))
             if "failed" in results[name][-1]:
                 raise SystemExit(f"{name}: {results[name][-1]['failed']}")
-    median = lambda name, key: statistics.median(r[key] for r in results[name])
     print(f"\n{data}, {dtype}, {args.pairs} pairs a step, medians of {args.rounds} rounds")
-    print(
-        "| side | pairs/s | against TRL, by round | peak GB | share of the matrix speed |\n|---|---|---|---|---|"
-    )
-    for name in jobs:
-        ratios = sorted(
-            a["pairs_per_s"] / b["pairs_per_s"]
-            for a, b in zip(results[name], results[best], strict=True)
-        )
-        ratio = (
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            if name != best
-            else "1"
-        )
-        share = (
-            f"{median(name, 'share'):.0%} of {median(name, 'machine') / 1e9:.0f} GFLOP/s"
-            if name != best
-            else ""
-        )
-        print(
-            f"| {name} | {median(name, 'pairs_per_s'):.3f} | {ratio} | {median(name, 'peak_gb'):.2f} | {share} |",
-            flush=True,
-        )
+    print("| side | pairs/s | against TRL, by round | peak GB | share of the matrix speed |")
+    print("|---|---|---|---|---|")
+    for name, rounds in results.items():
+        print(line_of(name, rounds, None if name == peer else results[peer]), flush=True)
     print()
     return [{"data": data, "dtype": dtype, "side": name, "rounds": results[name]} for name in jobs]
+
+
+def line_of(name: str, rounds: list[dict], peer: list[dict] | None) -> str:
+    """A side's line of the table; peer: the other side's rounds, None for the peer itself."""
+
+    def median(key: str) -> float:
+        return statistics.median(r[key] for r in rounds)
+
+    ratio, share = "1", ""
+    if peer:
+        ratios = [a["pairs_per_s"] / b["pairs_per_s"] for a, b in zip(rounds, peer, strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        share = f"{median('share'):.0%} of {median('machine') / 1e9:.0f} GFLOP/s"
+    rate, peak = median("pairs_per_s"), median("peak_gb")
+    return f"| {name} | {rate:.3f} | {ratio} | {peak:.2f} | {share} |"
 
 
 if __name__ == "__main__":

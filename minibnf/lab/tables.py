@@ -1,0 +1,216 @@
+"""Tables of a comparison, drawn from the results.json of compare.py alone.
+
+A figure of a method on a set is its mean over the seeds. Its error joins the spread over seeds with
+the error over prompts: e² = (standard deviation over seeds)² / seeds + (mean standard error over
+prompts)².
+
+BNF's rivals are the losses built on log-likelihood ratios or margins; nll and unlikelihood are the
+controls.
+"""
+
+import math
+from statistics import correlation, mean, stdev
+
+from minibnf.lab.plan import chosen_settings, collapsed, objective, select, with_setting
+
+CONTROLS = ("nll", "unlikelihood")
+OURS = ("bnf", "rbnf")
+# A setting is good if it is no further below the method's best, or (mathematical pairs) the base.
+TOLERANCE = 0.05
+NAMES = {
+    "win_rate": "win rate", "accuracy": "reasoning", "degenerate": "degenerate",
+    "preference": "pairs told right", "solutions": "solutions, nats a token",
+    "shift/chosen": "shift, chosen", "shift/rejected": "shift, rejected", "gini": "Gini",
+}  # fmt: skip
+# What a run that broke off gets.
+WORST = {
+    "solutions": -math.inf, "gini": 1.0, "degenerate": 1.0,
+    "shift/chosen": math.inf, "shift/rejected": math.inf,
+}  # fmt: skip
+
+# ---- Figures ----
+
+
+def rivals(results: dict, name: str) -> list[str]:
+    """The methods BNF is judged against; one that the spec calls "extra" is none."""
+    extra = [m for m, given in results["spec"]["methods"].items() if given.get("extra")]
+    return [m for m in results["spec"]["on"][name] if m not in (*OURS, *CONTROLS, *extra)]
+
+
+def chosen(results: dict, name: str, method: str) -> dict[str, dict]:
+    """{"best": setting, "customary": setting}."""
+    return chosen_settings(results["spec"], results["runs"], name, method)
+
+
+def tests(results: dict, name: str, method: str, which: str) -> list[dict]:
+    """The test runs of a method's "best" or "customary" setting on a set, one per seed."""
+    setting = chosen(results, name, method)[which]
+    return select(results["runs"], set=name, method=method, split="test", setting=setting)
+
+
+def figure(results: dict, name: str, method: str, which: str, what: str) -> tuple[float, float]:
+    """(mean over seeds, its error). "drop" is the base's reasoning less the model's.
+
+    A run that broke off gets the worst value.
+    """
+    runs, measure = tests(results, name, method, which), "accuracy" if what == "drop" else what
+    values = [r["result"].get(measure, (WORST.get(measure, 0.0), 0.0)) for r in runs]
+    means = [m for m, _ in values]
+    if what == "drop":
+        means = [runs[0]["base"]["accuracy"][0] - m for m in means]
+    over_prompts = mean(e or 0.0 for _, e in values)
+    several = len(means) > 1 and all(map(math.isfinite, means))
+    over_seeds = stdev(means) ** 2 / len(means) if several else 0.0
+    return mean(means), math.sqrt(over_seeds + over_prompts**2)
+
+
+def show(x: tuple[float, float], digits: int = 3) -> str:
+    return f"{x[0]:.{digits}f}" + (f" ± {x[1]:.{digits}f}" if x[1] else "")
+
+
+def setting_text(setting: dict) -> str:
+    return " ".join(
+        f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in setting.items()
+    )
+
+
+# ---- The table of a set ----
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(results: dict, name: str) -> str:
+    """Markdown: every method's best and customary setting on test prompts, the best first."""
+    runs = select(results["runs"], set=name)
+    base = next((r for r in runs if r["split"] == "test"), runs[0])["base"]
+    columns = [c for c in NAMES if c in base]
+    lines = []  # (rank, line)
+    for method in results["spec"]["on"][name]:
+        if tests(results, name, method, "best"):  # else a method of the first stage alone
+            lines += lines_of_a_method(results, name, method, columns)
+    lines.sort(key=lambda line: -line[0])
+    head = ["method", "setting", "", *(NAMES[c] for c in columns), "settings collapsed"]
+    own = " | ".join(f"{base[c][0]:.3f}" for c in columns)
+    first = [row(head), "|---" * len(head) + "|", f"| base | | | {own} | |"]
+    return "\n".join(first + [line for _, line in lines])
+
+
+def lines_of_a_method(
+    results: dict, name: str, method: str, columns: list[str]
+) -> list[tuple[float, str]]:
+    """(objective, line) of the best setting, and of the customary one where it is another."""
+    tried = select(results["runs"], set=name, method=method, split="validation")
+    lost = f"{sum(map(collapsed, tried))} of {len(tried)}"
+    settings = chosen(results, name, method)
+    names = {"best": "best", "customary": "customary"}
+    if settings["best"] == settings["customary"]:
+        names = {"best": "best, customary"}
+    lines = []
+    for which, label in names.items():
+        cells = [
+            show(figure(results, name, method, which, c), 2 if c.startswith("shift") else 3)
+            for c in columns
+        ]
+        rank = mean(map(objective, tests(results, name, method, which)))
+        lines.append((rank, row([method, label, setting_text(settings[which]), *cells, lost])))
+    return lines
+
+
+# ---- Learning rates ----
+
+
+def good_rates(results: dict, name: str, method: str, fixed: dict | None = None) -> list[float]:
+    """The good learning rates around the best one, without a gap.
+
+    Good: the validation objective is within TOLERANCE of the method's best. fixed: only settings
+    with these hyper-parameters count.
+    """
+    runs = select(results["runs"], set=name, method=method, split="validation", seed=0)
+    top: dict[float, float] = {}
+    for run in with_setting(runs, fixed or {}):
+        lr = run["setting"]["lr"]
+        top[lr] = max(objective(run), top.get(lr, -math.inf))
+    rates = sorted(top)
+    best = max(rates, key=top.get)
+    good = [top[lr] >= top[best] - TOLERANCE for lr in rates]
+    low = high = rates.index(best)
+    while low and good[low - 1]:
+        low -= 1
+    while high + 1 < len(rates) and good[high + 1]:
+        high += 1
+    return rates[low : high + 1]
+
+
+def common_rates(results: dict, name: str) -> set[float]:
+    """The learning rates that the grids of bnf and of all its rivals on a set hold."""
+    methods = ("bnf", *rivals(results, name))
+    return set.intersection(*(set(results["spec"]["methods"][m]["grid"]["lr"]) for m in methods))
+
+
+def decades(rates: list[float]) -> float:
+    return math.log10(rates[-1] / rates[0])
+
+
+# ---- Other questions ----
+
+DIVISORS = {
+    "bnf": "the pair's shorter length",
+    "bnf own": "its own",
+    "bnf batch": "the batch's mean",
+}
+
+
+def lengths(results: dict, name: str) -> str:
+    """Markdown: what BNF's length normaliser changes."""
+    lines = [
+        "| BNF divided by | best learning rate | good learning rates | win rate | reasoning |",
+        "|---|---|---|---|---|",
+    ]
+    for method, what in DIVISORS.items():
+        if method in results["spec"]["on"][name]:
+            rates = good_rates(results, name, method)
+            best = chosen(results, name, method)["best"]["lr"]
+            win, kept = (
+                show(figure(results, name, method, "best", c)) for c in ("win_rate", "accuracy")
+            )
+            lines.append(row([what, f"{best:g}", f"{rates[0]:g} to {rates[-1]:g}", win, kept]))
+    return "\n".join(lines)
+
+
+def beta_and_length(results: dict) -> str:
+    """Markdown: DPO at one learning rate over beta, on sets of short and of long responses.
+
+    On validation prompts, with seed 0.
+    """
+    lines = [
+        "| set | tokens a response | β | β × tokens | win rate | reasoning |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in results["spec"]["on"]:
+        tokens = results["facts"]["response_tokens"][name]
+        for run in select(results["runs"], set=name, method="dpo lr 1e-4"):
+            beta, found = run["setting"]["beta"], run["result"]
+            shown = ["broke off"] * 2
+            if found:
+                shown = [show(found["win_rate"]), show(found["accuracy"])]
+            lines.append(row([name, f"{tokens:.1f}", f"{beta:g}", f"{beta * tokens:.2g}", *shown]))
+    return "\n".join(lines)
+
+
+def concentration(results: dict, name: str) -> tuple[float, int]:
+    """Is a low Gini good? Spearman's rank correlation of Gini and reasoning lost.
+
+    And over how many validation runs of the set.
+    """
+    runs = [r for r in select(results["runs"], set=name, split="validation") if r["result"]]
+    lost = [r["base"]["accuracy"][0] - r["result"]["accuracy"][0] for r in runs]
+    ginis = [r["result"]["gini"][0] for r in runs]
+    vary = len(set(ginis)) > 1 and len(set(lost)) > 1
+    return correlation(ranks(ginis), ranks(lost)) if vary else math.nan, len(runs)
+
+
+def ranks(x: list[float]) -> list[float]:
+    """Equal values share their mean rank."""
+    return [sum(b < a for b in x) + (sum(b == a for b in x) - 1) / 2 for a in x]
