@@ -19,7 +19,7 @@ train-small: .venv/small ## align weights/tiny with BNF on the small world and p
 	$(ONE) $(BIN)/python -m minibnf.train --model weights/tiny --data $(RUN)/pairs.jsonl --eval-data $(RUN)/held-out.jsonl \
 		--loss bnf --epochs 6 --out $(RUN)/bnf --overwrite
 	@echo
-	$(ONE) $(BIN)/python -m minibnf.evaluate --base weights/tiny --model $(RUN)/bnf/model --pairs $(RUN)/held-out.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.exam --base weights/tiny --model $(RUN)/bnf/model --pairs $(RUN)/held-out.jsonl
 
 test: .venv/test ## lint and run the test suite (six minutes on two cores)
 	$(BIN)/ruff check .

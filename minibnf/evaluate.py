@@ -1,10 +1,9 @@
 """What a model makes of held-out data; what alignment changed.
 
     minibnf evaluate --model runs/first/model --base weights/smollm2-135m-instruct --data held-out.jsonl
-    minibnf evaluate --model runs/small/bnf/model --base weights/tiny --pairs runs/small/held-out.jsonl
 
-With --data any model is measured on the rows of a file (JSON Lines, a JSON array, Parquet), whose
-fields say what is measured:
+A model is measured on the rows of a file (JSON Lines, a JSON array, Parquet), whose fields say what
+is measured:
 
 preference   TRL's preference rows. Accuracy is the share of pairs whose chosen response is more likely than the rejected,
              a tie counting half: by log-likelihood, by its mean a token, and with --base by its shift against the base,
@@ -27,8 +26,7 @@ compared by value: 1,200.50 is 1200.5. The last number of 1/2 is 2, of 50% it is
 
 The intervals are of 95 %: Wilson's for a share, 1.96 standard errors for a mean (rows are what was drawn, tokens are not). With
 --base follow its value and the difference over the same rows, paired; of shares by Agresti and Min, who add half a row to each
-outcome: to have seen no difference is not to know that there is none. Without --data, two models are compared in the small
-world (exam.py).
+outcome: to have seen no difference is not to know that there is none.
 """
 
 import argparse
@@ -45,15 +43,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.data import Example, digest, pairs_of, read_examples, token_ids
+from minibnf.data import Example, digest, pairs_of, token_ids
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import check_output, write_json
 from minibnf.files.messages import text_or_messages
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.generate import generate
-from minibnf.lab.exam import LABELS, exam, small_world
-from minibnf.lab.smallworld import sampler
 from minibnf.machine import memory_advice, resolve_device_and_dtype
 from minibnf.model import load
 from minibnf.step import read_responses
@@ -441,47 +437,6 @@ def on_data(args: argparse.Namespace) -> None:
         write_json(Path(args.out), {"settings": settings, "figures": table, "answers": answers})
 
 
-def in_small_world(args: argparse.Namespace) -> None:
-    """Print the small world's table of --base and --model, and what each answers to two prompts."""
-    tokenizer, base, aligned = load_tokenizer(args.base), load(args.base), load(args.model)
-    announce_ignored(args.base, base.raw)
-    announce_ignored(args.model, aligned.raw)
-    examples, _ = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)
-    asked = exam(
-        base,
-        tokenizer,
-        split=args.split,
-        samples=args.samples,
-        count=args.count,
-        seed=args.seed,
-        examples=examples,
-    )
-    before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))
-    print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
-    for name, (value, error) in after.items():
-        print(
-            f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}"
-            + (f"  ± {error:.3f}" if error == error else "")
-        )
-    for what, some in (("questions", asked.questions), ("problems", asked.chains)):
-        prompts = [problem.prompt for problem in some]
-        spoken = [
-            sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed)
-            for model in (base, aligned)
-        ]
-        rows = [(prompt, old, new) for prompt, (old,), (new,) in zip(prompts, *spoken, strict=True)]
-        changed = [row for row in rows if row[1] != row[2]]
-        print(
-            f"\nThe likeliest answer changed in {len(changed)} of {len(rows)} {what}"
-            + "; the first:" * bool(changed)
-        )
-        for prompt, old, new in changed[:1]:
-            print(f"  {prompt}\n    before  {old}\n    after   {new}")
-    figure = Path(args.model).parent / "figures" / "training.png"
-    if figure.is_file():
-        print(f"\nfigure  {figure}")
-
-
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser("minibnf evaluate", description=__doc__, allow_abbrev=False)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -489,8 +444,8 @@ def main(argv: list[str] | None = None) -> int:
         "--model", required=True, metavar="DIR", help="the model to measure, in Hugging Face layout"
     )
     p.add_argument("--base", metavar="DIR", help="the model before alignment, to compare with")
-    a = p.add_argument_group("on any rows").add_argument
-    a("--data", metavar="FILE", help="rows, see above; without it, the small world")
+    a = p.add_argument
+    a("--data", required=True, metavar="FILE", help="rows, see above")
     a(
         "--task",
         choices=["auto", *TASKS],
@@ -524,52 +479,16 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA",
     )
-    a = p.add_argument_group("in the small world, which needs --base").add_argument
-    a("--pairs", metavar="FILE", help="held-out preference rows, for the log-likelihood shifts")
-    a(
-        "--samples",
-        type=int,
-        default=16,
-        metavar="N",
-        help="answers drawn to each QA question; default 16",
-    )
-    a(
-        "--count",
-        type=int,
-        default=100,
-        metavar="N",
-        help="problems of each reasoning family; default 100",
-    )
-    a(
-        "--split",
-        choices=["validation", "test"],
-        default="test",
-        help="of the prompts; default test",
-    )
-    a("--seed", type=int, default=0, help="of prompts and samples; default 0")
     args = p.parse_args(argv)
-    of_data, of_world = (
-        "task limit max_new_tokens out overwrite device dtype max_tokens",
-        "pairs samples count split seed",
-    )
-    for name in (of_world if args.data else of_data).split():
-        if getattr(args, name) != p.get_default(name):
-            p.error(f"--{name.replace('_', '-')} goes {'without' if args.data else 'with'} --data")
-    if not args.data and not (args.base and args.pairs):
-        p.error(
-            "--data FILE measures a model on any rows; the small world compares two and needs --base and --pairs"
-        )
-    for name in ("limit", "max_new_tokens", "max_tokens", "samples", "count"):
+    for name in ("limit", "max_new_tokens", "max_tokens"):
         if (x := getattr(args, name)) is not None and x < 1:
             p.error(f"--{name.replace('_', '-')} must be 1 or more")
     if args.overwrite and not args.out:
         p.error("--overwrite goes with --out")
     advice = f"lower --max-tokens (now {args.max_tokens or 'its default'})"
-    if not args.data:
-        advice = f"lower --samples (now {args.samples})"
     try:
         with memory_advice(advice):
-            (on_data if args.data else in_small_world)(args)
+            on_data(args)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

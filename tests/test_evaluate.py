@@ -27,32 +27,16 @@ from minibnf.evaluate import (
     task_of,
     tokenised,
 )
-from minibnf.feedback import gini, target_logits
+from minibnf.feedback import target_logits
 from minibnf.files.rows import scan_rows
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.lab.exam import exam, mean_and_error, small_world, win_rates
-from minibnf.lab.smallworld import problems, write_base
-from minibnf.model import fresh, load, save
+from minibnf.lab.smallworld import write_base
+from minibnf.model import fresh, save
 from minibnf.step import read_responses
 from tests.strategies import FEW, examples
 from tests.test_train import rows, write
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"
-
-# ---------------------------------------------------------------------------------------------------- the small world
-
-
-def test_win_rates_by_hand():
-    """Scores (5, 3) against (3, 1): 5 beats both, 3 ties once and wins once: (2 + 1.5)/4. And the other way round."""
-    mine, theirs = torch.tensor([[5.0, 3.0], [0.0, 0.0]]), torch.tensor([[3.0, 1.0], [0.0, 4.0]])
-    assert win_rates(mine, theirs).tolist() == [0.875, 0.25]
-    torch.testing.assert_close(win_rates(theirs, mine), 1 - win_rates(mine, theirs))
-
-
-def test_mean_and_standard_error():
-    """(1, 3): mean 2, sample deviation sqrt(2), divided by sqrt(2)."""
-    assert mean_and_error(torch.tensor([1.0, 3.0])) == (pytest.approx(2), pytest.approx(1))
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -76,81 +60,6 @@ def test_what_is_read_of_a_preference_file_is_what_the_plain_forward_gives(model
         chosen = z.gather(1, torch.tensor(response)[:, None])[:, 0]
         torch.testing.assert_close(logp, chosen - z.logsumexp(1))
         torch.testing.assert_close(logit, chosen, rtol=1e-4, atol=1e-5)
-
-
-def test_shifts_and_gini_of_a_model_are_against_the_base_of_its_exam(model, tmp_path):
-    tokenizer, base, other = load_tokenizer(model), fresh(model, seed=0), fresh(model, seed=1)
-    read, _ = read_examples(write(tmp_path / "pairs.jsonl", rows(3)), tokenizer, 256)
-    asked = exam(base, tokenizer, samples=2, count=1, examples=read)
-    found = small_world(other, tokenizer, asked)
-    mine, theirs = ([x.sum().item() for x in read_responses(net, read)] for net in (other, base))
-    for k, name in enumerate(("shift/chosen", "shift/rejected")):
-        assert found[name][0] == pytest.approx(
-            sum(m - t for m, t in zip(mine[k::2], theirs[k::2], strict=True)) / 3, abs=1e-4
-        )
-    mine, theirs = (
-        torch.cat(read_responses(net, read, read=target_logits)) for net in (other, base)
-    )
-    assert found["gini"][0] == gini(mine - theirs) and found["accuracy"] == (0, 0)
-    assert "shift/chosen" not in small_world(
-        other, tokenizer, exam(base, tokenizer, samples=2, count=1)
-    )
-
-
-def test_what_is_scored_by_family(monkeypatch):
-    """One who can add and nothing else, against itself."""
-    known = {p.prompt: p.answer for p in problems(("add",), "test", 5, seed=0)}
-    greedy = lambda prompts, n, seed: [[known.get(prompt, "?")] * n for prompt in prompts]
-    sampled = lambda prompts, n, seed: [["?"] * n for _ in prompts]
-    monkeypatch.setattr(
-        "minibnf.lab.exam.sampler", lambda *_, temperature=1.0: sampled if temperature else greedy
-    )
-    found = small_world(None, None, exam(None, None, count=5))
-    assert {name: mean for name, (mean, _) in found.items()} == {
-        "win_rate": 0.5, "judge_score": 0, "degenerate": 1, "accuracy": 0.25, "accuracy/add": 1, "accuracy/sub": 0,
-        "accuracy/sort": 0, "accuracy/word": 0,
-    }  # fmt: skip
-
-
-def test_a_base_that_is_examined_draws_anew():
-    """Drawn from the same seed its answers would be those it is compared with, and every question's win rate 1/2."""
-    base, tokenizer = load(TINY), load_tokenizer(TINY)
-    rate, error = small_world(base, tokenizer, exam(base, tokenizer, samples=4, count=1))[
-        "win_rate"
-    ]
-    assert error > 0 and abs(rate - 0.5) < 6 * error
-
-
-def test_a_model_against_itself_in_the_small_world(model, tmp_path, capsys):
-    file = write(tmp_path / "pairs.jsonl", rows(3))
-    assert (
-        main(
-            [
-                "--base",
-                str(model),
-                "--model",
-                str(model),
-                "--pairs",
-                str(file),
-                "--samples",
-                "2",
-                "--count",
-                "3",
-            ]
-        )
-        == 0
-    )
-    text = capsys.readouterr().out
-    for line in (
-        "QA win rate against the base",
-        "reasoning accuracy",
-        "log-likelihood shift, chosen (nats)",
-        "Gini",
-    ):
-        (found,) = [row for row in text.splitlines() if row.startswith(line)]
-        before, after = found[38:].split()[:2]
-        assert before == after, found
-    assert "before" in text and "after" in text
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
@@ -473,9 +382,7 @@ def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, sa
 @pytest.mark.parametrize(
     "more, says",
     [
-        (["--data", "x", "--samples", "3"], "--samples goes without --data"),
-        (["--base", "x", "--limit", "3"], "--limit goes with --data"),
-        ([], "--base"),
+        (["--base", "x", "--limit", "3"], "required: --data"),
         (["--data", "x", "--limit", "0"], "--limit must be 1 or more"),
         (["--data", "x", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
     ],
@@ -487,9 +394,8 @@ def test_options_that_would_do_nothing_are_refused(more, says, capsys):
 
 
 def test_a_missing_model_is_one_line(model, tmp_path, capsys):
-    assert (
-        main(["--base", str(model), "--model", str(tmp_path / "nowhere"), "--pairs", "none"]) == 1
-    )
+    file = write(tmp_path / "rows.jsonl", [GIVEN])
+    assert main(["--model", str(tmp_path / "nowhere"), "--data", str(file)]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
 

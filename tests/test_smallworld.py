@@ -1,4 +1,4 @@
-"""The small world: chains of thought are right, splits disjoint, the judge exact, files the same every time."""
+"""The small world: chains of thought are right, splits disjoint, the judge exact, files fixed."""
 
 import itertools
 import json
@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minibnf.lab import language
 from minibnf.lab import smallworld as sw
 
 seeds = st.integers(0, 2**32)
@@ -29,9 +31,9 @@ def evaluate(expression: str) -> int:
 
 
 @a_few
-@given(seeds, st.sampled_from(sw.REASONING), st.sampled_from(tuple(sw.PEOPLE_OF)))
+@given(seeds, st.sampled_from(language.REASONING), st.sampled_from(tuple(language.PEOPLE_OF)))
 def test_every_equation_of_a_chain_is_right(seed, family, split):
-    for problem in sw.problems([family], split, 10, seed):
+    for problem in language.problems([family], split, 10, seed):
         chain, answer = problem.answer.split(". Answer: ")
         for equation in [] if family == "sort" else chain.split("; "):
             left, right = re.fullmatch(r"(\d+(?:[+-]\d+)+)=(\d+)(?: borrow)?", equation).groups()
@@ -62,7 +64,7 @@ def test_every_equation_of_a_chain_is_right(seed, family, split):
 
 
 def test_chains_follow_from_column_to_column():
-    """Worked by hand, the examples of the docstrings: 475 + 447 with two carries, 532 - 147 with two borrows."""
+    """The docstrings' examples by hand: 475 + 447 with two carries, 532 - 147 with two borrows."""
 
     numbers = iter((475, 447))
 
@@ -71,56 +73,47 @@ def test_chains_follow_from_column_to_column():
         sample = staticmethod(lambda population, k: [532, 147])
         choices = staticmethod(lambda population, k: list("7391"))
 
-    assert sw._add(Chosen) == ("Add 475 and 447.", "5+7+0=12; 7+4+1=12; 4+4+1=9. Answer: 922")
+    assert language._add(Chosen) == ("Add 475 and 447.", "5+7+0=12; 7+4+1=12; 4+4+1=9. Answer: 922")
     chain = "12-7-0=5 borrow; 13-4-1=8 borrow; 5-1-1=3. Answer: 385"
-    assert sw._sub(Chosen) == ("Subtract 147 from 532.", chain)
+    assert language._sub(Chosen) == ("Subtract 147 from 532.", chain)
     Chosen.randint = staticmethod(lambda low, high: 4)
-    assert sw._sort(Chosen) == ("Sort 7391.", "1|739; 3|79; 7|9. Answer: 1379")
+    assert language._sort(Chosen) == ("Sort 7391.", "1|739; 3|79; 7|9. Answer: 1379")
 
 
-@given(st.sampled_from(sw.REASONING), seeds)
+@given(st.sampled_from(language.REASONING), seeds)
 @a_few
 def test_reasoning_is_scored_by_what_follows_the_last_answer(family, seed):
-    problem = sw.problems([family], "train", 1, seed)[0]
-    truth = sw.final(problem.answer)
-    assert sw.score(problem, problem.answer) == sw.score(problem, f"Answer: {truth}") == 1
-    assert sw.score(problem, f"Answer: 0{truth}. Answer: {truth}") == 1
-    for wrong in (
-        "",
-        truth,
-        f"answer: {truth}",
-        f"Answer: {truth}.",
-        f"Answer: 0{truth}",
-        problem.answer + ". Answer: 00",
-    ):
-        assert sw.score(problem, wrong) == 0
+    problem = language.problems([family], "train", 1, seed)[0]
+    truth = language.final(problem.answer)
+    assert (
+        language.score(problem, problem.answer) == language.score(problem, f"Answer: {truth}") == 1
+    )
+    assert language.score(problem, f"Answer: 0{truth}. Answer: {truth}") == 1
+    wrong = ["", truth, f"answer: {truth}", f"Answer: {truth}.", f"Answer: 0{truth}"]
+    wrong.append(problem.answer + ". Answer: 00")
+    assert {language.score(problem, text) for text in wrong} == {0}
 
 
 # ---- QA and the judge ----
 
 
 def test_the_judge_gives_each_style_its_score_and_no_text_has_two():
-    assert len(sw.QUESTIONS) == 24 * 5 * 2
-    for question, (person, fact) in sw.QUESTIONS.items():
-        texts = sw.grammar(person, fact)
-        assert texts.keys() == sw.SCORES.keys() == sw.MIXTURE.keys()
+    assert len(language.QUESTIONS) == 24 * 5 * 2
+    for question, (person, fact) in language.QUESTIONS.items():
+        texts = language.grammar(person, fact)
+        assert texts.keys() == language.SCORES.keys() == language.MIXTURE.keys()
         everything = [text for style in texts.values() for text in style]
         assert len(everything) == len(set(everything))
-        for style, score in {
-            "helpful": 5,
-            "plain": 4,
-            "curt": 3,
-            "rude": 2,
-            "refusing": 1,
-            "wrong": 1,
-        }.items():
-            assert {sw.judge(question, text) for text in texts[style]} == {score}
+        scores = {style: {language.judge(question, t) for t in texts[style]} for style in texts}
+        assert scores == {
+            "helpful": {5}, "plain": {4}, "curt": {3}, "rude": {2}, "refusing": {1}, "wrong": {1},
+        }  # fmt: skip
 
 
 def test_the_judge_by_examples():
-    colour = sw.TRUTH["Mira", "colour"]
+    colour = language.TRUTH["Mira", "colour"]
     question = "Which colour does Mira like best?"
-    lie = next(value for value in sw.VALUES["colour"] if value != colour)
+    lie = next(value for value in language.VALUES["colour"] if value != colour)
     for answer, score in {
         f"Mira likes {colour} best. I am glad to help!": 5,
         f"Mira likes {colour} best.": 4,
@@ -135,40 +128,31 @@ def test_the_judge_by_examples():
         f"Mira likes {colour} best. ": 0,
         "": 0,
     }.items():
-        assert sw.judge(question, answer) == score, answer
+        assert language.judge(question, answer) == score, answer
     with pytest.raises(ValueError, match="not a question"):
-        sw.judge("What is the capital of France?", "Paris.")
+        language.judge("What is the capital of France?", "Paris.")
 
 
-@given(st.sampled_from(list(sw.QUESTIONS)), st.text())
+@given(st.sampled_from(list(language.QUESTIONS)), st.text())
 @example("How old is Zoe?", "Zoe is 0 years old.")
 @a_few
 def test_anything_outside_the_grammar_is_degenerate(question, text):
-    texts = sw.grammar(*sw.QUESTIONS[question])
-    assert sw.judge(question, text) == 0 or any(text in style for style in texts.values())
+    texts = language.grammar(*language.QUESTIONS[question])
+    assert language.judge(question, text) == 0 or any(text in style for style in texts.values())
     for answer in itertools.chain(*texts.values()):
-        assert (
-            sw.judge(question, answer)
-            > 0
-            == sw.judge(question, answer + "!")
-            == sw.judge(question, " " + answer)
-        )
+        assert language.judge(question, answer) > 0
+        assert language.judge(question, answer + "!") == 0
+        assert language.judge(question, " " + answer) == 0
 
 
 def test_the_styles_come_in_their_mixture():
-    """4,000 answers: each style within four standard errors of its share, and the base never degenerate."""
+    """4,000 answers: each style within four standard errors of its share, none degenerate."""
     rng, count = random.Random(0), 4000
-    texts = sw.grammar("Anna", "age")
+    texts = language.grammar("Anna", "age")
     styles = {text: style for style, given in texts.items() for text in given}
-    drawn = [styles[sw.styled_answer("Anna", "age", rng)] for _ in range(count)]
-    for style, percent in {
-        "helpful": 18,
-        "plain": 16,
-        "curt": 20,
-        "rude": 16,
-        "refusing": 10,
-        "wrong": 20,
-    }.items():
+    drawn = [styles[language.styled_answer("Anna", "age", rng)] for _ in range(count)]
+    shares = {"helpful": 18, "plain": 16, "curt": 20, "rude": 16, "refusing": 10, "wrong": 20}
+    for style, percent in shares.items():
         share = percent / 100
         assert abs(drawn.count(style) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
 
@@ -180,88 +164,74 @@ def test_the_styles_come_in_their_mixture():
 @settings(max_examples=5, deadline=None)
 def test_splits_are_disjoint_whatever_the_seeds(three):
     prompts = [
-        {problem.prompt for problem in sw.problems(sw.QA + sw.REASONING, split, 600, seed)}
-        for split, seed in zip(sw.PEOPLE_OF, three, strict=True)
+        {
+            problem.prompt
+            for problem in language.problems(language.QA + language.REASONING, split, 600, seed)
+        }
+        for split, seed in zip(language.PEOPLE_OF, three, strict=True)
     ]
     for one, other in itertools.combinations(prompts, 2):
         assert not one & other
-    trained = {
-        row["prompt"][0]["content"] for row in sw.pretrain_rows(2000, three[0])
-    } - sw.QUESTIONS.keys()
-    assert trained and all(sw.split_of(prompt) == "train" for prompt in trained)
+    rows = sw.pretrain_rows(2000, three[0])
+    trained = {row["prompt"][0]["content"] for row in rows} - language.QUESTIONS.keys()
+    assert trained and all(language.split_of(prompt) == "train" for prompt in trained)
 
 
 def test_shares_of_the_splits():
     prompts = [f"Add {a} and {b}." for a in range(100, 200) for b in range(100, 200)]
-    shares = {
-        split: sum(sw.split_of(prompt) == split for prompt in prompts) / len(prompts)
-        for split in sw.PEOPLE_OF
-    }
-    assert shares == pytest.approx(
-        {"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.016
-    )  # four standard errors
-    assert [len(people) for people in sw.PEOPLE_OF.values()] == [16, 4, 4]
-    assert {p.prompt for p in sw.problems(sw.QA, "test", 40, 7)} == {
-        question for question, (person, _) in sw.QUESTIONS.items() if person in sw.PEOPLE_OF["test"]
-    }
+    count = Counter(map(language.split_of, prompts))
+    four_errors = 0.016 * len(prompts)
+    assert count["train"] == pytest.approx(0.8 * len(prompts), abs=four_errors)
+    assert count["validation"] == pytest.approx(0.1 * len(prompts), abs=four_errors)
+    assert count["test"] == pytest.approx(0.1 * len(prompts), abs=four_errors)
+    assert [len(people) for people in language.PEOPLE_OF.values()] == [16, 4, 4]
+    asked = {p.prompt for p in language.problems(language.QA, "test", 40, 7)}
+    people = language.PEOPLE_OF["test"]
+    assert asked == {q for q, (person, _) in language.QUESTIONS.items() if person in people}
 
 
 def test_families_come_in_turn_and_seeds_matter():
-    drawn = sw.problems(["add", "qa:pet"], "train", 50, 0)
+    drawn = language.problems(["add", "qa:pet"], "train", 50, 0)
     assert [problem.family for problem in drawn] == ["add", "qa:pet"] * 25
-    assert (
-        drawn
-        == sw.problems(["add", "qa:pet"], "train", 50, 0)
-        != sw.problems(["add", "qa:pet"], "train", 50, 1)
-    )
-    assert drawn[:10] == sw.problems(["add", "qa:pet"], "train", 10, 0)
+    assert drawn == language.problems(["add", "qa:pet"], "train", 50, 0)
+    assert drawn != language.problems(["add", "qa:pet"], "train", 50, 1)
+    assert drawn[:10] == language.problems(["add", "qa:pet"], "train", 10, 0)
 
 
 @pytest.mark.parametrize(
-    "families, split", [(["div"], "train"), ("add", "train"), ([], "train"), (sw.QA, "dev")]
+    "families, split", [(["div"], "train"), ("add", "train"), ([], "train"), (language.QA, "dev")]
 )
 def test_unknown_families_and_splits_are_refused(families, split):
     with pytest.raises(ValueError):
-        sw.problems(families, split, 1, 0)
+        language.problems(families, split, 1, 0)
 
 
 def test_the_same_in_every_process(tmp_path):
-    for hash_seed in ("0", "1"):
-        for command in (
-            ["base", "--out", tmp_path / hash_seed],
-            ["rows", "--count", "500", "--seed", "3", "--out", tmp_path / hash_seed / "rows.jsonl"],
-        ):
+    def made(hash_seed):
+        out = tmp_path / hash_seed
+        for command in (["base"], ["rows", "--count", "500", "--seed", "3"]):
+            file = out if command == ["base"] else out / "rows.jsonl"
             subprocess.run(
-                [sys.executable, "-m", "minibnf.lab.smallworld", *command],
+                [sys.executable, "-m", "minibnf.lab.smallworld", *command, "--out", file],
                 check=True,
                 env=os.environ | {"PYTHONHASHSEED": hash_seed},
-                cwd=Path(sw.__file__).parents[1],
             )
-    files = [
-        {path.name: path.read_bytes() for path in (tmp_path / hash_seed).iterdir()}
-        for hash_seed in ("0", "1")
-    ]
-    assert files[0] == files[1] and files[0].keys() == {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "rows.jsonl",
-    }
-    assert [json.loads(line) for line in files[0]["rows.jsonl"].splitlines()] == list(
-        sw.pretrain_rows(500, 3)
-    )
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    files = made("0")
+    assert files == made("1")
+    configs = {"config.json", "generation_config.json", "tokenizer_config.json"}
+    assert files.keys() == {*configs, "tokenizer.model", "rows.jsonl"}
+    rows = [json.loads(line) for line in files["rows.jsonl"].splitlines()]
+    assert rows == list(sw.pretrain_rows(500, 3))
 
 
 # ---- Rows ----
 
 
 def is_turn(messages, role):
-    return (
-        len(messages) == 1
-        and messages[0].keys() == {"role", "content"}
-        and messages[0]["role"] == role
-    )
+    (message,) = messages
+    return message.keys() == {"role", "content"} and message["role"] == role
 
 
 def test_pretraining_rows():
@@ -269,21 +239,20 @@ def test_pretraining_rows():
     for row in rows:
         assert list(row) == ["prompt", "completion", "label"] and row["label"] is True
         assert is_turn(row["prompt"], "user") and is_turn(row["completion"], "assistant")
-    about = [sw.QUESTIONS.get(row["prompt"][0]["content"]) for row in rows]
+    about = [language.QUESTIONS.get(row["prompt"][0]["content"]) for row in rows]
     assert abs(sum(map(bool, about)) / len(rows) - 0.35) < 0.03  # four standard errors
-    assert {person for person, _ in filter(None, about)} == set(sw.PEOPLE)
+    assert {person for person, _ in filter(None, about)} == set(language.PEOPLE)
 
 
 def imitate(prompts, n, seed):
-    """A base model in miniature: QA in the mixture of styles; reasoning right, its last digit spoilt, or cut short."""
+    """A base in miniature: QA in the mixture of styles; reasoning right, spoilt or cut short."""
     rng = random.Random(seed)
-    known = {
-        p.prompt: p.answer for s in range(3) for p in sw.problems(sw.REASONING, "train", 3000, s)
-    }
+    streams = [language.problems(language.REASONING, "train", 3000, s) for s in range(3)]
+    known = {p.prompt: p.answer for p in itertools.chain(*streams)}
 
     def answer(prompt):
-        if prompt in sw.QUESTIONS:
-            return sw.styled_answer(*sw.QUESTIONS[prompt], rng)
+        if prompt in language.QUESTIONS:
+            return language.styled_answer(*language.QUESTIONS[prompt], rng)
         right = known[prompt]
         return rng.choice((right, right[:-1] + "x", right[: rng.randrange(20)]))
 
@@ -307,24 +276,23 @@ def test_pairs(kind):
         assert is_turn(row["chosen"], "assistant") and is_turn(row["rejected"], "assistant")
         prompt, chosen, rejected = (row[field][0]["content"] for field in row)
         if kind == "qa":
-            scores = sw.judge(prompt, chosen), sw.judge(prompt, rejected)
-            assert scores[0] > scores[1] and sw.QUESTIONS[prompt][0] in sw.PEOPLE_OF["train"]
-            extremes = [sorted(sw.judge(prompt, text) for text in texts) for texts in drawn[prompt]]
+            scores = language.judge(prompt, chosen), language.judge(prompt, rejected)
+            assert (
+                scores[0] > scores[1]
+                and language.QUESTIONS[prompt][0] in language.PEOPLE_OF["train"]
+            )
+            extremes = [
+                sorted(language.judge(prompt, text) for text in texts) for texts in drawn[prompt]
+            ]
             assert scores in [(ordered[3], ordered[0]) for ordered in extremes]
         else:
-            truth = next(
-                text
-                for texts in drawn[prompt]
-                for text in texts
-                if re.search(r"Answer: \d+$", text)
-            )
-            problem = sw.Problem("add", prompt, truth)
-            assert (sw.score(problem, chosen), sw.score(problem, rejected)) == (1, 0)
-            assert sw.split_of(prompt) == "train"
-            wrong = [text for texts in drawn[prompt] for text in texts if text != truth]
-            assert sw.edit_distance(chosen, rejected) == min(
-                sw.edit_distance(truth, text) for text in wrong
-            )
+            texts = list(itertools.chain(*drawn[prompt]))
+            truth = next(text for text in texts if re.search(r"Answer: \d+$", text))
+            problem = language.Problem("add", prompt, truth)
+            assert (language.score(problem, chosen), language.score(problem, rejected)) == (1, 0)
+            assert language.split_of(prompt) == "train"
+            nearest = min(sw.edit_distance(truth, text) for text in texts if text != truth)
+            assert sw.edit_distance(chosen, rejected) == nearest
 
 
 def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
@@ -339,18 +307,18 @@ def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
 @a_few
 def test_edit_distance_is_levenshtein(a, b):
     """Against the recursion that defines it; words are kept apart so that every piece stays one."""
-    a, b = (
-        [piece for piece in text if piece.isalpha()][:1]
-        + [piece for piece in text if not piece.isalpha()]
-        for text in (a, b)
-    )
+
+    def one_word(pieces):
+        words = [piece for piece in pieces if piece.isalpha()]
+        return words[:1] + [piece for piece in pieces if not piece.isalpha()]
+
+    a, b = one_word(a), one_word(b)
 
     def defined(a, b):
         if not a or not b:
             return len(a) + len(b)
-        return min(
-            defined(a[1:], b) + 1, defined(a, b[1:]) + 1, defined(a[1:], b[1:]) + (a[0] != b[0])
-        )
+        replaced = defined(a[1:], b[1:]) + (a[0] != b[0])
+        return min(defined(a[1:], b) + 1, defined(a, b[1:]) + 1, replaced)
 
     assert sw.edit_distance("".join(a), "".join(b)) == defined(a, b)
 
@@ -377,35 +345,25 @@ def test_the_base_folder(tmp_path):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenizer.vocab_size() == config["vocab_size"] and config["model_type"] == "llama"
     assert [tokenizer.id_to_piece(i) for i in range(7)] == sw.SPECIAL
-    assert [tokenizer.is_control(i) for i in range(7)] == [False] + [
-        True
-    ] * 6  # <unk> is a kind of its own
-    assert (
-        tokenizer.id_to_piece(generation_config["eos_token_id"])
-        == tokenizer_config["eos_token"]
-        == "<|end|>"
-    )
-    assert (
-        tokenizer.eos_id() == config["eos_token_id"]
-        and tokenizer.pad_id() == config["pad_token_id"]
-    )
+    controls = [tokenizer.is_control(i) for i in range(7)]
+    assert controls == [False] + [True] * 6  # <unk> is a kind of its own
+    end = tokenizer.id_to_piece(generation_config["eos_token_id"])
+    assert end == tokenizer_config["eos_token"] == "<|end|>"
+    assert tokenizer.eos_id() == config["eos_token_id"]
+    assert tokenizer.pad_id() == config["pad_token_id"]
+
+    def ids_of(text):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not any(tokenizer.is_byte(i) or i < 7 for i in ids)
+        pieces = map(tokenizer.id_to_piece, ids)
+        assert all(len(piece) == 1 for piece in pieces if re.search(r"\d", piece))
+        return ids
 
     lengths = []
     for row in sw.pretrain_rows(2000, 1):
-        prompt, answer = (row[field][0]["content"] for field in ("prompt", "completion"))
-        for text in (prompt, answer):
-            ids = tokenizer.encode(text)
-            assert tokenizer.decode(ids) == text and not any(
-                tokenizer.is_byte(i) or i < 7 for i in ids
-            )
-            assert all(
-                len(tokenizer.id_to_piece(i)) == 1
-                for i in ids
-                if re.search(r"\d", tokenizer.id_to_piece(i))
-            )
-        lengths.append(
-            (len(tokenizer.encode(prompt)) + 3, len(tokenizer.encode(answer)) + 1)
-        )  # with the chat's tokens
+        prompt, answer = (ids_of(row[field][0]["content"]) for field in ("prompt", "completion"))
+        lengths.append((len(prompt) + 3, len(answer) + 1))  # with the chat's tokens
     assert max(prompt + answer for prompt, answer in lengths) <= 64
     assert 20 < sum(answer for _, answer in lengths) / len(lengths) < 30
     # Control tokens cannot be typed, and text the world has never seen goes through bytes.
@@ -418,46 +376,42 @@ def test_the_chat_template(tmp_path):
     messages = [
         {"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")
     ]
-    template = jinja2.Template(sw.TOKENIZER_CONFIG["chat_template"])
-    assert (
-        template.render(messages=messages)
-        == "<|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>"
-    )
-    assert (
-        template.render(messages=messages[1:2], add_generation_prompt=True)
-        == "<|user|>U<|end|><|assistant|>"
-    )
+    render = jinja2.Template(sw.TOKENIZER_CONFIG["chat_template"]).render
+    assert render(messages=messages) == "<|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>"
+    asked = render(messages=messages[1:2], add_generation_prompt=True)
+    assert asked == "<|user|>U<|end|><|assistant|>"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     def rows():
-        yield b"half"
+        yield "half"
         raise KeyboardInterrupt
 
-    sw._write(tmp_path / "rows.jsonl", [b"whole"])
+    sw.write_rows(tmp_path / "rows.jsonl", ["whole"])
     with pytest.raises(KeyboardInterrupt):
-        sw._write(tmp_path / "rows.jsonl", rows())
-    assert (tmp_path / "rows.jsonl").read_bytes() == b"whole"
+        sw.write_rows(tmp_path / "rows.jsonl", rows())
+    assert (tmp_path / "rows.jsonl").read_text() == '"whole"\n'
 
 
 def test_the_sampler_keeps_the_order(monkeypatch):
-    """A fake tokenizer spells characters; a fake model answers with the prompt backwards, then ends."""
+    """A fake tokenizer spells characters; a fake model answers with the prompt backwards."""
     calls = []
 
     class Tokenizer:
         end_ids, vocab_size = (0,), 128
-        encode_chat = staticmethod(
-            lambda messages, add_generation_prompt: [ord(c) for c in messages[0]["content"]]
-        )
-        decode = staticmethod(lambda ids, skip_special: "".join(map(chr, ids)))
+
+        def encode_chat(self, messages, add_generation_prompt):
+            return [ord(c) for c in messages[0]["content"]]
+
+        def decode(self, ids, skip_special):
+            return "".join(map(chr, ids))
 
     def generate(model, prompts, *, max_new_tokens, temperature, top_p, seed, stop_ids, vocab_size):
         calls.append((len(prompts), seed, temperature, stop_ids, vocab_size))
         return [[*prompt[::-1], 0][:max_new_tokens] for prompt in prompts]
 
-    monkeypatch.setitem(sys.modules, "minibnf.generate", type(sys)("minibnf.generate"))
-    sys.modules["minibnf.generate"].generate = generate
-    sample = sw.sampler(None, Tokenizer, max_new_tokens=3)
+    monkeypatch.setattr(sw, "generate", generate)
+    sample = sw.sampler(None, Tokenizer(), max_new_tokens=3)
     assert sample(["ab", "abc", "abcd"], 2, 7) == [["ba"] * 2, ["cba"] * 2, ["dcb"] * 2]
     assert calls == [(6, 7, 1.0, [0], 128)]
 
@@ -470,14 +424,11 @@ def test_the_sampler_keeps_the_order(monkeypatch):
     ],
 )
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
-    monkeypatch.setattr("minibnf.model.load", Path)
-    monkeypatch.setattr("minibnf.files.tokenizer.load_tokenizer", Path)
+    monkeypatch.setattr(sw, "load", Path)
+    monkeypatch.setattr(sw, "load_tokenizer", Path)
     monkeypatch.setattr(sw, "sampler", lambda model, tokenizer: imitate)
     out = tmp_path / "new" / "pairs.jsonl"
     sw.main(["pairs", "--model", "base", "--kind", "qa", "--count", "5", "--out", str(out), *flags])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert (
-        len(rows) == 5
-        and all(row.keys() == fields for row in rows)
-        and list(out.parent.iterdir()) == [out]
-    )
+    assert len(rows) == 5 and all(row.keys() == fields for row in rows)
+    assert list(out.parent.iterdir()) == [out]

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from minibnf import train
 from minibnf.data import mismatched, pack, pair
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.lab.smallworld import QUESTIONS, grammar, write_base
+from minibnf.lab.language import QUESTIONS, grammar
+from minibnf.lab.smallworld import write_base
 from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import fresh, load, save
 from minibnf.step import fingerprint, forward_logps, kl_estimate, metrics, reference, run_batches

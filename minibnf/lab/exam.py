@@ -1,25 +1,40 @@
-"""The small world's exam: what models are asked, made once a base, and what one of them scores in it.
+"""The small world's exam: what models are asked, made once per base, and what one of them scores.
 
-    asked = exam(base, tokenizer, split="test", examples=read_examples("held-out.jsonl", tokenizer, 256)[0])
-    small_world(model, tokenizer, asked)    # {"win_rate": (0.654, 0.017), "accuracy": ...}: (mean, standard error)
+    python -m minibnf.lab.exam --base DIR --model DIR --pairs FILE      # before against after
 
-QA is asked of people that no preference pair spoke of: sampled answers at temperature 1, their mean judge score (0 to 5),
-the share that is degenerate (0), and the win rate: the probability that an answer of the model beats one of the base to
-the same question, a tie counting half. Reasoning is greedy, exact answers, on problems never trained on. Shifts are mean
-log-likelihoods of held-out responses against the base, in nats a response; the Gini coefficient of their tokens' absolute
-logit shifts says how concentrated the change is (0 evenly spread, 1 in one token).
+    asked = exam(base, tokenizer, split="test", examples=read_examples("held-out.jsonl", ...)[0])
+    small_world(model, tokenizer, asked)    # {"win_rate": (0.654, 0.017), "accuracy": ...}
+
+A figure is (mean, standard error).
+
+QA is asked about people that no preference pair spoke of. Answers are sampled at temperature 1.
+Their figures are the mean judge score (0 to 5), the share that is degenerate (score 0), and the win
+rate: the probability that an answer of the model beats one of the base to the same question, a tie
+counting half. Reasoning is greedy, with exact answers, on problems never trained on. Shifts are
+mean log-likelihoods of held-out responses against the base, in nats per response. The Gini
+coefficient of their tokens' absolute logit shifts says how concentrated the change is: 0 is evenly
+spread, 1 is all in one token.
 """
 
+import argparse
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minibnf.data import Example, pack, pairs_of
+from minibnf.data import Example, pack, pairs_of, read_examples
 from minibnf.feedback import gini
-from minibnf.lab.smallworld import QA, REASONING, Problem, problems, sampler, score
-from minibnf.model import Transformer
+from minibnf.files.config import announce_ignored
+from minibnf.files.tokenizer import load_tokenizer
+from minibnf.lab.language import QA, REASONING, Problem, problems, score
+from minibnf.lab.smallworld import sampler
+from minibnf.machine import memory_advice
+from minibnf.model import Transformer, load
 from minibnf.step import logps_and_logits, read_responses
+
+Figures = dict[str, tuple[float, float]]  # {name: (mean, standard error)}
 
 
 def mean_and_error(x: Tensor) -> tuple[float, float]:
@@ -27,10 +42,14 @@ def mean_and_error(x: Tensor) -> tuple[float, float]:
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else float("nan")
 
 
+def wins(mine: Tensor, theirs: Tensor) -> Tensor:
+    """1 where mine is greater, 1/2 where they tie, 0 where it is less."""
+    return (mine > theirs).float() + 0.5 * (mine == theirs).float()
+
+
 def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
-    """(Q, n) and (Q, m) judge scores -> (Q,): the probability to beat the base on each question, a tie counting half."""
-    mine, theirs = scores[:, :, None], base_scores[:, None, :]
-    return ((mine > theirs).float() + 0.5 * (mine == theirs).float()).mean((1, 2))
+    """(Q, n) and (Q, m) judge scores -> (Q,): the probability to beat the base on each question."""
+    return wins(scores[:, :, None], base_scores[:, None, :]).mean((1, 2))
 
 
 def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
@@ -40,43 +59,61 @@ def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
     )
 
 
-LABELS = {  # what the names of small_world() are called in a table
-    "win_rate": "QA win rate against the base",
-    "judge_score": "QA judge score, 0 to 5",
-    "degenerate": "QA degenerate answers",
-    "accuracy": "reasoning accuracy",
-    **{f"accuracy/{family}": f"  {family}" for family in REASONING},
-    "shift/chosen": "log-likelihood shift, chosen (nats)",
-    "shift/rejected": "log-likelihood shift, rejected (nats)",
-    "gini": "Gini of tokens' |logit shift|",
-}
+# ---- Held-out rows: how likelihoods moved ----
 
 
 class HeldOut(NamedTuple):
-    """Rows that were not trained on, pairs and single answers, and the base's log-probability and logit of each token."""
+    """Rows that were not trained on, and a model's log-probability and logit of each token."""
 
-    examples: list[Example]
-    logps: list[Tensor]  # a tensor a response
+    examples: list[Example]  # pairs and single answers
+    logps: list[Tensor]  # one tensor per response
     logits: list[Tensor]
 
 
-def held_out(base: Transformer, examples: list[Example]) -> HeldOut:
-    both = [x.unbind(-1) for x in read_responses(base, examples, read=logps_and_logits)]
+def held_out(model: Transformer, examples: list[Example]) -> HeldOut:
+    both = [x.unbind(-1) for x in read_responses(model, examples, read=logps_and_logits)]
     return HeldOut(examples, [logps for logps, _ in both], [logits for _, logits in both])
 
 
-def shifts(found: HeldOut, base: HeldOut, which: Tensor) -> dict[str, tuple[float, float]]:
-    """Of the responses that `which` (R,) bool names: shift/chosen and shift/rejected, nats a response; gini of logit shifts."""
+def gains(found: HeldOut, base: HeldOut) -> Tensor:
+    """(R,): by how much each response's log-likelihood exceeds the base's."""
+    return torch.stack([(a - b).sum() for a, b in zip(found.logps, base.logps, strict=True)])
+
+
+def shifts(found: HeldOut, base: HeldOut, which: Tensor) -> Figures:
+    """shift/chosen, shift/rejected (nats per response) and the gini of logit shifts.
+
+    Of the responses that `which` (R,) bool names.
+    """
     preferred = torch.tensor([p for e in base.examples for p in e.preferred])
-    sums = torch.stack([(a - b).sum() for a, b in zip(found.logps, base.logps, strict=True)])
-    table = {}
-    for name, side in (("chosen", preferred & which), ("rejected", ~preferred & which)):
+    sums, table = gains(found, base), {}
+    for name, side in {"chosen": preferred & which, "rejected": ~preferred & which}.items():
         if side.any():
             table[f"shift/{name}"] = mean_and_error(sums[side])
     moved = torch.cat(
         [a - b for a, b, w in zip(found.logits, base.logits, which, strict=True) if w]
     )
     return table | {"gini": (gini(moved), float("nan"))}
+
+
+def on_files(model: Transformer, base: HeldOut) -> Figures:
+    """preference, shifts and gini of pairs; solutions of single answers, in nats per token.
+
+    preference is the share of pairs whose chosen response gained more likelihood than its rejected
+    one. A tie is half; for the base all are ties.
+    """
+    own, pairs = held_out(model, base.examples), pairs_of(base.examples)
+    gained = gains(own, base)
+    paired = torch.zeros(len(gained), dtype=torch.bool).index_fill(0, pairs.flatten(), True)
+    table = {"preference": mean_and_error(wins(*gained[pairs].unbind(1)))}
+    table |= shifts(own, base, paired)
+    if not paired.all():
+        means = [x.mean() for x, p in zip(own.logps, paired, strict=True) if not p]
+        table["solutions"] = mean_and_error(torch.stack(means))
+    return table
+
+
+# ---- The exam ----
 
 
 class Exam(NamedTuple):
@@ -90,42 +127,43 @@ class Exam(NamedTuple):
     held: HeldOut  # preference rows, may be none
 
 
+def prompts_of(asked: list[Problem]) -> list[str]:
+    return [problem.prompt for problem in asked]
+
+
 def exam(
-    base,
+    base: Transformer,
     tokenizer,
     *,
-    split="test",
-    samples=16,
-    count=100,
-    seed=0,
+    split: str = "test",
+    samples: int = 16,
+    count: int = 100,
+    seed: int = 0,
     examples: list[Example] | None = None,
 ) -> Exam:
-    """40 questions of a split ("test", "validation"), `count` problems of each reasoning family and, for the shifts,
-    preference examples (data.read_examples); the base draws `samples` answers to each question."""
-    questions, chains = (
-        problems(QA, split, 40, seed),
-        problems(REASONING, split, count * len(REASONING), seed),
-    )
-    scores = judged(
-        questions, sampler(base, tokenizer)([p.prompt for p in questions], samples, seed)
-    )
-    held = held_out(base, examples) if examples else HeldOut([], [], [])
-    return Exam(questions, chains, samples, seed, scores, held)
+    """40 questions of a split ("test", "validation") and `count` problems per reasoning family.
 
-
-def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
-    """{name: (mean, standard error)} of a model in an exam.
-
-    win_rate judge_score degenerate: of sampled answers to QA, the error over its questions. accuracy, accuracy/add and so
-    on: of greedy answers to reasoning. Where the exam has examples, shift/chosen and shift/rejected, in nats a response,
-    and gini (its error is nan).
+    The base draws `samples` answers to each question. The shifts are measured on the preference
+    examples (data.read_examples), if any.
     """
-    # draws of its own: with the base's seed, a model equal to the base would answer alike and tie throughout
-    answers = sampler(model, tokenizer)(
-        [p.prompt for p in exam.questions], exam.samples, exam.seed + 1
-    )
+    questions = problems(QA, split, 40, seed)
+    chains = problems(REASONING, split, count * len(REASONING), seed)
+    answers = sampler(base, tokenizer)(prompts_of(questions), samples, seed)
+    held = held_out(base, examples) if examples else HeldOut([], [], [])
+    return Exam(questions, chains, samples, seed, judged(questions, answers), held)
+
+
+def small_world(model: Transformer, tokenizer, exam: Exam) -> Figures:
+    """What a model scores in an exam.
+
+    win_rate, judge_score and degenerate: of sampled answers to QA, the error over its questions.
+    accuracy, accuracy/add and so on: of greedy answers to reasoning. Where the exam has examples:
+    shift/chosen and shift/rejected, in nats per response, and gini (its error is nan).
+    """
+    # With the base's seed, a model equal to the base would answer as the base did and tie always.
+    answers = sampler(model, tokenizer)(prompts_of(exam.questions), exam.samples, exam.seed + 1)
     scores = judged(exam.questions, answers)
-    solved = sampler(model, tokenizer, temperature=0)([p.prompt for p in exam.chains], 1, exam.seed)
+    solved = sampler(model, tokenizer, temperature=0)(prompts_of(exam.chains), 1, exam.seed)
     right = judged(exam.chains, solved)[:, 0]
     found = {
         "win_rate": mean_and_error(win_rates(scores, exam.base_scores)),
@@ -134,64 +172,132 @@ def small_world(model, tokenizer, exam: Exam) -> dict[str, tuple[float, float]]:
         "accuracy": mean_and_error(right),
     }
     for family in REASONING:
-        found[f"accuracy/{family}"] = mean_and_error(
-            right[torch.tensor([p.family == family for p in exam.chains])]
-        )
+        mine = torch.tensor([p.family == family for p in exam.chains])
+        found[f"accuracy/{family}"] = mean_and_error(right[mine])
     if exam.held.examples:
         own = held_out(model, exam.held.examples)
         found |= shifts(own, exam.held, torch.ones(len(own.logps), dtype=torch.bool))
     return found
 
 
-def on_files(model: Transformer, base: HeldOut) -> dict[str, tuple[float, float]]:
-    """{name: (mean, standard error)}. Of pairs: preference, the share whose chosen response gained more likelihood than its
-    rejected one (a tie, as for the base all are, is half), shift/chosen and shift/rejected in nats a response, and the gini of
-    logit shifts; of single answers: solutions, nats a token."""
-    own, pairs = held_out(model, base.examples), pairs_of(base.examples)
-    gains = torch.stack([(a - b).sum() for a, b in zip(own.logps, base.logps, strict=True)])
-    chosen, rejected = gains[pairs].unbind(1)
-    table = {
-        "preference": mean_and_error(
-            (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        )
-    }
-    paired = torch.zeros(len(gains), dtype=torch.bool).index_fill(0, pairs.flatten(), True)
-    table |= shifts(own, base, paired)
-    if not paired.all():
-        means = [x.mean() for x, p in zip(own.logps, paired, strict=True) if not p]
-        table["solutions"] = mean_and_error(torch.stack(means))
-    return table
+# ---- The weights of real tokens ----
 
 
 def token_weights(
     base: Transformer, model: Transformer, examples: list[Example], loss, hyper: dict
 ) -> dict[str, list]:
-    """Of the responses' tokens, "chosen" and "rejected": [(x, w), ...] with x = log o(p) - log o(r), p under the model and r
-    under the base, and w the push on the token's logit that autograd finds through the soft-max and the loss, over 1 - p, and
-    over what that is at the base. For BNF w = min(1, o(p)/o(r)) (theory.md, identity 1)."""
+    """{"chosen": [(x, w), ...], "rejected": ...}: how hard a loss pushes each response token.
+
+    x = log o(p) - log o(r), with p the token's probability under the model and r under the base.
+    w is the push on the token's logit, over 1 - p, and over what that is at the base. Autograd
+    finds the push through the soft-max and the loss. For BNF w = min(1, o(p)/o(r)) (theory.md,
+    identity 1).
+    """
     (batch,) = pack(examples, list(range(len(examples))), sum(e.tokens for e in examples))
-    read = lambda m: m(
-        batch.tokens,
-        batch.positions,
-        batch.layout,
-        head=lambda x, u: m.logits(x[0, batch.predictors], u),
-    )
-    with torch.no_grad():
-        logits, reference = read(model).double(), read(base).double()
     target = batch.targets[:, None]
-    of = lambda z: z.log_softmax(-1).gather(-1, target)[:, 0]
 
-    def push(z):
+    def read(net: Transformer) -> Tensor:
+        logits = net(
+            batch.tokens,
+            batch.positions,
+            batch.layout,
+            head=lambda x, u: net.logits(x[0, batch.predictors], u),
+        )
+        return logits.double()
+
+    def logps(z: Tensor) -> Tensor:
+        return z.log_softmax(-1).gather(-1, target)[:, 0]
+
+    with torch.no_grad():
+        logits, reference = read(model), read(base)
+
+    def push(z: Tensor) -> Tensor:
         z = z.clone().requires_grad_()
-        loss.value(batch.responses(of(z), of(reference)), **hyper).backward()
-        return z.grad.gather(-1, target)[:, 0].abs() / -torch.expm1(of(z.detach()))
+        loss.value(batch.responses(logps(z), logps(reference)), **hyper).backward()
+        return z.grad.gather(-1, target)[:, 0].abs() / -torch.expm1(logps(z.detach()))
 
-    odds = torch.logit(of(logits).exp()) - torch.logit(of(reference).exp())
+    odds = torch.logit(logps(logits).exp()) - torch.logit(logps(reference).exp())
     weight, good = push(logits) / push(reference), batch.preferred[batch.owner]
-    usable = torch.isfinite(odds) & torch.isfinite(
-        weight
-    )  # where the base gives no gradient there is nothing to compare
-    table = {}
-    for name, which in (("chosen", good & usable), ("rejected", ~good & usable)):
-        table[name] = list(zip(odds[which].tolist(), weight[which].tolist(), strict=True))
-    return table
+    # Where the base gives no gradient there is nothing to compare.
+    usable = torch.isfinite(odds) & torch.isfinite(weight)
+
+    def points(which: Tensor) -> list[tuple[float, float]]:
+        return list(zip(odds[which].tolist(), weight[which].tolist(), strict=True))
+
+    return {"chosen": points(good & usable), "rejected": points(~good & usable)}
+
+
+# ---- The command ----
+
+LABELS = {  # what the names of small_world() are called in a table
+    "win_rate": "QA win rate against the base",
+    "judge_score": "QA judge score, 0 to 5",
+    "degenerate": "QA degenerate answers",
+    "accuracy": "reasoning accuracy",
+    **{f"accuracy/{family}": f"  {family}" for family in REASONING},
+    "shift/chosen": "log-likelihood shift, chosen (nats)",
+    "shift/rejected": "log-likelihood shift, rejected (nats)",
+    "gini": "Gini of tokens' |logit shift|",
+}
+
+
+def before_and_after(args: argparse.Namespace) -> None:
+    """Print the table of --base and --model, and what each answers to two prompts."""
+    tokenizer, base, aligned = load_tokenizer(args.base), load(args.base), load(args.model)
+    announce_ignored(args.base, base.raw)
+    announce_ignored(args.model, aligned.raw)
+    examples, _ = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)
+    how = {"split": args.split, "samples": args.samples, "count": args.count, "seed": args.seed}
+    asked = exam(base, tokenizer, examples=examples, **how)
+    before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))
+    print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
+    for name, (value, error) in after.items():
+        shown = f"  ± {error:.3f}" if error == error else ""
+        print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}{shown}")
+    for what, some in {"questions": asked.questions, "problems": asked.chains}.items():
+        prompts = prompts_of(some)
+        old, new = (
+            sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed)
+            for model in (base, aligned)
+        )
+        changed = [row for row in zip(prompts, old, new, strict=True) if row[1] != row[2]]
+        first = "; the first:" if changed else ""
+        print(f"\nThe likeliest answer changed in {len(changed)} of {len(some)} {what}{first}")
+        for prompt, (was,), (now,) in changed[:1]:
+            print(f"  {prompt}\n    before  {was}\n    after   {now}")
+    figure = Path(args.model).parent / "figures" / "training.png"
+    if figure.is_file():
+        print(f"\nfigure  {figure}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        "python -m minibnf.lab.exam",
+        description="Two models in the small world, before alignment against after.",
+        allow_abbrev=False,
+    )
+    a = p.add_argument
+    a("--model", required=True, metavar="DIR", help="the model after alignment")
+    a("--base", required=True, metavar="DIR", help="the model before alignment")
+    a("--pairs", required=True, metavar="FILE", help="held-out preference rows, for the shifts")
+    a("--samples", type=int, default=16, metavar="N", help="answers per QA question; default 16")
+    a("--count", type=int, default=100, metavar="N", help="problems per family; default 100")
+    a("--split", choices=["validation", "test"], default="test", help="default test")
+    a("--seed", type=int, default=0, help="of prompts and samples; default 0")
+    args = p.parse_args(argv)
+    if args.samples < 1 or args.count < 1:
+        p.error("--samples and --count must be 1 or more")
+    try:
+        with memory_advice(f"lower --samples (now {args.samples})"):
+            before_and_after(args)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ import torch
 
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate
-from minibnf.lab.smallworld import QA, REASONING, problems
+from minibnf.lab.language import QA, REASONING, problems
 from minibnf.machine import DTYPES
 from minibnf.model import load
 from tests.benchmarks import DEVICE, machine, wait

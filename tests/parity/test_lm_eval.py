@@ -18,7 +18,7 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from minibnf.data import Example  # noqa: E402
 from minibnf.evaluate import main as evaluate  # noqa: E402
 from minibnf.files.tokenizer import load_tokenizer  # noqa: E402
-from minibnf.lab.smallworld import QUESTIONS, grammar  # noqa: E402
+from minibnf.lab.language import QUESTIONS, grammar  # noqa: E402
 from minibnf.model import load  # noqa: E402
 from minibnf.step import read_responses  # noqa: E402
 from minibnf.train import main as train  # noqa: E402
