@@ -286,7 +286,7 @@ def the_exam(text: str, name: str, split: str, folder: str):
         return asked, examined(spec["base"], asked)
     if extra := spec["sets"][name].get("solutions"):
         scanned = islice(scan_rows(extra["file"]), extra["count"])
-        examples += [row.example for row in tokenised(scanned, tokenizer, "likelihood")[1]]
+        examples += tokenised(scanned, tokenizer, "likelihood")[1]
     asked = held_out(base, examples)
     return asked, examined(spec["base"], asked)
 
