@@ -110,17 +110,6 @@ def show(sides: list[Side], message: str) -> None:
         print("\n")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("minibnf chat", epilog=HELP, allow_abbrev=False)
-    p.description = "Talk with a model, or with two: before and after alignment."
-    folder = "checkpoint in Hugging Face layout, with a chat template"
-    p.add_argument("--model", required=True, metavar="DIR", help=folder)
-    p.add_argument("--compare", metavar="DIR", help="a second one, which answers after it")
-    p.add_argument("--system", metavar="TEXT", help="a system message to begin with")
-    add_sampling(p.add_argument, 512, temperature=0.7, top_p=0.9)
-    return p.parse_args(argv)
-
-
 def respond(sides: list[Side], message: str) -> None:
     """Obey a command, or show the answers to a message."""
     if message == "/reset":
@@ -157,12 +146,25 @@ def converse(sides: list[Side]) -> None:
             print("error: what was typed is not valid UTF-8\n")
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser("minibnf chat", epilog=HELP, allow_abbrev=False)
+    p.description = "Talk with a model, or with two: before and after alignment."
+    folder = "checkpoint in Hugging Face layout, with a chat template"
+    p.add_argument("--model", required=True, metavar="DIR", help=folder)
+    p.add_argument("--compare", metavar="DIR", help="a second one, which answers after it")
+    p.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    add_sampling(p.add_argument, 512, temperature=0.7, top_p=0.9)
+    return p.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
         with memory_advice(ADVICE):
-            sides = [Side(directory, args) for directory in (args.model, args.compare) if directory]
+            sides = [Side(args.model, args)]
+            if args.compare:
+                sides.append(Side(args.compare, args))
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 1

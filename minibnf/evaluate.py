@@ -276,7 +276,7 @@ def table_of(measured: dict[str, Figure], base: dict[str, Figure]) -> dict[str, 
 def check_out(args: argparse.Namespace) -> None:
     """Raise ValueError where --out cannot be written, before anything is measured."""
     out = Path(args.out)
-    check_output(out, [Path(p) for p in (args.data, args.model, args.base) if p])
+    check_output(out, list(map(Path, filter(None, [args.data, args.model, args.base]))))
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists already; --overwrite replaces it")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,8 @@ def test_autograd_keeps_the_estimate_or_up_to_a_third_more(family, dtype, width)
     }  # fmt: skip
     if family == "gemma2":  # without the soft cap, whose scores are left out
         raw |= {"query_pre_attn_scalar": 16, "sliding_window": 16, "attn_logit_softcapping": None}
-    two, four = (parse_config(raw | {"num_hidden_layers": n}, "raw") for n in (2, 4))
+    two = parse_config(raw | {"num_hidden_layers": 2}, "raw")
+    four = parse_config(raw | {"num_hidden_layers": 4}, "raw")
     # Two layers more in three groups more: what a model keeps once, and copies of weights, cancel.
     more = kept(four, dtype, 6) - kept(two, dtype, 6)
     each = (more - kept(four, dtype, 3) + kept(two, dtype, 3)) / (2 * 3 * 40)

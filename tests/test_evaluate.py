@@ -48,7 +48,9 @@ def test_what_is_read_of_a_preference_file_is_what_the_plain_forward_gives(model
     read, _ = read_examples(write(tmp_path / "pairs.jsonl", rows(3)), tokenizer, 256)
     logps = read_responses(net, read, max_tokens=60)
     logits = read_responses(net, read, read=target_logits)
-    sides = [(row["prompt"], row[side]) for row in rows(3) for side in ("chosen", "rejected")]
+    sides = []
+    for row in rows(3):
+        sides += [(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])]
     for (prompt, response), logp, logit in zip(sides, logps, logits, strict=True):
         prompt, response = tokenizer.encode_response(prompt, response)
         z = net(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].detach()
@@ -64,9 +66,10 @@ def test_what_is_read_of_a_preference_file_is_what_the_plain_forward_gives(model
 def test_wilsons_interval_holds_the_shares_that_the_score_test_does_not_reject(counts):
     """Its ends solve |share - p| = 1.96 sqrt(p (1 - p) / n)."""
     right, n = counts
-    low, high = interval(share([1.0] * right + [0.0] * (n - right)))
+    ends = interval(share([1.0] * right + [0.0] * (n - right)))
+    low, high = ends
     assert 0 <= low <= right / n + 1e-12 and right / n <= high + 1e-12 and low < high <= 1
-    for p in (low, high):
+    for p in ends:
         assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-9)
 
 
@@ -142,7 +145,8 @@ def test_the_last_number_of_a_text(text, number):
     st.text("ab 12,.-$", max_size=9),
 )
 def test_the_last_number_is_read_however_it_is_written(value, form, before):
-    for text in (f"{value}", f"{value:,}", f"{value.normalize():f}"):
+    spellings = [f"{value}", f"{value:,}", f"{value.normalize():f}"]
+    for text in spellings:
         assert last_number(f"{before} = " + form.format(text)) == value
 
 

@@ -50,12 +50,10 @@ def log_likelihoods(folder, pairs: list[tuple[str, str]]) -> torch.Tensor:
 def test_lm_eval_gives_an_aligned_model_the_same_log_likelihoods(aligned):
     before, after = load(TINY).parameters(), load(aligned).parameters()
     assert not all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
-    pairs = [
-        (f"Question: {question}\nAnswer:", f" {grammar(*about)[style][0]}")
-        for question, about in list(QUESTIONS.items())[:9]
-        for style in ("curt", "rude")
-    ]
-    pairs.append(("<|user|>How old is Zoe?<|end|><|assistant|>", "Zoe, née Grün, is 25."))
+    pairs = [("<|user|>How old is Zoe?<|end|><|assistant|>", "Zoe, née Grün, is 25.")]
+    for question, about in list(QUESTIONS.items())[:9]:
+        prompt, answers = f"Question: {question}\nAnswer:", grammar(*about)
+        pairs += [(prompt, f" {answers['curt'][0]}"), (prompt, f" {answers['rude'][0]}")]
     judge = huggingface.HFLM(pretrained=str(aligned), device="cpu", dtype="float32", batch_size=3)
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     theirs = [nats for nats, _ in judge.loglikelihood(asked)]
