@@ -100,7 +100,7 @@ clean: ## delete .venv, runs and everything else that was made (weights/ stays)
 	rm -rf .venv runs mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(SMOL)/config.json: | .venv/weights
-	$(BIN)/python -m minibnf.convert --out $(SMOL)
+	$(BIN)/python -m minibnf.files.gguf $(SMOL)
 
 .venv/small: pyproject.toml
 	$(PYTHON) -m venv .venv

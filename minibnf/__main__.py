@@ -7,11 +7,10 @@ from importlib.metadata import version
 COMMANDS = {
     "train": "align a checkpoint on preference data",
     "generate": "completions of the prompts in a file",
-    "chat": "talk with a model, or with two side by side",
+    "chat": "talk with a model, or with two: before and after",
     "compare": "methods x settings x seeds: a table, verdicts, figures",
     "evaluate": "what alignment changed, before against after",
     "check": "what a checkpoint is, and the memory to train it",
-    "convert": "a GGUF file to Hugging Face layout",
 }
 MODULES = {"compare": "lab.compare"}  # where a command's module has another name
 

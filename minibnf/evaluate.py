@@ -1,32 +1,31 @@
-"""What a model makes of held-out data; what alignment changed.
+"""What a model makes of held-out data, and what alignment changed.
 
-    minibnf evaluate --model runs/first/model --base weights/smollm2-135m-instruct --data held-out.jsonl
+    minibnf evaluate --model runs/first/model --base weights/tiny --data held-out.jsonl
 
-A model is measured on the rows of a file (JSON Lines, a JSON array, Parquet), whose fields say what
-is measured:
+A model is measured on the rows of a file (JSON Lines, a JSON array, Parquet). The fields of the
+first row say what is measured:
 
-preference   TRL's preference rows. Accuracy is the share of pairs whose chosen response is more likely than the rejected,
-             a tie counting half: by log-likelihood, by its mean a token, and with --base by its shift against the base,
-             the implicit reward. (The difference of a log-likelihood to the base's is that shift.)
-likelihood   {"prompt", "completion"} or {"question", "answer"}: log-likelihoods of the given answers, perplexity.
-choice       {"prompt" or "question", "choices": [texts], "answer": index from 0, or letter}, as MMLU has it, or
-             {.., "choices": {"text": [..], "label": [..]}, "answerKey": label}, as ARC and CommonsenseQA have it. Accuracy
-             is the share of rows whose right choice is the likeliest, by log-likelihood, and by that a token, character
-             or UTF-8 byte (lm-eval's acc, acc_norm and acc_bytes; as there, the end of a turn is not counted).
-gsm8k        {"question", "answer" that ends in "#### 42"}: greedy answers, right where the last number equals that one, and
-             the log-likelihood of the answer given (--task likelihood measures that alone and generates nothing).
+preference   TRL's preference rows. Accuracy is the share of pairs whose chosen response is more
+             likely than the rejected one; a tie counts half. It is given by log-likelihood, by its
+             mean per token, and with --base by its shift against the base, the implicit reward.
+likelihood   {"prompt", "completion"} or {"question", "answer"}: the log-likelihoods of the given
+             answers, and their perplexity.
 
-A prompt and what follows it are text as it stands (a choice begins with its own space) or messages. A question is what a user
-says, by the model's chat template; for a model that has none, the text "Question: ..." and on the next line "Answer: ...",
-after the token with which the tokenizer begins a text, if it does.
-"system", "tools" and "chat_template_kwargs" beside messages or a question reach the template (rows.py).
-A number is digits, with commas between groups of three or without, with decimals or without. A currency sign may stand before
-it; a minus counts unless a letter, digit or closing bracket stands before that (-$4, $-4, x=-4, but 9 in 10-9). Numbers are
-compared by value: 1,200.50 is 1200.5. The last number of 1/2 is 2, of 50% it is 50.
+A prompt and a completion are text as it stands, or messages. A question is what a user says, by the
+model's chat template. For a model without a template it is the text "Question: ..." and on the
+next line "Answer: ...", after the token with which the tokenizer begins a text, if it has one.
+"system", "tools" and "chat_template_kwargs" beside messages or a question reach the template
+(files/rows.py).
 
-The intervals are of 95 %: Wilson's for a share, 1.96 standard errors for a mean (rows are what was drawn, tokens are not). With
---base follow its value and the difference over the same rows, paired; of shares by Agresti and Min, who add half a row to each
-outcome: to have seen no difference is not to know that there is none.
+The intervals are of 95 %: Wilson's for a share, 1.96 standard errors for a mean (rows are what was
+drawn, tokens are not). With --base, its value and the difference over the same rows follow. The
+difference of two shares is Agresti and Min's, who add half a row to each outcome: having seen no
+difference does not prove that there is none.
+
+Multiple choice, GSM8K and other benchmarks are lm-eval's, which loads OUT/model as it is. A task
+can be a file of your own, and then it needs no network (tests/parity/test_lm_eval.py runs this):
+
+    lm_eval run --model hf --model_args pretrained=OUT/model --tasks tests/parity/small_world.yaml
 """
 
 import argparse
@@ -41,127 +40,77 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minibnf.data import Example, digest, pairs_of, token_ids
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import check_output, write_json
-from minibnf.files.messages import text_or_messages
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
-from minibnf.generate import generate
 from minibnf.machine import memory_advice, resolve_device_and_dtype
 from minibnf.model import load
 from minibnf.step import read_responses
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------ last numbers
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = re.compile(rf"(?:(?<![\w)\]}}])([-−]))?(?:[$€£¥]([-−])?)?({DIGITS})")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The value of the last number in a text, as the top of the file defines it; None where there is none."""
-    if not (found := NUMBER.findall(text)):
+    """The value of the last number in a text, None where there is none.
+
+    A number is digits, with commas between groups of three or without, with decimals or without.
+    A currency sign may stand before it. A minus counts unless a letter, digit or closing bracket
+    stands before it: -$4, $-4, x=-4, but 9 in 10-9. The value is what counts: 1,200.50 is 1200.5.
+    The last number of 1/2 is 2, of 50% it is 50.
+    """
+    numbers = NUMBER.findall(text)
+    if not numbers:
         return None
-    *minus, digits = found[-1]
-    return Decimal(digits.replace(",", "")) * (-1 if any(minus) else 1)
+    *minus, digits = numbers[-1]
+    value = Decimal(digits.replace(",", ""))
+    return -value if any(minus) else value
 
 
-class Row(NamedTuple):
-    """A row of the data as token ids, and what else its task needs: the texts of the choices, or the number."""
+# ----------------------------------------------------------------------------------------- reading
 
-    example: Example
-    extra: list[str] | Decimal | None
+TASKS = ("preference", "likelihood")
 
 
-# Each task reads a row as rows.parse_row does: -> Record, and the extra.
-
-
-def _preference(row: dict, where, tokenizer: Tokenizer) -> tuple[Record, None]:
-    return parse_row(row, where), None
-
-
-def _likelihood(row, where, tokenizer):
-    if "prompt" in row:
-        return parse_row({**row, "label": True}, where), None
-    return _answered(row, where, tokenizer, "answer", [row.get("answer")], (True,)), None
-
-
-def _gsm8k(row, where, tokenizer):
-    _, marker, tail = str(row.get("answer")).rpartition("####")
-    if not marker or not NUMBER.fullmatch(tail.strip()):
-        raise ValueError(
-            f"{where}: field 'answer' must end in a number after ####, such as '#### 42'"
-        )
-    return _answered(row, where, tokenizer, "answer", [row["answer"]], (True,)), last_number(tail)
-
-
-def _choice(row, where, tokenizer):
-    texts, answer, labels = (
-        row.get("choices"),
-        row.get("answer", row.get("answerKey")),
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-    )
-    if isinstance(texts, dict):
-        texts, labels = texts.get("text"), texts.get("label")
-    if not isinstance(texts, list) or len(texts) < 2 or not isinstance(labels, str | list):
-        raise ValueError(
-            f"{where}: field 'choices' must be a list of two texts or more, or hold lists 'text' and 'label'"
-        )
-    right = (
-        list(labels).index(answer) if isinstance(answer, str) and answer in list(labels) else answer
-    )
-    if type(right) is not int or not 0 <= right < len(texts):
-        raise ValueError(
-            f"{where}: the answer {answer!r} is none of the {len(texts)} choices (an index from 0, or a label)"
-        )
-    preferred = tuple(k == right for k in range(len(texts)))
-    return _answered(row, where, tokenizer, "choices", texts, preferred), texts
-
-
-def _answered(row, where, tokenizer: Tokenizer, field: str, texts: list, preferred) -> Record:
-    """The Record of a prompt or question, with texts as completions of it."""
-    question, space = row.get("question"), ""
-    if "prompt" in row:
-        prompt = text_or_messages(row["prompt"], where, "prompt")
-    elif not isinstance(question, str) or not question:
-        raise ValueError(f"{where}: field 'question' must be text and not empty")
-    elif tokenizer.source is not None:
-        prompt = [{"role": "user", "content": question}]
-    else:
-        prompt, space = f"Question: {question}\nAnswer:", " "
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{where}: field '{field}' must be text and not empty")
-    if isinstance(prompt, str):
-        completions = [(field, space + text) for text in texts]
-    else:
-        completions = [(field, [{"role": "assistant", "content": text}]) for text in texts]
-    used = ("prompt" if "prompt" in row else "question", "choices", "answer", "answerKey")
-    return record_of(row, where, prompt, completions, preferred, used)
-
-
-TASKS = {"preference": _preference, "likelihood": _likelihood, "choice": _choice, "gsm8k": _gsm8k}
-
-
-def task_of(row: dict, where: str) -> str:
+def task_of(row: dict, where) -> str:
     """The task that a row's fields decide. Raises ValueError where they decide none."""
     if {"chosen", "rejected", "label"} & set(row):
         return "preference"
     if "choices" in row:
-        return "choice"
-    if {"question", "answer"} <= set(row):
-        return "gsm8k" if "####" in str(row["answer"]) else "likelihood"
-    if {"prompt", "completion"} <= set(row):
+        raise ValueError(f"{where}: lm-eval measures multiple choice; --help shows how")
+    if {"question", "answer"} <= set(row) or {"prompt", "completion"} <= set(row):
         return "likelihood"
     raise ValueError(
         f"{where}: its fields {', '.join(map(repr, row))} belong to no task; --help says which do"
     )
 
 
+def record_for(task: str, row: dict, where, tokenizer: Tokenizer) -> Record:
+    """A row as its task reads it."""
+    if task == "preference":
+        return parse_row(row, where)
+    if "prompt" in row:
+        return parse_row({**row, "label": True}, where)
+    texts = {"question": row.get("question"), "answer": row.get("answer")}
+    for field, text in texts.items():
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{where}: field '{field}' must be text and not empty")
+    if tokenizer.source is None:  # no chat template
+        prompt, completion = f"Question: {row['question']}\nAnswer:", f" {row['answer']}"
+    else:
+        prompt = [{"role": "user", "content": row["question"]}]
+        completion = [{"role": "assistant", "content": row["answer"]}]
+    return record_of(row, where, prompt, [("answer", completion)], (True,), texts)
+
+
 def tokenised(
     scanned: Iterable, tokenizer: Tokenizer, task: str = "auto", notes: Notes | None = None
-) -> tuple[str, list[Row]]:
+) -> tuple[str, list[Example]]:
     """The task ("auto": what the first row's fields say), and its rows; notes as read_examples.
 
     scanned: what rows.scan_rows yields. Raises ValueError as rows.each_row, and as scan_rows.
@@ -170,90 +119,62 @@ def tokenised(
     if task == "auto":
         first = next((pair for pair in scanned if isinstance(pair[1], dict)), None)
         task = task_of(first[1], first[0]) if first else "preference"
-    end = tokenizer.end_ids if task == "choice" else ()
 
-    def read(row: dict, place: Place) -> Row:
-        record, extra = TASKS[task](row, place, tokenizer)
+    def read(row: dict, place: Place) -> Example:
+        record = record_for(task, row, place, tokenizer)
         if notes:
             notes.add(record, place, tokenizer)
         prompt, responses = token_ids(tokenizer, record, place)
-        responses = tuple(r[:-1] if r[-1] in end else r for r in responses)
-        if not all(responses):
-            field = record.completions[responses.index(())][0]
-            raise ValueError(
-                f"{place}: field '{field}' is empty; a response needs at least one token"
-            )
-        pairs = record.pairs
-        return Row(
-            Example(prompt, responses, record.preferred, place.number, pairs, place.unit), extra
-        )
+        return Example(prompt, responses, record.preferred, place.number, record.pairs, place.unit)
 
     return task, each_row(scanned, read)
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------- measuring
 
 
 class Measured(NamedTuple):
-    """What a model made of the rows: (R,) the log-likelihood of each response in nats, (R,) its tokens, both float64; for
-    gsm8k the answers that it generated, each with whether it came to an end."""
+    """What a model made of each response: its log-likelihood in nats, and its tokens."""
 
-    sums: Tensor
-    lengths: Tensor
-    answers: list[tuple[str, bool]]
+    sums: Tensor  # (R,) float64
+    lengths: Tensor  # (R,) float64
 
 
-def measure(
-    model, tokenizer: Tokenizer, task: str, rows: list[Row], max_tokens=None, max_new_tokens=256
-) -> Measured:
-    """What a model makes of the rows.
+def measure(model, examples: list[Example], max_tokens: int | None = None) -> Measured:
+    """What a model makes of the responses; max_tokens: read at once (None: what suits the device).
 
-    Raises ValueError for a row longer than the model's context, or than max_tokens (None: what
-    suits the device).
+    Raises ValueError for a row longer than the model's context, or than max_tokens.
     """
-    examples, context = [row.example for row in rows], model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
     for e in examples:
-        needed = len(e.prompt) + max(
-            *map(len, e.responses), max_new_tokens if task == "gsm8k" else 0
-        )
+        needed = len(e.prompt) + max(map(len, e.responses))
         if needed > context:
             raise ValueError(
-                f"{e.place} of the data: prompt and answer need {needed} tokens, and the model reads {context}"
+                f"{e.place} of the data: prompt and answer need {needed} tokens, "
+                f"and the model reads {context}"
             )
-    default = max(
-        2048 if model.unembed.device.type == "cpu" else 16384, *(e.tokens for e in examples)
-    )
-    read = read_responses(model, examples, max_tokens or default)
-    sums, lengths = [x.double().sum() for x in read], [len(x) for x in read]
-    equal = {}  # responses of a row that are the same tie, however rounding differs between their places in a batch
-    for place, response in enumerate(
-        (e.line, response) for e in examples for response in e.responses
-    ):
-        sums[place] = equal.setdefault(response, sums[place])
-    answers, prompts = [], [list(e.prompt) for e in examples] if task == "gsm8k" else []
-    stop = sorted(tokenizer.end_ids)
-    how = {"max_new_tokens": max_new_tokens, "temperature": 0, "stop_ids": stop}
-    for i in tqdm(
-        range(0, len(prompts), 64),
-        desc="answering",
-        unit="64 rows",
-        disable=None if prompts else True,
-        leave=False,
-    ):
-        for ids in generate(model, prompts[i : i + 64], vocab_size=tokenizer.vocab_size, **how):
-            answers.append((tokenizer.decode(ids), ids[-1] in stop))
-    return Measured(torch.stack(sums), torch.tensor(lengths).double(), answers)
+    if not max_tokens:
+        enough = 2048 if model.unembed.device.type == "cpu" else 16384
+        max_tokens = max(enough, *(e.tokens for e in examples))
+    logps = read_responses(model, examples, max_tokens)
+    sums = [x.double().sum() for x in logps]
+    # Equal responses of a row are to tie, however rounding differs between their places in a batch.
+    first_sum = {}
+    keys = [(e.line, response) for e in examples for response in e.responses]
+    for place, key in enumerate(keys):
+        sums[place] = first_sum.setdefault(key, sums[place])
+    return Measured(torch.stack(sums), torch.tensor([len(x) for x in logps]).double())
 
 
 class Figure(NamedTuple):
-    """A figure is the mean of one number a row (n,), float64; those of a share are 0, 1 or, for a tie, a half."""
+    """The mean of one number per row; in a share each is 0, 1 or, for a tie, a half."""
 
-    rows: Tensor
+    rows: Tensor  # (n,) float64
     share: bool = False
 
 
-def share(x) -> Figure:
-    return Figure(torch.as_tensor(x).double(), share=True)
+def share(rows) -> Figure:
+    return Figure(torch.as_tensor(rows).double(), share=True)
 
 
 def wins(x: Tensor, y: Tensor) -> Figure:
@@ -268,227 +189,203 @@ def per_token(sums: Tensor, lengths: Tensor) -> Figure:
 
 
 def figures(
-    task: str, rows: list[Row], found: Measured, base: Measured | None = None
+    task: str, examples: list[Example], measured: Measured, base: Measured | None = None
 ) -> dict[str, Figure]:
     """Every figure of a task by its name in the table."""
-    sums, lengths, answers = found
-    preferred = torch.tensor([p for row in rows for p in row.example.preferred])
-    sizes = torch.tensor([len(row.example.responses) for row in rows])
-    table, names = {}, {"given answer": preferred}
+    sums, lengths = measured
+    preferred = torch.tensor([p for e in examples for p in e.preferred])
+    table, sides = {}, {"given answer": preferred}
     if task == "preference":
-        pairs, names = (
-            pairs_of([row.example for row in rows]),
-            {"chosen": preferred, "rejected": ~preferred},
-        )
-        if len(pairs):
-            chosen, rejected = sums[pairs].unbind(1)
-            table["accuracy by log-likelihood"] = wins(chosen, rejected)
-            table["accuracy by log-likelihood / token"] = wins(*(sums / lengths)[pairs].unbind(1))
-            table["chosen less rejected (nats)"] = Figure(chosen - rejected)
-        if len(pairs) and base:
-            table["accuracy by shift against the base"] = wins(*(sums - base.sums)[pairs].unbind(1))
-    if task == "choice":
-        names = {"right choice": preferred}
-        texts = [text.lstrip() for row in rows for text in row.extra]
-        characters, of_bytes = (torch.tensor([len(f(t)) for t in texts]) for f in (str, str.encode))
-        for name, scale in (
-            ("", 1),
-            (" / token", lengths),
-            (" / character", characters),
-            (" / byte", of_bytes),
-        ):
-            best = [int(x.argmax()) for x in (sums / scale).split(sizes.tolist())]
-            table[f"accuracy by log-likelihood{name}"] = share(
-                [row.example.preferred[k] for row, k in zip(rows, best, strict=True)]
-            )
-    if task == "gsm8k":
-        numbers = [last_number(text) for text, _ in answers]
-        table["accuracy"] = share([n == row.extra for n, row in zip(numbers, rows, strict=True)])
-        table["answers without a number"] = share([n is None for n in numbers])
-        table["answers cut at --max-new-tokens"] = share([not ended for _, ended in answers])
-    for name, which in names.items():
+        table = figures_of_pairs(pairs_of(examples), measured, base)
+        sides = {"chosen": preferred, "rejected": ~preferred}
+    for name, which in sides.items():
         if which.any():
             table[f"log-likelihood, {name} (nats)"] = Figure(sums[which])
             table[f"log-likelihood, {name} (nats / token)"] = per_token(sums[which], lengths[which])
-    if task in ("likelihood", "gsm8k"):
+    if task == "likelihood":
         rate = per_token(sums, lengths).rows
         table["perplexity"] = Figure((-rate.mean()).exp() * (1 - rate + rate.mean()))
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------- intervals
-
-
-def interval(figure: Figure) -> tuple[float, float]:
-    """95 %, of a share or of a mean; nan for the mean of one row."""
-    n, mean = len(figure.rows), figure.rows.mean().item()
-    if not figure.share:
-        half = 1.96 * figure.rows.std().item() / math.sqrt(n) if n > 1 else math.nan
-        return mean - half, mean + half
-    centre, half = (
-        mean + 1.96**2 / (2 * n),
-        1.96 * math.sqrt(mean * (1 - mean) / n + (1.96 / (2 * n)) ** 2),
-    )
-    return max(0.0, (centre - half) / (1 + 1.96**2 / n)), min(
-        1.0, (centre + half) / (1 + 1.96**2 / n)
-    )
-
-
-def paired_interval(figure: Figure, base: Figure) -> tuple[float, float]:
-    """95 %, of the difference of two shares or means over the same rows."""
-    d = figure.rows - base.rows
-    if not figure.share:
-        return interval(Figure(d))
-    n = (
-        len(d) + 2
-    )  # the two rows more: half a row right and wrong, half wrong and right, and two halves without difference
-    mean, square = d.sum().item() / n, (d.square().sum().item() + 1) / n
-    half = 1.96 * math.sqrt((square - mean**2) / n)
-    return mean - half, mean + half
-
-
-def table_of(found: dict[str, Figure], base: dict[str, Figure]) -> dict[str, dict[str, float]]:
-    """{name: {"rows", "value", "low", "high"}}, and where the base has the figure its value and the difference too."""
-    table = {}
-    for name, figure in found.items():
-        (low, high), value = interval(figure), figure.rows.mean().item()
-        table[name] = {"rows": len(figure.rows), "value": value, "low": low, "high": high}
-        if name in base:
-            (low, high), before = paired_interval(figure, base[name]), base[name].rows.mean().item()
-            table[name] |= {
-                "base": before,
-                "difference": value - before,
-                "difference_low": low,
-                "difference_high": high,
-            }
+def figures_of_pairs(
+    pairs: Tensor, measured: Measured, base: Measured | None = None
+) -> dict[str, Figure]:
+    """How often, and by how much, the chosen response is ahead in pairs (P, 2)."""
+    if not len(pairs):
+        return {}
+    sums, lengths = measured
+    chosen, rejected = sums[pairs].unbind(1)
+    table = {
+        "accuracy by log-likelihood": wins(chosen, rejected),
+        "accuracy by log-likelihood / token": wins(*(sums / lengths)[pairs].unbind(1)),
+        "chosen less rejected (nats)": Figure(chosen - rejected),
+    }
+    if base:
+        table["accuracy by shift against the base"] = wins(*(sums - base.sums)[pairs].unbind(1))
     return table
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------- intervals
+
+Z = 1.96  # standard errors on each side of a 95 % interval
 
 
-def on_data(args: argparse.Namespace) -> None:
-    """Measure --model, and --base where there is one, on the rows of --data: print the table, write --out."""
-    if args.out:  # what cannot be written is to be known now
-        out = Path(args.out)
-        check_output(out, [Path(p) for p in (args.data, args.model, args.base) if p])
-        if out.exists() and not args.overwrite:
-            raise ValueError(f"{out} exists already; --overwrite replaces it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer, measured, notes = load_tokenizer(args.model), [], Notes()
+def interval(figure: Figure) -> tuple[float, float]:
+    """The 95 % interval of a share or of a mean; nan for the mean of one row."""
+    n, mean = len(figure.rows), figure.rows.mean().item()
+    if not figure.share:
+        half = Z * figure.rows.std().item() / math.sqrt(n) if n > 1 else math.nan
+        return mean - half, mean + half
+    centre = mean + Z**2 / (2 * n)
+    half = Z * math.sqrt(mean * (1 - mean) / n + (Z / (2 * n)) ** 2)
+    scale = 1 + Z**2 / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def paired_interval(figure: Figure, base: Figure) -> tuple[float, float]:
+    """The 95 % interval of the difference of two shares or means over the same rows.
+
+    Two rows are added to those of shares: half a row won, half a row lost, one without difference.
+    """
+    differences = figure.rows - base.rows
+    if not figure.share:
+        return interval(Figure(differences))
+    n = len(differences) + 2
+    mean, square = differences.sum().item() / n, (differences.square().sum().item() + 1) / n
+    half = Z * math.sqrt((square - mean**2) / n)
+    return mean - half, mean + half
+
+
+def table_of(measured: dict[str, Figure], base: dict[str, Figure]) -> dict[str, dict[str, float]]:
+    """{name: {"rows", "value", "low", "high"}}, and the difference where the base has it."""
+    table = {}
+    for name, figure in measured.items():
+        value, (low, high) = figure.rows.mean().item(), interval(figure)
+        table[name] = {"rows": len(figure.rows), "value": value, "low": low, "high": high}
+        if name in base:
+            before, (low, high) = base[name].rows.mean().item(), paired_interval(figure, base[name])
+            table[name] |= {"base": before, "difference": value - before}
+            table[name] |= {"difference_low": low, "difference_high": high}
+    return table
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raise ValueError where --out cannot be written, before anything is measured."""
+    out = Path(args.out)
+    check_output(out, list(map(Path, filter(None, [args.data, args.model, args.base]))))
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out} exists already; --overwrite replaces it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
+    """The task and the rows of --data. Raises ValueError where --base reads other tokens."""
+    tokenizer, notes = load_tokenizer(args.model), Notes()
     scanned = list(islice(scan_rows(args.data), args.limit))
-    task, rows = tokenised(scanned, tokenizer, args.task, notes)
+    task, examples = tokenised(scanned, tokenizer, args.task, notes)
     for note in notes.lines():
         print(note)
-    data = digest([row.example for row in rows])
-    others = rows
     if args.base:
         tokenizer_of_base = load_tokenizer(args.base)
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
-        others = tokenised(scanned, tokenizer_of_base, task)[1]
-    if data != digest([row.example for row in others]):
-        raise ValueError(
-            f"the tokenizers of {args.base} and {args.model} make different tokens of {args.data}"
-        )
-    for directory in filter(None, (args.model, args.base)):
-        model = load(directory)
-        announce_ignored(directory, model.raw)
-        device, dtype = resolve_device_and_dtype(
-            args.device, args.dtype, sum(p.numel() for p in model.parameters())
-        )
-        model = model.to(device=device, dtype=dtype)
-        measured.append(measure(model, tokenizer, task, rows, args.max_tokens, args.max_new_tokens))
-        del model  # one in memory at a time
-    base = measured[1] if args.base else None
-    table = table_of(
-        figures(task, rows, measured[0], base), figures(task, rows, base) if base else {}
-    )
-    same = sum(len(set(row.example.responses)) < len(row.example.responses) for row in rows)
-    dtype = str(dtype).removeprefix("torch.")
-    print(
-        f"{args.data}: {len(rows)} rows of {task}, {device}, {dtype}"
-        + (f", {same} with equal responses" if same else "")
-    )
-    print(f"\n{'':44}{'rows':>5}{'value':>10}{'95 % interval':>20}", end="")
-    print(f"{'base':>10}{'difference':>12}{'95 % interval':>20}" if base else "")
-    for name, x in table.items():
-        print(f"{name:44}{x['rows']:5}{x['value']:10.3f}{x['low']:10.3f}{x['high']:10.3f}", end="")
-        print(
-            "{base:10.3f}{difference:+12.3f}{difference_low:+10.3f}{difference_high:+10.3f}".format(
-                **x
+        if digest(examples) != digest(tokenised(scanned, tokenizer_of_base, task)[1]):
+            raise ValueError(
+                f"the tokenizers of {args.base} and {args.model} make different tokens "
+                f"of {args.data}"
             )
-            if "base" in x
-            else ""
-        )
-    if len(rows) < 30:
-        print(f"\n{len(rows)} rows are few: intervals of means are too narrow below about 30")
+    return task, examples
+
+
+def measure_folder(directory: str, examples: list[Example], args) -> tuple[Measured, dict]:
+    """What the model in a folder makes of the rows, and {"device", "dtype"} it was done in."""
+    model = load(directory)
+    announce_ignored(directory, model.raw)
+    parameters = sum(p.numel() for p in model.parameters())
+    device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)
+    measured = measure(model.to(device=device, dtype=dtype), examples, args.max_tokens)
+    return measured, {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def print_table(table: dict[str, dict[str, float]], with_base: bool) -> None:
+    title = f"\n{'':44}{'rows':>5}{'value':>10}{'95 % interval':>20}"
+    print(title + (f"{'base':>10}{'difference':>12}{'95 % interval':>20}" if with_base else ""))
+    for name, x in table.items():
+        line = f"{name:44}{x['rows']:5}{x['value']:10.3f}{x['low']:10.3f}{x['high']:10.3f}"
+        if "base" in x:
+            line += f"{x['base']:10.3f}{x['difference']:+12.3f}"
+            line += f"{x['difference_low']:+10.3f}{x['difference_high']:+10.3f}"
+        print(line)
+
+
+def write_table(table: dict[str, dict[str, float]], args: argparse.Namespace, facts: dict) -> None:
+    """Write the figures and settings to --out. JSON has no nan: null stands for it."""
+    settings = {name: value for name, value in vars(args).items() if name != "overwrite"} | facts
+    table = {
+        name: {key: None if math.isnan(value) else value for key, value in x.items()}
+        for name, x in table.items()
+    }
+    write_json(Path(args.out), {"settings": settings, "figures": table})
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure --model, and --base where there is one: print the table, write --out."""
     if args.out:
-        table = {
-            name: {k: v if v == v else None for k, v in x.items()} for name, x in table.items()
-        }  # JSON has no nan
-        settings = {k: v for k, v in vars(args).items() if k != "overwrite"}
-        settings |= {"task": task, "device": str(device), "dtype": dtype, "data_sha256": data}
-        names = ("model", "base") if base else ("model",)
-        answers = [
-            {"line": row.example.line, "number": str(row.extra)}
-            | {who: m.answers[i][0] for who, m in zip(names, measured, strict=True)}
-            for i, row in enumerate(rows if task == "gsm8k" else [])
-        ]
-        write_json(Path(args.out), {"settings": settings, "figures": table, "answers": answers})
+        check_out(args)
+    task, examples = read_rows(args)
+    measured, where = measure_folder(args.model, examples, args)
+    of_base, base = {}, None
+    if args.base:
+        base, where = measure_folder(args.base, examples, args)
+        of_base = figures(task, examples, base)
+    table = table_of(figures(task, examples, measured, base), of_base)
+
+    title = f"{args.data}: {len(examples)} rows of {task}, {where['device']}, {where['dtype']}"
+    equal = sum(len(set(e.responses)) < len(e.responses) for e in examples)
+    print(title + (f", {equal} with equal responses" if equal else ""))
+    print_table(table, base is not None)
+    if len(examples) < 30:
+        print(f"\n{len(examples)} rows are few: intervals of means are too narrow below about 30")
+    if args.out:
+        write_table(table, args, {"task": task, **where, "data_sha256": digest(examples)})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser("minibnf evaluate", description=__doc__, allow_abbrev=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = p.add_argument
+    # fmt: off
+    add("--model", required=True, metavar="DIR", help="the model, in Hugging Face layout")
+    add("--base", metavar="DIR", help="the model before alignment, to compare with")
+    add("--data", required=True, metavar="FILE", help="rows, see above")
+    add("--task", choices=["auto", *TASKS], default="auto",
+        help="auto: what the fields of the first row say")
+    add("--limit", type=int, metavar="N", help="the first N rows alone")
+    add("--out", metavar="FILE", help="write all figures and settings as JSON")
+    add("--overwrite", action="store_true", help="replace an --out that exists")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of weights and products. auto: as in training")
+    add("--max-tokens", type=int, metavar="N",
+        help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")
+    # fmt: on
+    args = p.parse_args(argv)
+    for option, value in {"--limit": args.limit, "--max-tokens": args.max_tokens}.items():
+        if value is not None and value < 1:
+            p.error(f"{option} must be 1 or more")
+    if args.overwrite and not args.out:
+        p.error("--overwrite goes with --out")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser("minibnf evaluate", description=__doc__, allow_abbrev=False)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.add_argument(
-        "--model", required=True, metavar="DIR", help="the model to measure, in Hugging Face layout"
-    )
-    p.add_argument("--base", metavar="DIR", help="the model before alignment, to compare with")
-    a = p.add_argument
-    a("--data", required=True, metavar="FILE", help="rows, see above")
-    a(
-        "--task",
-        choices=["auto", *TASKS],
-        default="auto",
-        help="auto: what the fields of the first row say",
-    )
-    a("--limit", type=int, metavar="N", help="the first N rows alone")
-    a(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="of an answer in gsm8k; default 256",
-    )
-    a(
-        "--out",
-        metavar="FILE",
-        help="write all figures and settings, and the answers of gsm8k, as JSON",
-    )
-    a("--overwrite", action="store_true", help="replace an --out that exists")
-    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
-    a(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="of weights and products. auto: as in training",
-    )
-    a(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA",
-    )
-    args = p.parse_args(argv)
-    for name in ("limit", "max_new_tokens", "max_tokens"):
-        if (x := getattr(args, name)) is not None and x < 1:
-            p.error(f"--{name.replace('_', '-')} must be 1 or more")
-    if args.overwrite and not args.out:
-        p.error("--overwrite goes with --out")
-    advice = f"lower --max-tokens (now {args.max_tokens or 'its default'})"
+    args = parse(argv)
     try:
-        with memory_advice(advice):
-            on_data(args)
+        with memory_advice(f"lower --max-tokens (now {args.max_tokens or 'its default'})"):
+            evaluate(args)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Chat: what is shown, what is kept, and that no text of a model reaches the terminal's controls."""
+"""Chat: what is shown, what is kept, and that a model's text never controls the terminal."""
 
 import os
 import pty
@@ -12,48 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf import chat
-from minibnf.chat import Side, cells, parse, wrap
+from minibnf.chat import Side, parse
 from minibnf.files.terminal import printable
 from minibnf.generate import generate
 
 TINY = "weights/tiny"
-SEVERAL = st.text(st.characters(codec="utf-8"), max_size=60)
+ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
+CONTROLS = "\x1b\x07\x08\r\n\t\x9b\x85\u2028\u202e\u2066\u200d[2Jé"
 
 
-@given(
-    SEVERAL
-    | st.text(
-        st.sampled_from("\x1b\x07\x08\r\n\t\x9b\x85\u2028\u202e\u2066\u200d[2Jé"), max_size=40
-    )
-)
+@given(ANY_TEXT | st.text(st.sampled_from(CONTROLS), max_size=40))
 def test_nothing_that_is_shown_controls_a_terminal(text):
     shown = printable(text)
-    assert not [
-        c for c in shown if unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in "\n\t"
-    ]
+    rest = shown.replace("\n", "").replace("\t", "")
+    assert not {"Cc", "Zl", "Zp"} & set(map(unicodedata.category, rest))
     assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
     if not any(unicodedata.category(c).startswith(("C", "Z")) for c in text):
         assert shown == text
 
 
 def test_escapes_by_hand():
-    assert (
-        printable("a\x1b[31mb\r\n\tc\x7f\x9b \u202eevil")
-        == "a\\x1b[31mb\\r\n\tc\\x7f\\x9b \\u202eevil"
-    )
-    assert (
-        printable("naïve 日本 👩\u200d🔬") == "naïve 日本 👩\u200d🔬"
-    )  # joiners make one emoji of two
-
-
-@given(st.text(st.sampled_from("ab \n\t日é"), max_size=80), st.integers(2, 12))
-def test_wrapped_lines_fit_lose_nothing_but_space_and_stay_as_the_text_grows(text, width):
-    lines = wrap(text, width)
-    assert all(cells(line) <= width or len(line) == 1 or not line.strip() for line in lines)
-    assert "".join("".join(lines).split()) == "".join(text.split())
-    for k in range(len(text)):
-        earlier = wrap(text[:k], width)[:-1]
-        assert lines[: len(earlier)] == earlier
+    shown = printable("a\x1b[31mb\r\n\tc\x7f\x9b \u202eevil")
+    assert shown == "a\\x1b[31mb\\r\n\tc\\x7f\\x9b \\u202eevil"
+    joined = "naïve 日本 👩\u200d🔬"  # a joiner makes one emoji of two
+    assert printable(joined) == joined
 
 
 def side(*flags):
@@ -63,16 +45,13 @@ def side(*flags):
 def test_a_thought_goes_back_to_the_model_in_a_field_of_its_own():
     """Qwen3's template would cut it out of a message, and control text in messages is refused."""
     mine = side()
-    assert mine.answer("a</think>b") == {
-        "role": "assistant",
-        "content": "a</think>b",
-    }  # no markup here
+    # In this vocabulary it is no markup.
+    assert mine.answer("a</think>b") == {"role": "assistant", "content": "a</think>b"}
     mine.tokenizer.control = {"<think>": 1, "</think>": 2}
     thought = {"role": "assistant", "reasoning_content": "3 + 4", "content": "It is 7."}
     assert mine.answer("<think>\n3 + 4\n</think>\n\nIt is 7.") == thought
-    assert (
-        mine.answer("3 + 4</think>It is 7.") == thought
-    )  # where the template itself opens the thought
+    # Where the template itself opens the thought:
+    assert mine.answer("3 + 4</think>It is 7.") == thought
     assert mine.answer("It is 7.") == {"role": "assistant", "content": "It is 7."}
 
 
@@ -96,9 +75,8 @@ def test_an_answer_is_what_generate_gives_and_is_kept_in_the_history():
 
 def test_an_answer_that_is_cut_says_so_and_one_that_is_stopped_is_kept():
     mine = side("--temperature", "0", "--max-new-tokens", "3")
-    assert "".join(mine.ask("Which city is Will's home?")).endswith(
-        " [stopped after 3 tokens: --max-new-tokens]"
-    )
+    said = "".join(mine.ask("Which city is Will's home?"))
+    assert said.endswith(" [stopped after 3 tokens: --max-new-tokens]")
     assert "stopped" not in mine.history[-1]["content"]
     answer = mine.ask("Which city is Will's home?")
     piece = next(answer)
@@ -124,10 +102,23 @@ def test_what_cannot_be_is_said_at_once(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def type_lines(monkeypatch, *lines):
+    """Have input() give each line, or raise it, and then come to its end."""
+    typed = iter([*lines, EOFError])
+
+    def give(prompt):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", give)
+
+
 def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatch, capsys):
     mine = side()
     monkeypatch.setattr(
-        type(mine.tokenizer), "stream", lambda self, ids, skip_special: iter(["\x1b[2J", "red\x07"])
+        type(mine.tokenizer), "stream", lambda *_, **__: iter(["\x1b[2J", "red\x07"])
     )
     assert "".join(mine.ask("hello")).startswith("\\x1b[2Jred\\x07 [stopped")
     assert mine.history[-1]["content"] == "\x1b[2Jred\x07"
@@ -135,10 +126,7 @@ def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatc
     def refuses(*_, **__):
         raise ValueError("the template says \x1b[2J")
 
-    typed = iter(["hello"])
-    monkeypatch.setattr(
-        "builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError")
-    )
+    type_lines(monkeypatch, "hello")
     monkeypatch.setattr(Side, "ask", refuses)
     assert chat.main(["--model", TINY]) == 0
     shown = capsys.readouterr().out
@@ -147,44 +135,27 @@ def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatc
 
 def test_a_system_message_and_every_setting_are_handed_on():
     flags = {"temperature": 1.3, "top_p": 0.8, "top_k": 7, "seed": 5, "max_new_tokens": 30}
-    mine = side(
-        "--system",
-        "Be brief.",
-        *(word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))),
-    )
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    mine = side("--system", "Be brief.", *words)
     for row, question in enumerate(("What is 3 + 4?", "What is 3 + 4?")):
         asked = [*mine.history, {"role": "user", "content": question}]
         assert asked[0] == {"role": "system", "content": "Be brief."}
         ids = mine.tokenizer.encode_chat(asked, add_generation_prompt=True)
-        (new,) = generate(
-            mine.model, [ids], stop_ids=mine.tokenizer.end_ids, first_row=row, **flags
-        )
+        ends = mine.tokenizer.end_ids
+        (new,) = generate(mine.model, [ids], stop_ids=ends, first_row=row, **flags)
         said = "".join(mine.ask(question))
-        assert said.startswith(
-            mine.tokenizer.decode(new[:-1] if new[-1] in mine.tokenizer.end_ids else new, False)
-        )
+        assert said.startswith(mine.tokenizer.decode(new[:-1] if new[-1] in ends else new, False))
 
 
 def test_a_slip_at_the_prompt_does_not_lose_the_conversation(monkeypatch, capsys):
-    typed = iter([KeyboardInterrupt, "caf\udce9", EOFError])
-
-    def press(prompt):
-        key = next(typed)
-        if isinstance(key, str):
-            return key
-        raise key
-
-    monkeypatch.setattr("builtins.input", press)
+    type_lines(monkeypatch, KeyboardInterrupt, "caf\udce9")
     assert chat.main(["--model", TINY]) == 0
     shown = capsys.readouterr().out
     assert shown.count(chat.HELP) == 2 and "not valid UTF-8" in shown
 
 
 def test_control_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, capsys):
-    typed = iter(["hello", "again"])
-    monkeypatch.setattr(
-        "builtins.input", lambda prompt: next(typed, None) or exec("raise EOFError")
-    )
+    type_lines(monkeypatch, "hello", "again")
 
     def interrupted(self, message):
         yield f"heard {message}"
@@ -197,18 +168,12 @@ def test_control_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, cap
 
 
 def talk(keys: list[tuple[str, bytes]], *flags) -> str:
-    """Run the command at a terminal; for each (text to wait for, keys to press then); all that the terminal showed."""
+    """All that a terminal shows of a conversation: keys are (text to wait for, keys to press)."""
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "minibnf", "chat", "--model", TINY, *flags]
     environment = os.environ | {"COLUMNS": "60", "TERM": "dumb"}
-    process = subprocess.Popen(
-        command,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        env=environment,
-        start_new_session=True,
-    )
+    terminal = {"stdin": follower, "stdout": follower, "stderr": follower}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **terminal)
     os.close(follower)
     shown, seen = "", 0
     for wait, press in [*keys, ("> ", b"\x04")]:
@@ -225,16 +190,28 @@ def talk(keys: list[tuple[str, bytes]], *flags) -> str:
 
 
 def test_a_conversation_at_a_terminal():
-    shown = talk(
-        [("> ", b"Which city is Will's home?\n"), ("> ", b"/what\n"), ("> ", b"/reset\n")],
-        "--temperature",
-        "0",
-    )
+    typed = (b"Which city is Will's home?\n", b"/what\n", b"/reset\n")
+    shown = talk([("> ", keys) for keys in typed], "--temperature", "0")
     assert "Dublin" in shown and "no such command" in shown and "a new conversation" in shown
 
 
-def test_two_models_side_by_side():
+def test_two_models_answer_one_after_the_other_each_under_its_name():
     shown = talk([("> ", b"Which city is Will's home?\n")], "--temperature", "0", "--compare", TINY)
-    (row,) = [line for line in shown.splitlines() if "Dublin" in line]
-    left, right = row.split(" | ")
-    assert len(left) == 28 and left.strip() == right.strip()
+    lines = shown.splitlines()
+    first, second = [place for place, line in enumerate(lines) if line == f"--- {TINY}"]
+    assert "Dublin" in lines[first + 1] and lines[second + 1] == lines[first + 1]
+    assert second > first + 1
+
+
+def test_stopping_the_first_of_two_answers_leaves_the_second_its_turn(monkeypatch, capsys):
+    def interrupted_once(self, message):
+        yield f"{message} "
+        if self is sides[0]:
+            raise KeyboardInterrupt
+        yield "to the end"
+
+    sides = [side(), side()]
+    monkeypatch.setattr(Side, "ask", interrupted_once)
+    chat.show(sides, "heard")
+    name = f"--- {TINY}\n"
+    assert capsys.readouterr().out == f"{name}heard  [stopped]\n\n{name}heard to the end\n\n"

@@ -1,9 +1,8 @@
-"""The evaluation's arithmetic by hand and by other definitions of the same, and the whole of it on a random model."""
+"""The arithmetic of evaluate by hand and by other definitions; the command on a random model."""
 
 import json
 import math
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from minibnf.data import Example, pair, read_examples
 from minibnf.evaluate import (
     Figure,
     Measured,
-    Row,
     figures,
     interval,
     last_number,
@@ -36,7 +34,6 @@ from minibnf.step import read_responses
 from tests.strategies import FEW, examples
 from tests.test_train import rows, write
 
-TINY = Path(__file__).parents[1] / "weights" / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +47,11 @@ def model(tmp_path_factory):
 def test_what_is_read_of_a_preference_file_is_what_the_plain_forward_gives(model, tmp_path):
     net, tokenizer = fresh(model, seed=0), load_tokenizer(model)
     read, _ = read_examples(write(tmp_path / "pairs.jsonl", rows(3)), tokenizer, 256)
-    logps, logits = (
-        read_responses(net, read, max_tokens=60),
-        read_responses(net, read, read=target_logits),
-    )
-    sides = [(row["prompt"], row[side]) for row in rows(3) for side in ("chosen", "rejected")]
+    logps = read_responses(net, read, max_tokens=60)
+    logits = read_responses(net, read, read=target_logits)
+    sides = []
+    for row in rows(3):
+        sides += [(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])]
     for (prompt, response), logp, logit in zip(sides, logps, logits, strict=True):
         prompt, response = tokenizer.encode_response(prompt, response)
         z = net(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].detach()
@@ -63,52 +60,46 @@ def test_what_is_read_of_a_preference_file_is_what_the_plain_forward_gives(model
         torch.testing.assert_close(logit, chosen, rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilsons_interval_holds_the_shares_that_the_score_test_does_not_reject(counts):
     """Its ends solve |share - p| = 1.96 sqrt(p (1 - p) / n)."""
     right, n = counts
-    low, high = interval(share([1.0] * right + [0.0] * (n - right)))
+    ends = interval(share([1.0] * right + [0.0] * (n - right)))
+    low, high = ends
     assert 0 <= low <= right / n + 1e-12 and right / n <= high + 1e-12 and low < high <= 1
-    for p in (low, high):
+    for p in ends:
         assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-9)
 
 
 def test_wilsons_interval_by_hand():
-    """5 of 10: (.5 + .19208 ± 1.96 sqrt(.025 + .009604)) / 1.38416; 0 of 10: 0 to .38416 / 1.38416."""
-    assert interval(share([1.0, 0.0] * 5)) == (
-        pytest.approx(0.23659, abs=1e-5),
-        pytest.approx(0.76341, abs=1e-5),
-    )
-    assert interval(share([0.0] * 10)) == (
-        pytest.approx(0, abs=1e-12),
-        pytest.approx(0.27754, abs=1e-5),
-    )
+    """5 of 10: (.5 + .19208 ± 1.96 sqrt(.025 + .009604)) / 1.38416; 0 of 10: .38416 / 1.38416."""
+    assert interval(share([1.0, 0.0] * 5)) == pytest.approx((0.23659, 0.76341), abs=1e-5)
+    assert interval(share([0.0] * 10)) == pytest.approx((0, 0.27754), abs=1e-5)
 
 
 def test_the_interval_of_a_mean_by_hand():
     """(1, 3): 2 ± 1.96 sqrt(2) / sqrt(2); of one row nothing is known."""
-    assert interval(Figure(torch.tensor([1.0, 3.0]))) == (pytest.approx(0.04), pytest.approx(3.96))
+    assert interval(Figure(torch.tensor([1.0, 3.0]))) == pytest.approx((0.04, 3.96))
     assert all(map(math.isnan, interval(Figure(torch.tensor([1.0])))))
 
 
 def test_paired_intervals_by_hand():
-    """10 rows, 3 won and 1 lost: cells 3.5 and 1.5 of 12, 2/12 ± 1.96 sqrt(5 - 4/12) / 12. The same rows: 0 ± 1.96 / 12."""
+    """10 rows, 3 won and 1 lost: cells 3.5 and 1.5 of 12, so 2/12 ± 1.96 sqrt(5 - 4/12) / 12.
+
+    The same rows: 0 ± 1.96 / 12.
+    """
     mine, theirs = share([1.0] * 8 + [0.0] * 2), share([0.0] * 3 + [1.0] * 5 + [1.0, 0.0])
     half = 1.96 * math.sqrt(5 - 4 / 12) / 12
-    assert paired_interval(mine, theirs) == (
-        pytest.approx(2 / 12 - half),
-        pytest.approx(2 / 12 + half),
-    )
-    assert paired_interval(mine, mine) == (pytest.approx(-1.96 / 12), pytest.approx(1.96 / 12))
+    assert paired_interval(mine, theirs) == pytest.approx((2 / 12 - half, 2 / 12 + half))
+    assert paired_interval(mine, mine) == pytest.approx((-1.96 / 12, 1.96 / 12))
     x, y = Figure(torch.tensor([1.0, 5.0, 3.0])), Figure(torch.tensor([0.0, 2.0, 2.0]))
     assert paired_interval(x, y) == interval(Figure(torch.tensor([1.0, 3.0, 1.0])))
     found = table_of({"x": x, "alone": x}, {"x": y})
-    assert found["x"]["difference"] == pytest.approx(5 / 3) and found["x"]["base"] == pytest.approx(
-        4 / 3
-    )
+    assert found["x"]["difference"] == pytest.approx(5 / 3)
+    assert found["x"]["base"] == pytest.approx(4 / 3)
     assert "base" not in found["alone"]
 
 
@@ -117,29 +108,32 @@ LIKELIHOODS = st.lists(st.tuples(st.floats(-50, -0.01), st.integers(1, 9)), min_
 
 @given(LIKELIHOODS)
 def test_rows_of_a_ratio_and_of_a_perplexity_are_their_derivatives_in_each_rows_weight(drawn):
-    """value + n d value / d weight, by autograd: what makes the interval of a mean the delta method's of a ratio."""
+    """value + n d value / d weight, by autograd: so the interval is the delta method's."""
     sums, lengths = (torch.tensor(x).double() for x in zip(*drawn, strict=True))
     weights = torch.ones_like(sums, requires_grad=True)
     ratio = (weights * sums).sum() / (weights * lengths).sum()
-    found = figures("likelihood", pretend([1] * len(drawn)), Measured(sums, lengths, []))
-    for value, figure in ((ratio, per_token(sums, lengths)), ((-ratio).exp(), found["perplexity"])):
+    found = figures("likelihood", pretend([1] * len(drawn)), Measured(sums, lengths))
+    pairs = [(per_token(sums, lengths), ratio), (found["perplexity"], (-ratio).exp())]
+    for figure, value in pairs:
         (slope,) = torch.autograd.grad(value, weights, retain_graph=True)
         torch.testing.assert_close(figure.rows, value.detach() + len(drawn) * slope)
         assert figure.rows.mean().item() == pytest.approx(value.item())
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 @pytest.mark.parametrize(
     "text, number",
     [
-        ("He has 3 apples and 4 pears.", "4"), ("#### 42\nThe answer is: 42.", "42"), ("none", None), ("", None),
-        ("1,234", "1234"), ("1,234,567.50", "1234567.5"), ("12,34", "34"), ("1,2345", "2345"), ("0.50", ".5"), (".5", "0.5"),
-        ("5.", "5"), ("5. So", "5"), ("-4", "-4"), ("x=-4", "-4"), ("is -4.5!", "-4.5"), ("−4", "-4"), ("10-9", "9"),
-        ("10 - 9", "9"), ("(2)-1", "1"), ("a-1", "1"), ("$5", "5"), ("-$5.20", "-5.2"), ("$-5", "-5"), ("3-$5", "5"),
-        ("€1,000", "1000"), ("**-7**", "-7"), ("50%", "50"), ("1/2", "2"), ("4th", "4"), ("-", None), ("$", None), ("٣", None),
-        ("7 and ...", "7"), ("-0", "0"), ("\\boxed{-12}", "-12"),
+        ("He has 3 apples and 4 pears.", "4"), ("#### 42\nThe answer is: 42.", "42"),
+        ("none", None), ("", None), ("-", None), ("$", None), ("٣", None), ("7 and ...", "7"),
+        ("1,234", "1234"), ("1,234,567.50", "1234567.5"), ("12,34", "34"), ("1,2345", "2345"),
+        ("0.50", ".5"), (".5", "0.5"), ("5.", "5"), ("5. So", "5"), ("-0", "0"), ("-4", "-4"),
+        ("x=-4", "-4"), ("is -4.5!", "-4.5"), ("−4", "-4"), ("10-9", "9"), ("10 - 9", "9"),
+        ("(2)-1", "1"), ("a-1", "1"), ("$5", "5"), ("-$5.20", "-5.2"), ("$-5", "-5"),
+        ("3-$5", "5"), ("€1,000", "1000"), ("**-7**", "-7"), ("\\boxed{-12}", "-12"),
+        ("50%", "50"), ("1/2", "2"), ("4th", "4"),
     ],
 )  # fmt: skip
 def test_the_last_number_of_a_text(text, number):
@@ -152,21 +146,21 @@ def test_the_last_number_of_a_text(text, number):
     st.text("ab 12,.-$", max_size=9),
 )
 def test_the_last_number_is_read_however_it_is_written(value, form, before):
-    for text in (f"{value}", f"{value:,}", f"{value.normalize():f}"):
+    spellings = [f"{value}", f"{value:,}", f"{value.normalize():f}"]
+    for text in spellings:
         assert last_number(f"{before} = " + form.format(text)) == value
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
-def pretend(sizes, preferred=None, extra=None):
-    """Rows of so many responses each, of no tokens that matter; the first preferred unless said otherwise."""
-    made = []
-    for i, n in enumerate(sizes):
-        right = 0 if preferred is None else preferred[i]
-        example = Example((1,), ((2,),) * n, tuple(k == right for k in range(n)), i + 1)
-        made.append(Row(example, None if extra is None else extra[i]))
-    return made
+def pretend(sizes, preferred=None):
+    """Rows of so many responses each; the first is preferred unless said otherwise."""
+    preferred = preferred or [0] * len(sizes)
+    return [
+        Example((1,), ((2,),) * n, tuple(k == right for k in range(n)), line)
+        for line, (n, right) in enumerate(zip(sizes, preferred, strict=True), 1)
+    ]
 
 
 def doubles(*values):
@@ -178,11 +172,11 @@ def means(found):
 
 
 def test_preference_by_hand():
-    """Pairs (-2, -3) of 1 and 3 tokens, (-4, -4) of 2 and 1, and an unpaired bad response between them."""
-    two = Row(pair((1,), (2,), (2,), 1), None)
+    """Pairs (-2, -3) of 1 and 3 tokens and (-4, -4) of 2 and 1, a bad single response between."""
+    two = pair((1,), (2,), (2,), 1)
     rows = [two, *pretend([1], [1]), two]
-    now = Measured(doubles(-2, -3, -7, -4, -4), doubles(1, 3, 1, 2, 1), [])
-    base = Measured(doubles(-1, -3, -7, -5, -4), now.lengths, [])
+    now = Measured(doubles(-2, -3, -7, -4, -4), doubles(1, 3, 1, 2, 1))
+    base = Measured(doubles(-1, -3, -7, -5, -4), now.lengths)
     found = means(figures("preference", rows, now, base))
     assert found == {
         "accuracy by log-likelihood": 0.75,  # won and tied
@@ -196,188 +190,108 @@ def test_preference_by_hand():
     }
 
 
-def test_choice_by_hand():
-    """Choices "ab", "é" and "abcdef": by sum the second is likeliest, a character the last, a byte and a token others."""
-    rows = pretend([3, 3], [1, 2], [["ab", " é", "abcdef"]] * 2)
-    found = figures(
-        "choice", rows, Measured(doubles(-3, -2, -6, -3, -2, -6), doubles(4, 1, 4, 4, 1, 4), [])
-    )
-    right = {
-        name.removeprefix("accuracy by log-likelihood"): figure.rows.tolist()
-        for name, figure in found.items()
-    }
-    assert right[""] == [1, 0]
-    assert right[" / token"] == [0, 0]  # -.75 -2 -1.5
-    assert right[" / character"] == [0, 1]  # -1.5 -2 -1
-    assert right[" / byte"] == [1, 0]  # -1.5 -1 -1, of which the first
-    assert found["log-likelihood, right choice (nats)"].rows.tolist() == [-2, -6]
-
-
-def test_gsm8k_by_hand():
-    rows = pretend([1] * 4, extra=[Decimal(1200), Decimal(7), Decimal(7), Decimal("0.5")])
-    answers = [("It is $1,200.00.", True), ("7 or 8", True), ("seven", True), ("... = .50", False)]
-    found = means(
-        figures("gsm8k", rows, Measured(doubles(-1, -2, -3, -4), doubles(1, 1, 1, 2), answers))
-    )
-    assert found["accuracy"] == 0.5 and found["answers without a number"] == 0.25
-    assert (
-        found["answers cut at --max-new-tokens"] == 0.25
-        and found["log-likelihood, given answer (nats)"] == -2.5
-    )
-    assert found["perplexity"] == pytest.approx(math.exp(2))
-
-
-class NoTokenizer:
-    end_ids, vocab_size = frozenset(), 97
-
-
 @FEW
 @given(examples(), st.randoms(use_true_random=False), st.integers(16, 200))
 def test_neither_the_order_of_rows_nor_how_many_are_read_at_once_matters(
-    tiny, found, random, max_tokens
+    tiny, asked, random, max_tokens
 ):
-    asked = [Row(example, None) for example in found]
     shuffled = random.sample(asked, len(asked))
-    at_once, apart = (
-        measure(tiny, NoTokenizer, "preference", *rest)
-        for rest in ((asked,), (shuffled, max_tokens))
-    )
-    one, other = (figures("preference", r, m, m) for r, m in ((asked, at_once), (shuffled, apart)))
+    at_once, apart = measure(tiny, asked), measure(tiny, shuffled, max_tokens)
+    one = figures("preference", asked, at_once, at_once)
+    other = figures("preference", shuffled, apart, apart)
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name].rows.sort().values, other[name].rows.sort().values)
-        mine, theirs = interval(one[name]), interval(other[name])
-        assert mine == (
-            pytest.approx(theirs[0], nan_ok=True),
-            pytest.approx(theirs[1], nan_ok=True),
-        )
+        assert interval(one[name]) == pytest.approx(interval(other[name]), nan_ok=True)
     assert all(x["difference"] == 0 for x in table_of(one, one).values())  # a model against itself
-    if any(example.pairs for example in found):
+    if any(example.pairs for example in asked):
         assert (one["accuracy by shift against the base"].rows == 0.5).all()
 
 
 def test_equal_responses_tie_however_rounding_differs_between_their_places(tiny):
     for n in range(2, 12):
-        alike = pair((0,), *[(0,) * n] * 2, 1)
-        rows = [Row(alike, None), Row(pair((0,), (0,), (0,) * 4, 2), None)]
-        sums = measure(tiny, NoTokenizer, "preference", rows).sums
+        rows = [pair((0,), (0,) * n, (0,) * n, 1), pair((0,), (0,), (0,) * 4, 2)]
+        sums = measure(tiny, rows).sums
         assert sums[0] == sums[1], n
 
 
-# ----------------------------------------------------------------------------------------------------- rows and command
+# --------------------------------------------------------------------------------- rows and command
 
 QUESTION = {"question": "How many are 40 and 2?", "answer": "40+2=<<40+2=42>>42\n#### 42"}
-CHOICE = {"question": "Which is red?", "choices": ["A poppy.", "The sea."], "answer": 0}
-ARC = {
-    "question": "Which is red?",
-    "choices": {"text": ["The sea.", "A poppy."], "label": ["1", "2"]},
-    "answerKey": "2",
-}
 GIVEN = {"prompt": "Red is", "completion": " a colour."}
+CHOICE = {"question": "Which is red?", "choices": ["A poppy.", "The sea."], "answer": "A"}
 
 
 @pytest.mark.parametrize(
     "row, task",
     [
-        (rows(1)[0], "preference"), ({**GIVEN, "label": False}, "preference"), (GIVEN, "likelihood"), (QUESTION, "gsm8k"),
-        ({"question": "Red?", "answer": "Yes."}, "likelihood"), (CHOICE, "choice"), (ARC, "choice"),
+        (rows(1)[0], "preference"),
+        ({**GIVEN, "label": False}, "preference"),
+        (GIVEN, "likelihood"),
+        (QUESTION, "likelihood"),
     ],
-)  # fmt: skip
+)
 def test_a_rows_fields_name_its_task(model, tmp_path, capsys, row, task):
     assert task_of(row, "here") == task
     file, out = write(tmp_path / "rows.jsonl", [row] * 3), tmp_path / "new" / "found.json"
-    more = ["--base", model, "--limit", 2, "--max-new-tokens", 3, "--out", out]
-    assert main(list(map(str, ["--model", model, "--data", file, *more]))) == 0
+    words = ["--model", model, "--base", model, "--data", file, "--limit", 2, "--out", out]
+    assert main(list(map(str, words))) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert (
-        found["settings"]["task"] == task
-        and f"2 rows of {task}" in text
-        and len(found["settings"]["data_sha256"]) == 64
-    )
-    assert task not in ("likelihood", "gsm8k") or {
-        "log-likelihood, given answer (nats)",
-        "perplexity",
-    } < set(found["figures"])
+    assert found["settings"]["task"] == task and f"2 rows of {task}" in text
+    assert len(found["settings"]["data_sha256"]) == 64
+    if task == "likelihood":
+        assert {"log-likelihood, given answer (nats)", "perplexity"} < set(found["figures"])
     assert ("accuracy by shift against the base" in found["figures"]) == ("chosen" in row)
-    assert task != "gsm8k" or found["figures"]["answers cut at --max-new-tokens"]["value"] == 1
     for name, x in found["figures"].items():
         assert x["rows"] in (2, 4) and x.get("difference", 0) == 0
-        assert any(
-            line.startswith(name) and f"{x['value']:.3f}" in line for line in text.splitlines()
-        )
-    assert [set(answer) for answer in found["answers"]] == [
-        {"line", "number", "model", "base"}
-    ] * 2 * (task == "gsm8k")
+        (line,) = [line for line in text.splitlines() if line[:44].strip() == name]
+        assert f"{x['value']:.3f}" in line
 
 
-def test_choices_are_read_without_the_end_of_a_turn_and_answers_with_it(model, tmp_path):
+def test_a_question_is_what_a_user_says_and_its_answer_ends_a_turn(model, tmp_path):
     tokenizer = load_tokenizer(model)
-    _, choices = tokenised(
-        scan_rows(write(tmp_path / "a.jsonl", [CHOICE, {**CHOICE, "answer": "B"}, ARC])), tokenizer
-    )
-    assert [row.example.preferred for row in choices] == [
-        (True, False),
-        (False, True),
-        (False, True),
-    ]
-    assert choices[0].extra == ["A poppy.", "The sea."]
-    assert [tokenizer.decode(r, skip_special=False) for r in choices[0].example.responses] == [
-        "A poppy.",
-        "The sea.",
-    ]
-    _, (answer,) = tokenised(scan_rows(write(tmp_path / "b.jsonl", [QUESTION])), tokenizer)
-    assert answer.extra == 42 and tokenizer.decode(
-        answer.example.responses[0], skip_special=False
-    ).endswith("#### 42<|end|>")
-    assert (
-        tokenizer.decode(answer.example.prompt, skip_special=False)
-        == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
-    )
+    _, (row,) = tokenised(scan_rows(write(tmp_path / "a.jsonl", [QUESTION])), tokenizer)
+    prompt = tokenizer.decode(row.prompt, skip_special=False)
+    assert prompt == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
+    answer = tokenizer.decode(row.responses[0], skip_special=False)
+    assert answer.endswith("#### 42<|end|>")
 
 
 def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
-    tokenizer = load_tokenizer(model)
+    tokenizer, file = load_tokenizer(model), write(tmp_path / "a.jsonl", [QUESTION])
     tokenizer.source = None
-    for begin, text in (([], ""), ([tokenizer.bos_id], "<s>")):  # as the tokenizer begins a text
-        tokenizer.begin = begin
-        _, (row,) = tokenised(scan_rows(write(tmp_path / "a.jsonl", [CHOICE])), tokenizer)
-        prompt = tokenizer.decode(row.example.prompt, skip_special=False)
-        assert prompt == f"{text}Question: Which is red?\nAnswer:"
-    assert [tokenizer.decode(r, skip_special=False) for r in row.example.responses] == [
-        " A poppy.",
-        " The sea.",
-    ]
+    begins = {"": [], "<s>": [tokenizer.bos_id]}  # as the tokenizer begins a text
+    for begin, ids in begins.items():
+        tokenizer.begin = ids
+        _, (row,) = tokenised(scan_rows(file), tokenizer)
+        prompt = tokenizer.decode(row.prompt, skip_special=False)
+        assert prompt == f"{begin}Question: {QUESTION['question']}\nAnswer:"
+        assert tokenizer.decode(row.responses[0]).startswith(" 40+2=")
 
 
 @pytest.mark.parametrize(
     "row, task, says",
     [
         ({"text": "a"}, "auto", "'text' belong to no task"),
-        ({**CHOICE, "answer": 2}, "auto", "the answer 2 is none of the 2 choices"),
-        ({**CHOICE, "answer": -1}, "auto", "the answer -1"), ({**CHOICE, "answer": True}, "auto", "the answer True"),
-        ({**CHOICE, "answer": "C"}, "auto", "the answer 'C'"), ({**ARC, "answerKey": "A"}, "auto", "the answer 'A'"),
-        ({**CHOICE, "choices": ["one"]}, "auto", "'choices'"), ({**CHOICE, "choices": ["a", ""]}, "auto", "'choices'"),
-        ({**CHOICE, "choices": ["a", 1]}, "auto", "'choices'"), ({**ARC, "choices": {"text": ["a", "b"]}}, "auto", "'choices'"),
-        ({**CHOICE, "question": ""}, "auto", "'question'"), ({**QUESTION, "answer": "#### many"}, "auto", "'answer'"),
-        ({**QUESTION, "answer": "#### 4 2"}, "auto", "'answer'"), (QUESTION | {"answer": "42"}, "gsm8k", "'answer'"),
-        (QUESTION | {"answer": 42}, "auto", "'answer'"), ({**GIVEN, "completion": ""}, "auto", "'completion'"),
-        ({**GIVEN, "completion": None}, "likelihood", "'completion'"), ({**GIVEN, "prompt": ""}, "auto", "'prompt'"),
-        (GIVEN, "preference", "'label'"), ({"chosen": "a"}, "auto", "'rejected'"),
+        (CHOICE, "auto", "lm-eval measures multiple choice"),
+        (QUESTION | {"question": ""}, "auto", "'question'"),
+        (QUESTION | {"answer": 42}, "auto", "'answer'"),
+        ({**GIVEN, "completion": ""}, "auto", "'completion'"),
+        ({**GIVEN, "completion": None}, "likelihood", "'completion'"),
+        ({**GIVEN, "prompt": ""}, "auto", "'prompt'"),
+        (GIVEN, "preference", "'label'"),
+        ({"chosen": "a"}, "auto", "'rejected'"),
         ({"question": "a" * 300, "answer": "b"}, "auto", "and the model reads 256"),
         ({"question": "a", "answer": "b" * 900}, "auto", "and the model reads 256"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, says):
-    good = {"preference": rows(1)[0], "gsm8k": QUESTION, "likelihood": GIVEN, "auto": None}[task]
+    good = {"preference": rows(1)[0], "likelihood": GIVEN, "auto": None}[task]
     file = write(tmp_path / "rows.jsonl", [good, row] if good else [row])
     assert main(["--model", str(model), "--data", str(file), "--task", task]) == 1
     error = capsys.readouterr().err
-    assert (
-        error.startswith("error: ")
-        and f"line {2 if good else 1}" in error
-        and says in error
-        and len(error.splitlines()) == 1
-    )
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert f"line {2 if good else 1}" in error and says in error
 
 
 @pytest.mark.parametrize(
@@ -385,7 +299,7 @@ def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, sa
     [
         (["--base", "x", "--limit", "3"], "required: --data"),
         (["--data", "x", "--limit", "0"], "--limit must be 1 or more"),
-        (["--data", "x", "--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
+        (["--data", "x", "--max-tokens", "0"], "--max-tokens must be 1 or more"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(more, says, capsys):
@@ -400,27 +314,15 @@ def test_a_missing_model_is_one_line(model, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_answers_must_have_room_in_the_models_context(model, tmp_path, capsys):
-    file = write(tmp_path / "rows.jsonl", [QUESTION])
-    assert main(["--model", str(model), "--data", str(file), "--max-new-tokens", "256"]) == 1
-    assert "line 1 of the data: prompt and answer need" in capsys.readouterr().err
-
-
 def test_max_tokens_bounds_what_is_read_at_once_and_one_row_has_no_interval(
     model, tmp_path, capsys
 ):
-    command = [
-        "--model",
-        str(model),
-        "--data",
-        str(write(tmp_path / "rows.jsonl", [GIVEN])),
-        "--out",
-        str(tmp_path / "o.json"),
-    ]
+    file, out = write(tmp_path / "rows.jsonl", [GIVEN]), tmp_path / "o.json"
+    command = ["--model", str(model), "--data", str(file), "--out", str(out)]
     assert main([*command, "--max-tokens", "3"]) == 1
     assert "pass --max-tokens" in capsys.readouterr().err
     assert main(command) == 0
-    found = json.loads((tmp_path / "o.json").read_text(), parse_constant=pytest.fail)["figures"]
+    found = json.loads(out.read_text(), parse_constant=pytest.fail)["figures"]
     assert found["perplexity"]["low"] is None and found["perplexity"]["value"] > 1
 
 
@@ -434,7 +336,6 @@ def test_a_base_that_reads_other_tokens_is_refused(model, tmp_path, capsys):
     write_base(tmp_path / "other", seed=1)
     save(fresh(tmp_path / "other", seed=0), tmp_path / "other")
     file = write(tmp_path / "pairs.jsonl", rows(2))
-    assert (
-        main(["--model", str(model), "--base", str(tmp_path / "other"), "--data", str(file)]) == 1
-    )
+    command = ["--model", str(model), "--base", str(tmp_path / "other"), "--data", str(file)]
+    assert main(command) == 1
     assert "make different tokens of" in capsys.readouterr().err

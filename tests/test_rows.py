@@ -485,7 +485,7 @@ def texts_of(folder, row, tmp_path):
     ((example,), _), notes = read_examples(file, tokenizer, 256), Notes()
     _, (held_out,) = evaluate.tokenised(scan_rows(file), tokenizer)
     ((_, _, ids),) = generate.read_prompts(file, tokenizer, False, 256, 1, notes)
-    assert list(example.prompt) == list(held_out.example.prompt) == list(ids)
+    assert list(example.prompt) == list(held_out.prompt) == list(ids)
     return tokenizer.decode(ids, skip_special=False)
 
 
@@ -520,7 +520,7 @@ def test_a_question_gets_its_system_text_and_tools(model, tmp_path):
     row = {"question": "Red?", "answer": "Yes.", "system": "Be kind.", "tools": TOOLS}
     tokenizer = load_tokenizer(model)
     _, (found,) = evaluate.tokenised(scan_rows(file_of(tmp_path / "rows.jsonl", [row])), tokenizer)
-    text = tokenizer.decode(found.example.prompt, skip_special=False)
+    text = tokenizer.decode(found.prompt, skip_special=False)
     assert text == (
         f"<|system|>{json.dumps(TOOLS)}<|end|><|system|>Be kind.<|end|>"
         "<|user|>Red?<|end|><|assistant|>"

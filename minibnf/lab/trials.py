@@ -196,7 +196,7 @@ def the_exam(text: str, name: str, split: str, folder: str) -> tuple[Exam | Held
         return asked, examined(spec["base"], asked)
     if solutions := spec["sets"][name].get("solutions"):
         scanned = islice(scan_rows(solutions["file"]), solutions["count"])
-        examples += [row.example for row in tokenised(scanned, tokenizer, "likelihood")[1]]
+        examples += tokenised(scanned, tokenizer, "likelihood")[1]
     asked = held_out(base, examples)
     return asked, examined(spec["base"], asked)
 

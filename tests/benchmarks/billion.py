@@ -68,14 +68,10 @@ def main():
         print(f"step {row['step']}  loss {row['loss']:+.3f}  {row['tokens_per_s']:.0f} tokens/s")
     print(f"peak     {peak_bytes() / 1e9:.1f} GB")
     if DEVICE == "cpu":  # what check estimates
-        found = memory(
-            parse_config(raw, "config.json"),
-            facts["parameters"],
-            facts["max_tokens"],
-            args.dtype,
-            recompute=True,
-        )
-        print(f"check    {sum(found.values()) / 1e9:.1f} GB estimated")
+        config = parse_config(raw, "config.json")
+        size, tokens = facts["parameters"], facts["max_tokens"]
+        estimate = sum(memory(config, size, tokens, args.dtype, recompute=True).values())
+        print(f"check    at least {estimate / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

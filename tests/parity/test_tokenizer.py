@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="parity needs transfor
 pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 pytest.importorskip("jinja2", reason="needs minibnf[hf]")
 
-from minibnf.convert import shipped_gguf  # noqa: E402
+from minibnf.files.gguf import shipped_gguf  # noqa: E402
 from minibnf.files.tokenizer import load_tokenizer  # noqa: E402
 from tests import test_templates  # noqa: E402
 from tests.test_tokenizer import controls  # noqa: E402
