@@ -35,7 +35,6 @@ from tests.strategies import FEW, examples
 from tests.test_train import rows, write
 
 
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "model"

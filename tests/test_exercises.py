@@ -1,4 +1,5 @@
-"""The tests of the exercises pass on the solutions (tests/exercises runs them) and fail on the blanks; both are small."""
+"""The tests of the exercises pass on the solutions (tests/exercises runs them) and fail on the
+blanks; both are small."""
 
 import ast
 import os
@@ -58,7 +59,8 @@ def test_a_blank_is_blank_and_all_of_it_is_small(name):
 
 @pytest.mark.skipif(not UNSOLVED, reason="no exercise is unsolved")
 def test_every_test_fails_on_its_blank(tmp_path):
-    """One run of pytest over all the blanks: each test fails, and because the blank raises NotImplementedError."""
+    """One run of pytest over all the blanks: each test fails, and because the blank raises
+    NotImplementedError."""
     report, files = (
         tmp_path / "report.xml",
         [str(SOLUTIONS / f"test_{name}.py") for name in UNSOLVED],

@@ -18,7 +18,8 @@ def sigma(x):
 
 
 def formulas(p, r, s, n):
-    """|dL/dz_y| of one token of a response of n; s = +1 if chosen, -1 if rejected; x = log(p/r), other tokens at r."""
+    """|dL/dz_y| of one token of a response of n; s = +1 if chosen, -1 if rejected; x = log(p/r),
+    other tokens at r."""
     x, o = (p / r).log(), lambda q: q / (1 - q)
     w = torch.where(p < r, o(p) / o(r), torch.ones_like(p))
     a, log_r = (p.log() + (n - 1) * math.log(r)) / n, math.log(r)
@@ -87,7 +88,7 @@ def test_the_pushes_on_all_other_logits_add_up_to_that_on_the_tokens_own():
         torch.testing.assert_close(dz.abs().sum(1) - own, own, rtol=1e-9, atol=1e-15)
 
 
-# --------------------------------------------------------------------------------------------------- shifts and the Gini
+# ------------------------------------------------------------------------------ shifts and the Gini
 
 
 def test_target_logits_are_the_rows_of_the_whole_product():
@@ -102,7 +103,8 @@ def test_target_logits_are_the_rows_of_the_whole_product():
 
 
 def test_gini_by_hand():
-    """(1, 3): differences |1-3| twice of four, mean 1; over twice the mean 2: 1/4. One of n holds all: 1 - 1/n."""
+    """(1, 3): differences |1-3| twice of four, mean 1; over twice the mean 2: 1/4. One of n holds
+    all: 1 - 1/n."""
     assert gini(torch.tensor([1.0, -3.0])) == pytest.approx(1 / 4)
     assert gini(torch.tensor([0.0, 0.0, 0.0, 7.0])) == pytest.approx(3 / 4)
     assert gini(torch.ones(5)) == pytest.approx(0) and gini(torch.zeros(3)) == 0

@@ -382,7 +382,7 @@ def test_too_little_memory_to_evaluate_or_to_generate(
     assert said_once(capsys, "lower --batch-size (now 7)")
 
 
-# ---------------------------------------------------------------------------- a damaged checkpoint
+# ----------------------------------------------------------------------------- a damaged checkpoint
 
 
 @pytest.fixture(scope="module")

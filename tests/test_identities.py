@@ -1,7 +1,8 @@
 """BNF's three identities, its bound and rbnf's potential by computer algebra: proven, not sampled.
 
-One position with a vocabulary of three: y and two others. p, a, b > 0 are the policy's probabilities (b = 1 - p - a), r the
-reference's of y. Below the reference is written p = r t with 0 < t < 1.
+One position with a vocabulary of three: y and two others. p, a, b > 0 are the policy's
+probabilities (b = 1 - p - a), r the reference's of y. Below the reference is written p = r t with 0
+< t < 1.
 """
 
 import sympy as sp
@@ -30,8 +31,9 @@ def test_the_target_distribution_is_a_distribution():
 
 
 def test_identity_1_the_published_gradient_is_fine_tunings_with_a_weight():
-    """∂/∂z_v of -(s/n) Σ_v q(v) log π(v), q held constant, is (s/n)(π_v - q_v); that it is -(s/n) w (1[v=y] - π_v), with
-    w = o(p)/o(r) below the reference (q_y = p/r) and 1 above it (q_y = 1), in every logit."""
+    """∂/∂z_v of -(s/n) Σ_v q(v) log π(v), q held constant, is (s/n)(π_v - q_v); that it is -(s/n) w
+    (1[v=y] - π_v), with w = o(p)/o(r) below the reference (q_y = p/r) and 1 above it (q_y = 1), in
+    every logit."""
     pi = softmax()
     q = sp.symbols("q0:3")  # constants to the derivative: the stop-gradient
     loss = -(s / n) * sum(q_v * sp.log(pi_v) for q_v, pi_v in zip(q, pi, strict=True))
@@ -55,7 +57,8 @@ def below(q):
 
 
 def test_identity_2_the_potential_has_that_weight_as_its_slope_and_is_continuous():
-    """dΦ/dlog p = p dΦ/dp: o(p)/o(r) below the reference and 1 above it; both branches meet at p = r, slopes too."""
+    """dΦ/dlog p = p dΦ/dp: o(p)/o(r) below the reference and 1 above it; both branches meet at p =
+    r, slopes too."""
     assert zero(p * sp.diff(below(p), p) - odds(p) / odds(r))
     assert zero(p * sp.diff(sp.log(p), p) - 1)
     assert zero(below(r) - sp.log(r))
@@ -63,7 +66,8 @@ def test_identity_2_the_potential_has_that_weight_as_its_slope_and_is_continuous
 
 
 def test_the_form_that_the_code_computes_is_the_same():
-    """With u = 1 - p/r and E = expm1(-log r) = 1/o(r): Φ = log r - E log(1 + u/E), w = (p/r)/(1 + u/E)."""
+    """With u = 1 - p/r and E = expm1(-log r) = 1/o(r): Φ = log r - E log(1 + u/E), w = (p/r)/(1 +
+    u/E)."""
     u, E = 1 - p / r, 1 / r - 1
     assert zero(E - 1 / odds(r))
     assert zero(1 + u / E - (1 - p) / (1 - r))
@@ -71,7 +75,8 @@ def test_the_form_that_the_code_computes_is_the_same():
 
 
 def test_identity_3_the_feedback_is_a_tent():
-    """w (1 - p) is p (1-r)/r below the reference, rising from 0, and 1 - p above, falling to 0; its peak, at p = r, is 1 - r.
+    """w (1 - p) is p (1-r)/r below the reference, rising from 0, and 1 - p above, falling to 0; its
+    peak, at p = r, is 1 - r.
 
     The pushes on the other logits, w π_v, add up to the same number."""
     rising = odds(p) / odds(r) * (1 - p)
@@ -82,7 +87,8 @@ def test_identity_3_the_feedback_is_a_tent():
 
 
 def test_from_the_reference_down_a_token_is_worth_at_most_a_nat():
-    """Φ(r) - Φ(0) = -(1 - r) log(1 - r)/r. Its limits are 1 at r -> 0 and 0 at r -> 1, and in between it falls."""
+    """Φ(r) - Φ(0) = -(1 - r) log(1 - r)/r. Its limits are 1 at r -> 0 and 0 at r -> 1, and in
+    between it falls."""
     drop = below(r) - below(sp.Integer(0))
     assert zero(drop + (1 - r) * sp.log(1 - r) / r)
     assert sp.limit(drop, r, 0, "+") == 1 and sp.limit(drop, r, 1, "-") == 0
@@ -92,7 +98,8 @@ def test_from_the_reference_down_a_token_is_worth_at_most_a_nat():
 
 
 def test_rbnf_continues_with_slope_r_from_where_the_weight_is_r():
-    """w(p*) = r at p* = r²/(1 - r + r²); with c = 1 - r + r², log p* = 2 log r - log c and Φ(p*) = log r + log(c)/o(r)."""
+    """w(p*) = r at p* = r²/(1 - r + r²); with c = 1 - r + r², log p* = 2 log r - log c and Φ(p*) =
+    log r + log(c)/o(r)."""
     star, c = r**2 / (1 - r + r**2), 1 - r + r**2
     assert zero(odds(star) / odds(r) - r)
     assert zero(star - r**2 / c) and zero(c - (1 - r * (1 - r)))

@@ -1,4 +1,5 @@
-"""What each loss says, as laws named by what they say; float64. And the arithmetic of each, once, by hand."""
+"""What each loss says, as laws named by what they say; float64. And the arithmetic of each, once,
+by hand."""
 
 import math
 from dataclasses import replace
@@ -29,7 +30,8 @@ def moved(batch, by):
 
 
 PAIR = dict(ref_chosen=[-1.0, -1.0], ref_rejected=[-3.0])
-BY_HAND = {  # S_w = -3, S_l = -1, a_w = -1.5, a_l = -1; shifts -1 and +2, Δ = -3; Δ̄ = -0.5 - 2 = -2.5
+# S_w = -3, S_l = -1, a_w = -1.5, a_l = -1; shifts -1 and +2, Δ = -3; Δ̄ = -0.5 - 2 = -2.5
+BY_HAND = {
     "dpo": ({"beta": 1 / 3}, math.log(1 + math.e)),
     "rdpo": ({"beta": 1 / 3, "alpha": 2.0}, math.log(1 + math.exp(-1))),  # -1 + 2 (2 - 1) = 1
     "ipo": ({"beta": 0.5}, 3.5**2),
@@ -60,13 +62,14 @@ def test_by_hand(name):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- laws
+# --------------------------------------------------------------------------------------------- laws
 
 
 @given(batch=responses(paired=True), shift=st.floats(-0.5, 0))
 @pytest.mark.parametrize("name", ["dpo", "rdpo"])
 def test_dpo_depends_on_the_margin_only(name, batch, shift):
-    """Moving both responses of every pair by the same log-likelihood changes nothing: only the margin counts."""
+    """Moving both responses of every pair by the same log-likelihood changes nothing: only the
+    margin counts."""
     both = torch.full_like(batch.lengths(), shift)
     torch.testing.assert_close(
         LOSSES[name](moved(batch, both), beta=2.0), LOSSES[name](batch, beta=2.0), **close
@@ -91,7 +94,8 @@ def test_rdpo_is_dpo_at_alpha_0_and_for_equal_lengths(batch, data):
     batch=responses(paired=True), beta=st.sampled_from([0.1, 0.5, 2.0]), nudge=st.floats(-0.2, 1)
 )
 def test_ipo_is_least_at_its_target_and_pulls_back_beyond_it(batch, beta, nudge):
-    """The reference put so that every averaged margin is 1/(2β): loss and gradient vanish; off it the loss is the square."""
+    """The reference put so that every averaged margin is 1/(2β): loss and gradient vanish; off it
+    the loss is the square."""
 
     def with_margin(x):
         return replace(batch, ref_logps=batch.logps - batch.preferred[batch.owner].double() * x)
@@ -117,7 +121,8 @@ def test_losses_of_means_are_unchanged_when_every_token_is_repeated(name, batch,
 
 @given(batch=responses(), kl=st.floats(0, 3), d=st.floats(0, 4))
 def test_kto_pushes_equally_both_ways_at_its_reference_point_and_less_on_either_side(batch, kl, d):
-    """At R = z0 each response is pushed by β λ/4; at R = z0 + d and z0 - d by the same, smaller amount."""
+    """At R = z0 each response is pushed by β λ/4; at R = z0 + d and z0 - d by the same, smaller
+    amount."""
 
     def pushes(offset):
         shift = ((kl + offset) / batch.lengths())[batch.owner]
@@ -145,8 +150,9 @@ def test_ktos_weights_are_exact_in_float64():
 
 @given(a=st.floats(-5, -0.05), lam=st.sampled_from([0.1, 1.0]))
 def test_orpos_two_terms_balance_where_the_algebra_says(a, lam):
-    """At a_w = a_l = a the odds ratio is 1 and σ(-ρ) = 1/2: the ratio pulls the rejected one down by λ/(2 (1 - e^a)), and the
-    chosen one up by the same, on top of the NLL's 1: a sum of pushes of -1 however sure the model is."""
+    """At a_w = a_l = a the odds ratio is 1 and σ(-ρ) = 1/2: the ratio pulls the rejected one down
+    by λ/(2 (1 - e^a)), and the chosen one up by the same, on top of the NLL's 1: a sum of pushes of
+    -1 however sure the model is."""
     g = LOSSES["orpo"].gradient(pair([a], [a]), lam=lam)
     half = lam / (2 * (1 - math.exp(a)))
     torch.testing.assert_close(g, torch.tensor([-1 - half, half], dtype=torch.float64), **close)
@@ -154,7 +160,8 @@ def test_orpos_two_terms_balance_where_the_algebra_says(a, lam):
 
 @given(batch=responses(paired=True), extra=st.floats(0.01, 5))
 def test_slic_is_flat_beyond_its_margin(batch, extra):
-    """Once S_w - S_l >= δ only the likelihood term is left: with λ = 0 the loss and every gradient are 0."""
+    """Once S_w - S_l >= δ only the likelihood term is left: with λ = 0 the loss and every gradient
+    are 0."""
     S = batch.sums(batch.logps)
     delta = float((S[batch.pairs[:, 0]] - S[batch.pairs[:, 1]]).min()) - extra
     if delta >= 0:
@@ -199,13 +206,14 @@ def test_rbnf_retrieves_preferred_tokens_and_treats_the_others_as_bnf_does(p, r)
 @given(batch=responses())
 @pytest.mark.parametrize("name", ["nll", "unlikelihood"])
 def test_fine_tuning_and_its_opposite(name, batch):
-    """Sums over responses of their mean log-probability: with the sign of the label, or the preferred ones alone."""
+    """Sums over responses of their mean log-probability: with the sign of the label, or the
+    preferred ones alone."""
     a = batch.sums(batch.logps) / batch.lengths()
     sign = torch.where(batch.preferred, 1.0, -1.0 if name == "unlikelihood" else 0.0)
     torch.testing.assert_close(LOSSES[name](batch), -(sign * a).sum() / batch.examples(), **close)
 
 
-# ------------------------------------------------------------------------------------- invariances every loss must have
+# ----------------------------------------------------------------- invariances every loss must have
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -250,11 +258,12 @@ def test_padding_changes_nothing(name, data):
     assert not dlogps[~mask].any()
 
 
-# ------------------------------------------------------------- float32 against the float64 oracle, and against the naive
+# ---------------------------------------- float32 against the float64 oracle, and against the naive
 
 
 def naive_bnf_weight(p, r):
-    """The usual careful expression: exp(min(0, logit p - logit r)), each logit with the two branches of log(1 - e^l)."""
+    """The usual careful expression: exp(min(0, logit p - logit r)), each logit with the two
+    branches of log(1 - e^l)."""
 
     def logit(x):
         near = x > -math.log(2)
@@ -279,9 +288,11 @@ def test_bnf_in_float32_loses_no_more_than_the_best_naive_expression(p, r):
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @given(data=st.data())
 def test_gradients_in_float32_lose_no_more_than_autograd_of_the_value(name, data):
-    """Log-probabilities from -1e4 to -1e-9, single tokens, equal pairs, one response a batch. A sum near 1e4 is only known to
+    """Log-probabilities from -1e4 to -1e-9, single tokens, equal pairs, one response a batch. A sum
+    near 1e4 is only known to
 
-    1e-3 in float32; both sides inherit that, so the bound is twice autograd's own error and a few roundings."""
+    1e-3 in float32; both sides inherit that, so the bound is twice autograd's own error and a few
+    roundings."""
     batch = data.draw(
         responses(
             values=UNCERTAIN, paired=True if LOSSES[name].needs_pairs else None, dtype=torch.float32

@@ -100,7 +100,8 @@ def test_a_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
 @pytest.mark.parametrize("N, D, V", [(252, 64, 507), (123, 32, 1031), (1, 16, 49152)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fast_path_loses_no_more_than_the_naive_one(N, D, V, dtype):
-    """Against a float64 oracle on the same rounded inputs, the error is at most the naive expression's, and a little."""
+    """Against a float64 oracle on the same rounded inputs, the error is at most the naive
+    expression's, and a little."""
     hidden, unembed, targets, upstream = problem(N, D, V, scale=0.5, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in (hidden, unembed)]
     exact = naive(*wide, targets)
@@ -119,7 +120,8 @@ def test_the_fast_path_loses_no_more_than_the_naive_one(N, D, V, dtype):
 
 
 def test_log_probabilities_near_0_keep_their_relative_accuracy():
-    """A target 30 above the others: log p = -log1p(9 e^-30), where 1 - exp(logsumexp) would give 0 in float32."""
+    """A target 30 above the others: log p = -log1p(9 e^-30), where 1 - exp(logsumexp) would give 0
+    in float32."""
     hidden, unembed = torch.tensor([[1.0]]), torch.tensor([[30.0]] + [[0.0]] * 9)
     logps = token_logps(hidden, unembed, torch.tensor([0]))
     assert logps.item() == pytest.approx(
@@ -128,7 +130,8 @@ def test_log_probabilities_near_0_keep_their_relative_accuracy():
 
 
 def test_rows_of_very_different_size_do_not_disturb_each_other():
-    """Each row is shifted by its own largest logit: with one shift for all, e^(-1000) would vanish or e^1000 overflow."""
+    """Each row is shifted by its own largest logit: with one shift for all, e^(-1000) would vanish
+    or e^1000 overflow."""
     hidden = torch.tensor([[1000.0], [-1000.0], [0.0]], requires_grad=True)
     unembed, targets = (
         torch.tensor([[1.0], [0.999], [1.001]], requires_grad=True),
@@ -219,8 +222,8 @@ def test_a_multiple_of_a_sweeps_loss_has_no_gradient():
 
 @pytest.mark.parametrize("with_gradients, products", [(False, 1), (True, 3)])
 def test_a_sweep_makes_gradients_only_where_they_are_asked_for(with_gradients, products):
-    """One product of N x V x D for the logits, two more for dhidden and dunembed. Evaluation asks for none, although the
-    unembedding is a parameter."""
+    """One product of N x V x D for the logits, two more for dhidden and dunembed. Evaluation asks
+    for none, although the unembedding is a parameter."""
     N, D, V = 6, 4, 11
     hidden, unembed, targets, _ = problem(N, D, V)
     c = torch.full((N,), -1 / N, dtype=torch.float64)
@@ -275,7 +278,8 @@ def test_a_bfloat16_hidden_state_leaves_a_float32_master_float32_gradients():
 
 
 def test_no_tensor_of_all_logits_is_ever_made():
-    """The largest allocation, forward and backward, at N V = 4 M: far below the 16 MB that (N, V) float32 would take."""
+    """The largest allocation, forward and backward, at N V = 4 M: far below the 16 MB that (N, V)
+    float32 would take."""
     N, V = 2000, 2000
     hidden, unembed, targets, _ = problem(N, 8, V, dtype=torch.float32)
     c, ref = torch.full((N,), -1 / N), torch.full((N,), -3.0)

@@ -1,4 +1,5 @@
-"""The losses against autograd, against the published form over a whole vocabulary, and against arithmetic by hand."""
+"""The losses against autograd, against the published form over a whole vocabulary, and against
+arithmetic by hand."""
 
 import math
 import os
@@ -34,7 +35,7 @@ def drawn(data, name, **how):
     ), data.draw(hypers(LOSSES[name]))
 
 
-# ------------------------------------------------------------------------------------------------ gradient = autograd
+# ------------------------------------------------------------------------------ gradient = autograd
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -72,7 +73,7 @@ def test_the_differentiable_call_is_the_value_and_passes_gradcheck(name, data):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- extreme values
+# ----------------------------------------------------------------------------------- extreme values
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -103,7 +104,8 @@ def test_bnf_in_float32_equals_float64_to_rounding(p, r):
 
 
 def test_bnf_weight_where_odds_have_limits():
-    """w = min(1, o(p)/o(r)): 1 at p = r, also at p = r = 1 and at p = r -> 0; 0 under a certain reference; p/r for tiny r."""
+    """w = min(1, o(p)/o(r)): 1 at p = r, also at p = r = 1 and at p = r -> 0; 0 under a certain
+    reference; p/r for tiny r."""
     p = torch.tensor([0.0, -1e4, -1.0, -1e4, -90.0, -math.inf])
     r = torch.tensor([0.0, -1e4, 0.0, -1e4 + 1, -89.0, -1.0])
     expected = torch.tensor([1.0, 1.0, 0.0, math.exp(-1), math.exp(-1), 0.0])
@@ -143,7 +145,8 @@ def test_the_potentials_have_the_values_of_their_formulas(p, r):
 
 
 def test_the_potentials_limits():
-    """r -> 0: Φ = log r - (1 - p/r). r = 1, p < 1: Φ = 0, or log p with retrieval. p = r: log r. log r > 0 counts as 0."""
+    """r -> 0: Φ = log r - (1 - p/r). r = 1, p < 1: Φ = 0, or log p with retrieval. p = r: log r.
+    log r > 0 counts as 0."""
     logp = torch.tensor([-1e4, -90.0, -2.0, -3.0, 0.0, -1.0, -200.0], dtype=torch.float32)
     logr = torch.tensor([-1e4 + 1, -89.0, 0.0, -3.0, 0.0, 1e-7, -100.0], dtype=torch.float32)
     tiny = math.expm1(-1)
@@ -156,11 +159,12 @@ def test_the_potentials_limits():
     assert bnf_weight(logp, logr)[5] == 0 and rbnf_weight(logp, logr, good)[5] == pytest.approx(1)
 
 
-# ----------------------------------------------------------------------------------------- BNF as published, three ways
+# --------------------------------------------------------------------- BNF as published, three ways
 
 
 def published_bnf(logits, targets, ref_logps, sign, length):
-    """-(s/|y|) Σ_tokens Σ_v q(v) log π(v), q the paper's dynamic target distribution, held constant. logits (N, V)."""
+    """-(s/|y|) Σ_tokens Σ_v q(v) log π(v), q the paper's dynamic target distribution, held
+    constant. logits (N, V)."""
     log_pi = logits.log_softmax(-1)
     pi = log_pi.exp().detach()
     rows = torch.arange(len(targets))
@@ -217,7 +221,8 @@ def test_below_the_reference_a_token_is_never_worth_more_than_a_nat(p, r):
 
 
 def released_bnf_weight(p, r):
-    """The released code's gradient on the token's own logit, over 1 - p: it adds 1e-6 to two denominators."""
+    """The released code's gradient on the token's own logit, over 1 - p: it adds 1e-6 to two
+    denominators."""
     target = (p / (r + 1e-6)).clamp(max=1)
     rest = (1 - target + 1e-6) / (1 - p + 1e-6)
     return (target - (target + rest * (1 - p)) * p) / (
@@ -226,7 +231,8 @@ def released_bnf_weight(p, r):
 
 
 def test_what_the_released_codes_epsilons_cost():
-    """At the reference the weight is 1. With epsilons it is about r/(r + 1e-6): half at 1e-6 and a hundredth at 1e-8."""
+    """At the reference the weight is 1. With epsilons it is about r/(r + 1e-6): half at 1e-6 and a
+    hundredth at 1e-8."""
     r = torch.tensor([0.5, 1e-4, 1e-6, 1e-8], dtype=torch.float64)
     assert bnf_weight(r.log(), r.log()).tolist() == [1, 1, 1, 1]
     assert released_bnf_weight(r, r).tolist() == pytest.approx(
@@ -235,8 +241,9 @@ def test_what_the_released_codes_epsilons_cost():
 
 
 def test_what_dividing_by_the_shortest_of_the_micro_batch_costs():
-    """Pairs of lengths (2, 3) and (8, 9) in one micro-batch: the released code divides both by 2, so the second pair weighs
-    four times what it does alone, and the loss depends on how the batch was split. Here it does not."""
+    """Pairs of lengths (2, 3) and (8, 9) in one micro-batch: the released code divides both by 2,
+    so the second pair weighs four times what it does alone, and the loss depends on how the batch
+    was split. Here it does not."""
     lengths = torch.tensor([2, 3, 8, 9])
     owner = torch.arange(4).repeat_interleave(lengths)
     x = torch.full((len(owner),), -1.0, dtype=torch.float64)
@@ -246,15 +253,18 @@ def test_what_dividing_by_the_shortest_of_the_micro_batch_costs():
     assert (theirs / ours).item() == pytest.approx(4)
 
 
-# ---------------------------------------------------------------------------------------------------- by hand, and laws
+# -------------------------------------------------------------------------------- by hand, and laws
 
 
 def test_bnf_by_hand():
-    """One pair. Chosen: two tokens, p = 1/2, 1/4 against r = 1/4, 1/2. Rejected: three, p = r = 1/2, p = 1/4 and r = 1/2 twice.
+    """One pair. Chosen: two tokens, p = 1/2, 1/4 against r = 1/4, 1/2. Rejected: three, p = r =
+    1/2, p = 1/4 and r = 1/2 twice.
 
-    o(1/4) = 1/3, o(1/2) = 1, so w = 1, 1/3 and 1, 1/3, 1/3; both are divided by the shorter length, 2.
+    o(1/4) = 1/3, o(1/2) = 1, so w = 1, 1/3 and 1, 1/3, 1/3; both are divided by the shorter length,
+    2.
     Φ(1/2 | 1/4) = log 1/2;  Φ(1/4 | 1/2) = log 1/2 + (log 1/2 - log 3/4)/1 = log 1/2 - log 3/2.
-    L = -1/2 (2 log 1/2 - log 3/2) + 1/2 (3 log 1/2 - 2 log 3/2) = 1/2 (log 1/2 - log 3/2) = 1/2 log 1/3.
+    L = -1/2 (2 log 1/2 - log 3/2) + 1/2 (3 log 1/2 - 2 log 3/2) = 1/2 (log 1/2 - log 3/2) = 1/2 log
+    1/3.
     """
     p = torch.tensor([1 / 2, 1 / 4, 1 / 2, 1 / 4, 1 / 4], dtype=torch.float64).log()
     r = torch.tensor([1 / 4, 1 / 2, 1 / 2, 1 / 2, 1 / 2], dtype=torch.float64).log()
@@ -269,7 +279,8 @@ def test_bnf_by_hand():
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
 def test_splitting_a_batch_and_weighing_the_parts_changes_nothing(name, data):
-    """The loss is a mean over examples, so parts count by their examples; the whole batch's mean length goes to each."""
+    """The loss is a mean over examples, so parts count by their examples; the whole batch's mean
+    length goes to each."""
     (one, hyper), two = drawn(data, name), None
     two, _ = drawn(data, name)
     whole = Responses(
@@ -306,7 +317,8 @@ def test_the_order_of_tokens_does_not_matter(name, data):
     [("own", (2, 3, 1)), ("shorter", (2, 2, 1)), ("batch", (2, 2, 2)), (5.0, (5, 5, 5))],
 )
 def test_length_normalisers(length, divisors):
-    """A pair of lengths 2 and 3, an unpaired response of length 1, all at p = r: the gradient is -s / (|y| E), E = 2."""
+    """A pair of lengths 2 and 3, an unpaired response of length 1, all at p = r: the gradient is -s
+    / (|y| E), E = 2."""
     x = torch.full((6,), -1.0, dtype=torch.float64)
     batch = Responses(
         x,
@@ -335,7 +347,7 @@ def test_nll_ignores_a_dispreferred_response_that_still_counts_as_an_example(nam
     assert LOSSES[name](batch).item() == pytest.approx(0.5 * (1.5 + sign * 4.0))
 
 
-# ---------------------------------------------------------------------------------------------- the drop-in, and errors
+# -------------------------------------------------------------------------- the drop-in, and errors
 
 
 @given(batch=responses())
@@ -443,7 +455,8 @@ def test_rounding_above_0_is_no_error_and_an_empty_batch_is():
     [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2],
 )
 def test_narrow_log_probabilities_are_computed_in_float32(ours, theirs):
-    """Values that both dtypes hold exactly, so that the result is that of float32 to its rounding."""
+    """Values that both dtypes hold exactly, so that the result is that of float32 to its
+    rounding."""
     batch = one_response(logps=torch.tensor([-1.5, -2.0]), ref_logps=torch.tensor([-1.0, -1.0]))
     low = one_response(logps=batch.logps.to(ours), ref_logps=batch.ref_logps.to(theirs))
     for name in ("bnf", "rbnf", "nll", "kto"):
@@ -540,7 +553,8 @@ from minibnf.logprob import token_logps
 
 
 def test_the_built_wheel_works_where_only_torch_is_installed(tmp_path):
-    """pip builds the wheel; unpacked without its dependencies, the drop-in imports and runs from there, torch beside it."""
+    """pip builds the wheel; unpacked without its dependencies, the drop-in imports and runs from
+    there, torch beside it."""
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     source = Path(__file__).parent.parent
     copied = tmp_path / "source"

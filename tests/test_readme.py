@@ -53,7 +53,8 @@ def test_every_make_target_that_the_readme_names_exists():
     tokens=[(-1e4, 0.0, True), (0.0, -1e4, False), (-3e-8, 0.0, True)] * 2, preferred=(False, True)
 )
 def test_the_few_lines_at_the_top_have_bnfs_gradient(tokens, preferred):
-    """Two responses of three tokens in float32, some of them padding, from impossible to certain."""
+    """Two responses of three tokens in float32, some of them padding, from impossible to
+    certain."""
     names: dict = {}
     exec(re.findall(r"```python\n(.*?)```", README, re.S)[0], names)
     logps, ref_logps, mask = (
@@ -69,7 +70,8 @@ def test_the_few_lines_at_the_top_have_bnfs_gradient(tokens, preferred):
 
 
 def test_the_examples_in_python_run(capsys):
-    """The blocks under 'In your own training loop' and 'Talk with it, sample from it', as they stand."""
+    """The blocks under 'In your own training loop' and 'Talk with it, sample from it', as they
+    stand."""
     _, loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
     exec(loss, names)

@@ -1,4 +1,5 @@
-"""The trainer: equal however a batch is split, bitwise the same when run again or resumed, clear when something is wrong."""
+"""The trainer: equal however a batch is split, bitwise the same when run again or resumed, clear
+when something is wrong."""
 
 import copy
 import json
@@ -58,7 +59,8 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a random model of the small world's shape, pairs, unpaired rows and held-out pairs."""
+    """A folder with a random model of the small world's shape, pairs, unpaired rows and held-out
+    pairs."""
     folder = tmp_path_factory.mktemp("world")
     write_base(folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
@@ -109,7 +111,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ------------------------------------------------------------------------------------------------------------ one step
+# ----------------------------------------------------------------------------------------- one step
 
 
 @FEW
@@ -154,7 +156,8 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(
 
 
 def test_metrics_by_hand():
-    """Two pairs in two micro-batches; β = 1/2. Shifts: chosen +1, -2; rejected -3, -2; margins (4, 0)/2."""
+    """Two pairs in two micro-batches; β = 1/2. Shifts: chosen +1, -2; rejected -3, -2; margins (4,
+    0)/2."""
     batch = SimpleNamespace(preferred=torch.tensor([True, False]), pairs=torch.tensor([[0, 1]]))
     sums = torch.tensor([[-5.0, -7.0, -6.0, -9.0], [1.0, -3.0, -2.0, -2.0]])
     expected = {
@@ -166,7 +169,8 @@ def test_metrics_by_hand():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weight_decay_shrinks_the_layers_matrices_and_nothing_else(tiny, optimizer):
-    """Without a gradient a step of rate .1 and decay .5 is a factor of 1 - .1 * .5; Muon takes the same rate."""
+    """Without a gradient a step of rate .1 and decay .5 is a factor of 1 - .1 * .5; Muon takes the
+    same rate."""
     model = copy.deepcopy(tiny).float()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -195,7 +199,7 @@ def test_loss_arguments():
         loss_hyper(LOSSES["dpo"], ["beta"])
 
 
-# --------------------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -319,7 +323,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("loss", GOLDEN)
 def test_ten_golden_losses(tmp_path, loss):
-    """What weights/tiny's ten steps came to before the kernels were made fast (commit 381e75f): speed has changed no number."""
+    """What weights/tiny's ten steps came to before the kernels were made fast (commit 381e75f):
+    speed has changed no number."""
     write(tmp_path / "pairs.jsonl", rows(40))
     flags = [
         "--model",
@@ -379,7 +384,8 @@ def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(
 
 @pytest.fixture(scope="module")
 def wide(world, tmp_path_factory):
-    """A random model wide enough that a product rounds otherwise when it has more rows, with a sharp distribution."""
+    """A random model wide enough that a product rounds otherwise when it has more rows, with a
+    sharp distribution."""
     folder = tmp_path_factory.mktemp("wide")
     write_base(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -394,8 +400,9 @@ def wide(world, tmp_path_factory):
 
 
 def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
-    """The rows of metrics of one epoch at a rate that changes nothing, held-out rows at both ends; and of every token of
-    training its log-probability under the policy and that under the reference."""
+    """The rows of metrics of one epoch at a rate that changes nothing, held-out rows at both ends;
+    and of every token of training its log-probability under the policy and that under the
+    reference."""
     logps, ref_logps, real = [], [], train.run_batches
 
     def spy(model, batches, loss, hyper, ref, dtype, device, *, backward):
@@ -427,8 +434,9 @@ def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
 def test_before_anything_is_learnt_the_policy_is_the_reference(
     wide, world, tmp_path, monkeypatch, loss, dtype
 ):
-    """Every weight of BNF is then 1, DPO's loss log 2 and every shift 0, in all batches of the first epoch and for held-out
-    rows: exactly, for the reference is read in the same packs by the same arithmetic."""
+    """Every weight of BNF is then 1, DPO's loss log 2 and every shift 0, in all batches of the
+    first epoch and for held-out rows: exactly, for the reference is read in the same packs by the
+    same arithmetic."""
     rows, logps, ref_logps = first_epoch(
         wide, world, tmp_path / "run", monkeypatch, loss, dtype, "cpu"
     )
@@ -482,7 +490,8 @@ def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tm
 
 
 def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, monkeypatch):
-    """Every step's, and the evaluation's, estimate is over responses under prompts that are not their own."""
+    """Every step's, and the evaluation's, estimate is over responses under prompts that are not
+    their own."""
     seen, own = [], {(e.prompt, r) for e in pack_examples(world) for r in e.responses}
 
     def spy(model, ref, batches, loss, dtype, device):
@@ -512,7 +521,8 @@ def pack_examples(world):
 
 
 def test_from_scratch_with_muon(world, tmp_path):
-    """A fresh model needs no weights in its folder; Muon and AdamW share the parameters and their state survives."""
+    """A fresh model needs no weights in its folder; Muon and AdamW share the parameters and their
+    state survives."""
     (tmp_path / "base").mkdir()
     for file in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "base" / file).write_bytes((world / "model" / file).read_bytes())
@@ -535,7 +545,7 @@ def test_from_scratch_with_muon(world, tmp_path):
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
 
 
-# ---------------------------------------------------------------------------------------------------- interruptions
+# ------------------------------------------------------------------------------------ interruptions
 
 
 def start(world, out, *more):
@@ -668,7 +678,7 @@ def test_killed_while_the_model_is_written_resumes_from_the_last_step(world, tmp
     assert same(weights(out), weights(tmp_path / "whole"))
 
 
-# --------------------------------------------------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------------------------- what goes wrong
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_an_earlier_config_can_be_changed(
@@ -712,7 +722,8 @@ def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, t
 
 
 def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
-    """Neither a folder that holds just a model, nor the model of the very run that --overwrite would delete."""
+    """Neither a folder that holds just a model, nor the model of the very run that --overwrite
+    would delete."""
     out = tmp_path / "run"
     load_tokenizer(world / "model").save(out / "model")
     save(load(world / "model"), out / "model")
@@ -744,7 +755,8 @@ def test_impossible_arguments_are_refused(world, tmp_path, more):
 def test_numbers_read_a_step_late_are_the_same_numbers(
     world, tmp_path, monkeypatch, capsys, broken
 ):
-    """As on CUDA; evaluations and checkpoints stand between steps. Broken: a number that is not finite is noticed late too."""
+    """As on CUDA; evaluations and checkpoints stand between steps. Broken: a number that is not
+    finite is noticed late too."""
     if broken:
         real = learning_rate
         monkeypatch.setattr(
@@ -795,7 +807,8 @@ def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys
 
 
 def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkeypatch, capsys):
-    """A step so large that float32 overflows, on the last step, where no further loss would show it."""
+    """A step so large that float32 overflows, on the last step, where no further loss would show
+    it."""
 
     class Overflow(torch.optim.SGD):
         def step(self):
@@ -813,7 +826,8 @@ def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkey
 
 
 def test_damaged_folders_of_a_run(world, tmp_path, capsys):
-    """A damaged cache is made again; a damaged checkpoint, or a folder without a run, is one line."""
+    """A damaged cache is made again; a damaged checkpoint, or a folder without a run, is one
+    line."""
     out = tmp_path / "run"
     process = start(world, out, *LONG, world / "held-out.jsonl")
     wait_for_step(out, 10, process)
@@ -848,7 +862,8 @@ def test_ktos_lack_of_a_second_prompt_does_not_cost_the_run_that_overwrite_would
 
 
 def test_every_option_of_training_does_something(world, tmp_path):
-    """Each changes the weights (or what is logged, or the stored dtype) against the same run without it."""
+    """Each changes the weights (or what is logged, or the stored dtype) against the same run
+    without it."""
     assert main(arguments(world, tmp_path / "plain", "--lr", 3e-3)) == 0
     options = {
         "clip": ["--grad-clip", "1e-3"], "decay": ["--weight-decay", "0.5"],

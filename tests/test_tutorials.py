@@ -1,7 +1,8 @@
-"""Every block of tutorials/NN_*.md runs, in order, from the repository's root, and prints what the page says.
+"""Every block of tutorials/NN_*.md runs, in order, from the repository's root, and prints what the
+page says.
 
-`make tutorials` runs this file, `make tutorials-update` writes the printed lines (`#> ...`) anew. A page's blocks share one
-namespace, as in a Python prompt into which they are copied.
+`make tutorials` runs this file, `make tutorials-update` writes the printed lines (`#> ...`) anew. A
+page's blocks share one namespace, as in a Python prompt into which they are copied.
 """
 
 import ast
@@ -51,7 +52,8 @@ def git_status() -> str | None:
 
 @pytest.fixture
 def prompt(monkeypatch):
-    """A Python prompt at the repository's root: one module for all blocks of a page; afterwards everything is as before."""
+    """A Python prompt at the repository's root: one module for all blocks of a page; afterwards
+    everything is as before."""
     modules, dtype = [], torch.get_default_dtype()
 
     def one_module(spec):
@@ -74,8 +76,9 @@ def prompt(monkeypatch):
 
 @contextmanager
 def same_figures(updating: bool):
-    """Figures come out byte for byte where matplotlib is the version that drew the committed ones (the files say which);
-    another version may place text otherwise, so what it draws is put back."""
+    """Figures come out byte for byte where matplotlib is the version that drew the committed ones
+    (the files say which); another version may place text otherwise, so what it draws is put
+    back."""
     before = {file: file.read_bytes() for file in FIGURES.glob("*.svg")}
     yield
     ours = f"Matplotlib v{version('matplotlib')},".encode()
@@ -85,7 +88,8 @@ def same_figures(updating: bool):
 
 
 def outputs(source: str) -> int:
-    """How many prints a block shows: lines that begin with #>, and bare strings (no docstrings), which stand for long ones."""
+    """How many prints a block shows: lines that begin with #>, and bare strings (no docstrings),
+    which stand for long ones."""
     bare = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     bodies = [
         node.body
@@ -115,7 +119,8 @@ def test_the_blocks_print_what_the_page_says(page, eval_example, prompt):
     printed: list = []
 
     def include(file, frame, args):
-        """What any of the page's blocks prints, functions of earlier blocks too; the library's own prints are not shown."""
+        """What any of the page's blocks prints, functions of earlier blocks too; the library's own
+        prints are not shown."""
         if ours := Path(frame.filename).parent == blocks:
             printed.append(args)
         return ours
@@ -149,8 +154,8 @@ def test_every_output_line_stands_under_a_print(page):
 
 @each_page
 def test_the_blocks_can_be_pasted_into_a_prompt(page):
-    """Python 3.11's prompt ends an indented block at an empty line, and nowhere else: so an empty line after each function,
-    loop and so on, and none inside."""
+    """Python 3.11's prompt ends an indented block at an empty line, and nowhere else: so an empty
+    line after each function, loop and so on, and none inside."""
     for example in find_examples(page):
         held: list[str] = []
         for number, line in enumerate([*example.source.splitlines(), ""], example.start_line + 1):

@@ -4,10 +4,11 @@ import torch
 
 
 def attend(q, k, v, window):
-    """(H, S, d): causal attention of queries q (H, S, d) over keys k and values v (K, S, d), H a multiple of K.
+    """(H, S, d): causal attention of queries q (H, S, d) over keys k and values v (K, S, d), H a
+    multiple of K.
 
-    Head h uses key/value head h // (H / K); scores are divided by √d; a position sees itself and the window - 1 before it.
-    """
+    Head h uses key/value head h // (H / K); scores are divided by √d; a position sees itself and
+    the window - 1 before it."""
     (H, S, d), K = q.shape, len(k)
     k, v = (x.repeat_interleave(H // K, 0) for x in (k, v))
     position = torch.arange(S)
@@ -18,10 +19,12 @@ def attend(q, k, v, window):
 
 
 def parameters(config):
-    """The number of parameters of a Llama without biases, config being the dictionary of its config.json.
+    """The number of parameters of a Llama without biases, config being the dictionary of its
+    config.json.
 
-    It holds vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim
-    and tie_word_embeddings; where that is False the unembedding is a matrix of its own.
+    It holds vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+    num_key_value_heads, head_dim and tie_word_embeddings; where that is False the unembedding is a
+    matrix of its own.
     """
     D, d = config["hidden_size"], config["head_dim"]
     attention = (

@@ -2,11 +2,12 @@
 
 
 def flatten(prompt, responses):
-    """One group: prompt, a list of ids, and responses, a list of such lists -> (tokens, positions, predictors, targets).
+    """One group: prompt, a list of ids, and responses, a list of such lists -> (tokens, positions,
+    predictors, targets).
 
-    tokens: what is read, the prompt, then each response less its last token; positions: of those, each response's go on from
-    the prompt's end; predictors: for each response token, the index in tokens that predicts it; targets: that token.
-    """
+    tokens: what is read, the prompt, then each response less its last token; positions: of those,
+    each response's go on from the prompt's end; predictors: for each response token, the index in
+    tokens that predicts it; targets: that token."""
     n = len(prompt)
     tokens, positions, predictors, targets = [*prompt], [*range(n)], [], []
     for response in responses:
@@ -19,7 +20,8 @@ def flatten(prompt, responses):
 
 
 def split(chosen, rejected):
-    """Two lists of messages -> (prompt, rest of chosen, rest of rejected), the prompt being their longest common beginning.
+    """Two lists of messages -> (prompt, rest of chosen, rest of rejected), the prompt being their
+    longest common beginning.
 
     Raises ValueError if they share no message, or if nothing is left of either.
     """

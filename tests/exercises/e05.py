@@ -11,7 +11,8 @@ from minibnf.responses import Responses
 def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor:
     shift = batch.sums(batch.logps - batch.ref_logps)
     w, l = batch.pairs.T  # noqa: E741
-    # d(-log σ(x))/dx = -σ(-x) and d(-log σ(-x))/dx = σ(x): together σ(x) - (1 - ε), zero where σ(βΔ) = 1 - ε
+    # d(-log σ(x))/dx = -σ(-x) and d(-log σ(-x))/dx = σ(x): together σ(x) - (1 - ε), zero where
+    # σ(βΔ) = 1 - ε
     outer = beta * (torch.sigmoid(beta * (shift[w] - shift[l])) - (1 - epsilon)) / len(batch.pairs)
     by_response = torch.zeros_like(shift).index_add(
         0, torch.cat([w, l]), torch.cat([outer, -outer])

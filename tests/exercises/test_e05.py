@@ -55,7 +55,8 @@ def test_both_pushes_on_a_response_in_two_pairs_count(exercise):
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.01])
 def test_margin_left(exercise, share, beta):
-    """A rejected token that stands alone in its response, p = r e^-Δ: its dlogps there over its dlogps at p = r."""
+    """A rejected token that stands alone in its response, p = r e^-Δ: its dlogps there over its
+    dlogps at p = r."""
     r = 0.5
     p = torch.tensor([r, r], dtype=torch.float64)
     p[1] *= torch.exp(torch.tensor(-float(exercise.margin_left(share, beta)), dtype=torch.float64))

@@ -31,7 +31,8 @@ def first_pair(batch):
 
 
 def mean_of_shifts(batch):
-    """Averages where DPO sums, then multiplies by the chosen response's length: right where both have one length."""
+    """Averages where DPO sums, then multiplies by the chosen response's length: right where both
+    have one length."""
     n, shift = batch.lengths(), batch.sums(batch.logps - batch.ref_logps)
     w, rejected = batch.pairs.T
     margin = n[w] * (shift[w] / n[w] - shift[rejected] / n[rejected])

@@ -1,4 +1,5 @@
-"""BNF in somebody else's trainer: TRL's DPOTrainer with minibnf's bnf_loss. Needs trl 1.16 or later."""
+"""BNF in somebody else's trainer: TRL's DPOTrainer with minibnf's bnf_loss. Needs trl 1.16 or
+later."""
 
 from contextlib import nullcontext
 
@@ -10,10 +11,11 @@ from minibnf.losses import bnf_loss
 
 
 class BNFTrainer(DPOTrainer):
-    """DPOTrainer whose loss is BNF. Data, reference model, adapters and all else are TRL's; loss_type and beta go unused.
+    """DPOTrainer whose loss is BNF. Data, reference model, adapters and all else are TRL's;
+    loss_type and beta go unused.
 
-    Leave precompute_ref_log_probs off: TRL keeps whole responses' log-probabilities, and BNF needs each token's.
-    """
+    Leave precompute_ref_log_probs off: TRL keeps whole responses' log-probabilities, and BNF needs
+    each token's."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mask = inputs[

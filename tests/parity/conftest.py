@@ -1,4 +1,5 @@
-"""What the parity tests find against transformers: held to the README's table of families, and printed as that table."""
+"""What the parity tests find against transformers: held to the README's table of families, and
+printed as that table."""
 
 import math
 import re
@@ -30,7 +31,8 @@ nats: list[float] = []
 
 
 def at_most(x: float, floor: float) -> str:
-    """The power of ten that x does not exceed, and none below the floor: what another machine's rounding may make of it."""
+    """The power of ten that x does not exceed, and none below the floor: what another machine's
+    rounding may make of it."""
     return f"1e{math.ceil(math.log10(max(x, floor)) - 1e-9)}"
 
 
@@ -57,11 +59,12 @@ def promised(family: str) -> list[str]:
 
 @pytest.fixture
 def measured():
-    """measured(family, tokens, logits, saved, gradients) of a model: kept for the table, and no more than the README says.
+    """measured(family, tokens, logits, saved, gradients) of a model: kept for the table, and no
+    more than the README says.
 
-    tokens: how many were generated alike. logits, saved: the largest differences of logits, of the model here and of what
-    it saved and transformers loaded. gradients: the largest, over parameters, of ‖difference of gradients‖/‖gradient‖.
-    """
+    tokens: how many were generated alike. logits, saved: the largest differences of logits, of the
+    model here and of what it saved and transformers loaded. gradients: the largest, over
+    parameters, of ‖difference of gradients‖/‖gradient‖."""
 
     def keep(family, tokens, **differences):
         mine = found.setdefault(
@@ -81,7 +84,8 @@ def measured():
 
 @pytest.fixture
 def measured_nats():
-    """measured_nats(x): keep the largest difference of texts' log-likelihoods, no larger than the README says."""
+    """measured_nats(x): keep the largest difference of texts' log-likelihoods, no larger than the
+    README says."""
 
     def keep(x: float):
         nats.append(x)

@@ -1,8 +1,9 @@
-"""Liger's chunked preference losses as independent judges of token_logps and LOSSES together: from hidden states on.
+"""Liger's chunked preference losses as independent judges of token_logps and LOSSES together: from
+hidden states on.
 
-Both take hidden states and the unembedding matrix, and never hold all logits. The same loss, and the same gradients of
-the hidden states and of the matrix. Liger's code is plain PyTorch where compiled=False, so it runs on a CPU; it goes to
-float32 whatever it is given.
+Both take hidden states and the unembedding matrix, and never hold all logits. The same loss, and
+the same gradients of the hidden states and of the matrix. Liger's code is plain PyTorch where
+compiled=False, so it runs on a CPU; it goes to float32 whatever it is given.
 """
 
 import pytest
@@ -23,7 +24,8 @@ chunks = pytest.mark.parametrize(
 
 
 class Case:
-    """P chosen and then P rejected rows; response tokens at the end of what is not padding, two of them alone in theirs."""
+    """P chosen and then P rejected rows; response tokens at the end of what is not padding, two of
+    them alone in theirs."""
 
     def __init__(self, seed: int):
         torch.manual_seed(seed)
@@ -62,7 +64,8 @@ class Case:
         return total
 
     def token_share(self, i: int) -> float:
-        """|y_w,i| / mean |y_w|: how much pair i counts in an NLL that is a mean over all chosen tokens."""
+        """|y_w,i| / mean |y_w|: how much pair i counts in an NLL that is a mean over all chosen
+        tokens."""
         return self.lengths[i] * P / sum(self.lengths[:P])
 
     def assert_same(self, ours, theirs):
@@ -93,8 +96,8 @@ def test_dpo(seed, chunk_size, beta):
 @pytest.mark.parametrize("name", ["dpo", "cpo"])
 @pytest.mark.parametrize("beta, weight", [(0.1, 1.0), (0.5, 0.2)])
 def test_with_nll(seed, chunk_size, name, beta, weight):
-    """Liger's NLL, weighted alpha, is a mean over all chosen tokens of the batch, minibnf's a mean of each response's mean. So
-    pair i has a λ of its own, alpha |y_w,i| / mean |y_w|.
+    """Liger's NLL, weighted alpha, is a mean over all chosen tokens of the batch, minibnf's a mean
+    of each response's mean. So pair i has a λ of its own, alpha |y_w,i| / mean |y_w|.
     """
     case = Case(seed)
     options = {
@@ -137,9 +140,9 @@ def test_simpo(seed, chunk_size, beta, gamma):
 @chunks
 @pytest.mark.parametrize("lam", [0.1, 1.0])
 def test_orpo(seed, chunk_size, lam):
-    """Given no target of its own, Liger's NLL covers the response as the paper's does, but is a mean over all chosen tokens
-    of the batch: pair i counts |y_w,i| / mean |y_w| times instead of once, and what that is more or less is added as nll.
-    """
+    """Given no target of its own, Liger's NLL covers the response as the paper's does, but is a
+    mean over all chosen tokens of the batch: pair i counts |y_w,i| / mean |y_w| times instead of
+    once, and what that is more or less is added as nll."""
     case = Case(seed)
     judge = chunked_loss.LigerFusedLinearORPOLoss(beta=lam, compiled=False, chunk_size=chunk_size)
     theirs, _ = judge(case.unembed, case.hidden, case.targets)

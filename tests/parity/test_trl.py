@@ -1,10 +1,11 @@
-"""TRL's own trainers as independent judges: the same model and batch give the same loss and the same gradients.
+"""TRL's own trainers as independent judges: the same model and batch give the same loss and the
+same gradients.
 
-Theirs: the trainer's processed data set, through its own data loader and compute_loss, on a random tiny Llama, padded.
-Ours: the same tokens as Examples, packed, through minibnf's Transformer, loaded from what save_pretrained wrote.
-Both compute in float32 (transformers' norms and TRL's log-probabilities do so whatever they are given), so the tolerances
-are float32's, about five times the largest error seen; in the one test in float64 a table stands for the model.
-"""
+Theirs: the trainer's processed data set, through its own data loader and compute_loss, on a random
+tiny Llama, padded. Ours: the same tokens as Examples, packed, through minibnf's Transformer, loaded
+from what save_pretrained wrote. Both compute in float32 (transformers' norms and TRL's
+log-probabilities do so whatever they are given), so the tolerances are float32's, about five times
+the largest error seen; in the one test in float64 a table stands for the model."""
 
 import random
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ WORDS = [f"w{i}" for i in range(40)]
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 
 
-# ---------------------------------------------------------------------------------------------------- models and data
+# ---------------------------------------------------------------------------------- models and data
 
 
 def words() -> transformers.PreTrainedTokenizerFast:
@@ -78,7 +79,8 @@ def models_of(tmp_path):
 
 
 def preferences(seed: int, pairs: int = 5) -> list[dict]:
-    """Random pairs of many lengths; some share a prompt; the first two hold responses of the end token alone."""
+    """Random pairs of many lengths; some share a prompt; the first two hold responses of the end
+    token alone."""
     draw = random.Random(seed)
     text = lambda least, most: "".join(
         f" {word}" for word in draw.choices(WORDS, k=draw.randint(least, most))
@@ -92,7 +94,7 @@ def preferences(seed: int, pairs: int = 5) -> list[dict]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------ theirs and ours
+# ---------------------------------------------------------------------------------- theirs and ours
 
 
 def trainer_of(kind, config, tmp_path, model, rows, reference=None, batch_size=None, **options):
@@ -118,7 +120,8 @@ def batch_of(trainer) -> dict:
 
 
 def rows_of(batch: dict, *prefixes: str) -> list[tuple]:
-    """(prompt, response) token ids of every row of a collated batch; TRL's two kinds of collator name things differently."""
+    """(prompt, response) token ids of every row of a collated batch; TRL's two kinds of collator
+    name things differently."""
     found = []
     for prefix in prefixes or ("",):
         ids, real = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"] == 1
@@ -163,7 +166,8 @@ class Ours:
         return pack(examples, list(range(len(examples))), self.max_tokens)
 
     def __call__(self, *terms) -> tuple[float, dict, dict]:
-        """Σ weight * loss(examples), terms being (weight, name, hyper-parameters, examples): value, gradients, last metrics."""
+        """Σ weight * loss(examples), terms being (weight, name, hyper-parameters, examples): value,
+        gradients, last metrics."""
         total, grads = 0.0, {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
         for weight, name, hyper, examples in terms:
             ref = self.reference(examples) if LOSSES[name].needs_ref else None
@@ -198,8 +202,8 @@ def assert_same_metrics(trainer, found: dict):
 
 
 def by_tokens(pairs: list[Example], weight: float) -> list[float]:
-    """TRL averages its NLL over all chosen tokens of the batch, minibnf over each response and then over pairs. So TRL's
-    weight w is a λ of its own for each pair i, λ_i = w |y_w,i| / mean |y_w|:
+    """TRL averages its NLL over all chosen tokens of the batch, minibnf over each response and then
+    over pairs. So TRL's weight w is a λ of its own for each pair i, λ_i = w |y_w,i| / mean |y_w|:
 
         (1/P) Σ λ_i S_w,i / |y_w,i| = w Σ S_w,i / Σ |y_w,i|
     """
@@ -207,14 +211,15 @@ def by_tokens(pairs: list[Example], weight: float) -> list[float]:
     return [weight * n * len(pairs) / sum(lengths) for n in lengths]
 
 
-# ------------------------------------------------------------------------------------------------- with a reference model
+# --------------------------------------------------------------------------- with a reference model
 
 
 @seeds
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.7])
 @pytest.mark.parametrize("name, loss_type", [("dpo", "sigmoid"), ("ipo", "ipo")])
 def test_dpo_and_ipo(models_of, tmp_path, seed, beta, name, loss_type):
-    """The same functions: dpo sums log-ratios over tokens, ipo averages them (the paper sums; its authors mean averages).
+    """The same functions: dpo sums log-ratios over tokens, ipo averages them (the paper sums; its
+    authors mean averages).
 
     The metrics that have the same names are the same numbers too.
     """
@@ -241,10 +246,11 @@ def test_dpo_and_ipo(models_of, tmp_path, seed, beta, name, loss_type):
 @pytest.mark.parametrize("equally_long", [False, True])
 @pytest.mark.parametrize("beta, weight", [(0.1, 1.0), (0.5, 0.2)])
 def test_dpo_with_nll(models_of, tmp_path, seed, equally_long, beta, weight):
-    """[sigmoid, sft] with weights [1, w] is dpo with lam, but for what the NLL is a mean of: see by_tokens.
+    """[sigmoid, sft] with weights [1, w] is dpo with lam, but for what the NLL is a mean of: see
+    by_tokens.
 
-    So the batch is the mean of its pairs, each with its λ_i; where all chosen responses are equally long, λ = w for all.
-    """
+    So the batch is the mean of its pairs, each with its λ_i; where all chosen responses are equally
+    long, λ = w for all."""
     policy, frozen, folders = models_of(seed)
     rows = [row | {"chosen": " w1 w2 w3"} if equally_long else row for row in preferences(seed)]
     options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight], "beta": beta}
@@ -268,12 +274,14 @@ def test_dpo_with_nll(models_of, tmp_path, seed, equally_long, beta, weight):
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("beta, lam_d, lam_u", [(0.1, 1.0, 1.0), (0.02, 1.0, 1.3), (0.5, 0.7, 2.0)])
 def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
-    """The same function of the same reference point; what differs is whose completions estimate that point.
+    """The same function of the same reference point; what differs is whose completions estimate
+    that point.
 
-    TRL gives each prompt of the batch the completion of the row before (the first one the last row's), whether or not the
-    prompts differ; minibnf's trainer the next example's with another prompt. So TRL's choice is
-    taken from its batch here: kl_estimate makes the same number of it, and given that number the loss is the same.
-    """
+    TRL gives each prompt of the batch the completion of the row before (the first one the last
+    row's), whether or not the prompts differ; minibnf's trainer the next example's with another
+    prompt. So TRL's choice is
+    taken from its batch here: kl_estimate makes the same number of it, and given that number the
+    loss is the same."""
     policy, frozen, folders = models_of(seed)
     if swapped:  # the estimate is clamped to 0 one way round and above 0 the other
         policy, frozen, folders = frozen, policy, folders[::-1]
@@ -319,20 +327,21 @@ def test_kto_of_pairs(models_of, tmp_path, seed):
     assert_same(Ours(folders)((1.0, "kto", {"kl": kl}, pairs_of(rows_of(batch)))), expected)
 
 
-# ---------------------------------------------------------------------------------------------- without a reference model
+# ------------------------------------------------------------------------ without a reference model
 
 
 @seeds
 @pytest.mark.parametrize("lam", [0.1, 1.0])
 def test_orpo(models_of, tmp_path, seed, lam):
-    """TRL's NLL covers the prompt's tokens after its first as well as the chosen response, and is a mean over all of the
-    batch's such tokens; the paper's, and minibnf's, is over the response and a mean of means. With N_i = |x_i| - 1 + |y_w,i|
-    and a'_i the mean log-probability of those N_i tokens,
+    """TRL's NLL covers the prompt's tokens after its first as well as the chosen response, and is a
+    mean over all of the batch's such tokens; the paper's, and minibnf's, is over the response and a
+    mean of means. With N_i = |x_i| - 1 + |y_w,i| and a'_i the mean log-probability of those N_i
+    tokens,
 
         L_TRL = L_orpo + (1/P) Σ a_w,i - Σ N_i a'_i / Σ N_i,
 
-    which here is three kinds of minibnf's losses: orpo, less nll of the chosen responses, plus for each pair nll of an
-    example whose prompt is the prompt's first token.
+    which here is three kinds of minibnf's losses: orpo, less nll of the chosen responses, plus for
+    each pair nll of an example whose prompt is the prompt's first token.
     """
     policy, _, folders = models_of(seed)
     trainer = trainer_of(ORPOTrainer, ORPOConfig, tmp_path, policy, preferences(seed), beta=lam)
@@ -371,7 +380,8 @@ def test_cpo(models_of, tmp_path, seed, beta, weight):
 @seeds
 @pytest.mark.parametrize("beta, gamma", [(2.0, 1.0), (0.1, 0.5), (10.0, 3.0)])
 def test_simpo(models_of, tmp_path, seed, beta, gamma):
-    """The same function once cpo_alpha, the weight of an NLL that SimPO has not, is 0 instead of its default 1."""
+    """The same function once cpo_alpha, the weight of an NLL that SimPO has not, is 0 instead of
+    its default 1."""
     policy, _, folders = models_of(seed)
     options = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": beta, "simpo_gamma": gamma}
     trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), **options)
@@ -381,7 +391,8 @@ def test_simpo(models_of, tmp_path, seed, beta, gamma):
 
 
 class Table(torch.nn.Module):
-    """A language model of one token of context: the hidden state of a token is its row of a table. In float64."""
+    """A language model of one token of context: the hidden state of a token is its row of a table.
+    In float64."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -400,7 +411,8 @@ class Table(torch.nn.Module):
     ("simpo", {"beta": 2.0, "gamma": 1.0}, {"beta": 2.0, "simpo_gamma": 1.0, "loss_type": "simpo"}),
 ])  # fmt: skip
 def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
-    """CPO's trainer keeps float64 from the logits on (the others go to float32), so there equality is to its precision."""
+    """CPO's trainer keeps float64 from the logits on (the others go to float32), so there equality
+    is to its precision."""
     policy, _, _ = models_of(seed)
     trainer = trainer_of(
         CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), cpo_alpha=0.0, **options
@@ -421,7 +433,7 @@ def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
         assert (g - g_theirs).norm() <= 1e-13 * g_theirs.norm()
 
 
-# ---------------------------------------------------------------------------------------------- BNF in TRL's DPO trainer
+# ------------------------------------------------------------------------- BNF in TRL's DPO trainer
 
 
 @seeds
@@ -441,9 +453,9 @@ def test_bnf_in_trl(models_of, tmp_path, seed):
 
 
 def test_training_with_bnf_in_trl(models_of, tmp_path):
-    """Three steps of .train(), each of two accumulated batches, with the reference that TRL itself loads: plain gradient
-    descent goes the way that minibnf's gradients of the same pairs go, and .evaluate() then gives the same loss.
-    """
+    """Three steps of .train(), each of two accumulated batches, with the reference that TRL itself
+    loads: plain gradient descent goes the way that minibnf's gradients of the same pairs go, and
+    .evaluate() then gives the same loss."""
     _, _, folders = models_of(1)
     policy, rows = (
         transformers.AutoModelForCausalLM.from_pretrained(folders[0]),
