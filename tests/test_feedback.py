@@ -42,7 +42,7 @@ def formulas(p, r, s, n):
     }
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", sorted(formulas(P, 0.5, 1, 1)))
 @pytest.mark.parametrize(
     "r, preferred, length", [(0.3, True, 1), (0.3, False, 1), (0.8, True, 3), (0.05, False, 4)]
 )
