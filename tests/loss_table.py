@@ -43,7 +43,9 @@ def table() -> str:
         )
         needs = ["yes" if x else "no" for x in (loss.needs_ref, loss.needs_pairs)]
         judges = f"autograd, {PEERS[name]}" if name in PEERS else "autograd"
-        lines.append(row([name, WHAT.get(name, ""), *needs, hyper, f"{default_rate(name):g}", judges]))
+        lines.append(
+            row([name, WHAT.get(name, ""), *needs, hyper, f"{default_rate(name):g}", judges])
+        )
     return "\n".join(lines)
 
 

@@ -83,7 +83,8 @@ def test_what_a_run_would_write_over_and_no_run_wrote_is_refused(
     before = contents(out)
     assert main(arguments(world, out, "--max-steps", 1, *CPU, *flags)) == 1
     held = name if name.startswith("figures") else name.split("/")[0]
-    said = f"error: --out {out} holds {held}, and no config.json of a run of minibnf; name another folder\n"
+    what = "and no config.json of a run of minibnf; name another folder"
+    said = f"error: --out {out} holds {held}, {what}\n"
     assert capsys.readouterr().err == said
     assert contents(out) == before
 

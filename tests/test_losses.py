@@ -284,10 +284,12 @@ def test_splitting_a_batch_and_weighing_the_parts_changes_nothing(name, data):
     (one, hyper), two = drawn(data, name), None
     two, _ = drawn(data, name)
     whole = Responses(
-        torch.cat([one.logps, two.logps]), torch.cat([one.ref_logps, two.ref_logps]),
-        torch.cat([one.owner, two.owner + len(one.preferred)]), torch.cat([one.preferred, two.preferred]),
+        torch.cat([one.logps, two.logps]),
+        torch.cat([one.ref_logps, two.ref_logps]),
+        torch.cat([one.owner, two.owner + len(one.preferred)]),
+        torch.cat([one.preferred, two.preferred]),
         torch.cat([one.pairs, two.pairs + len(one.preferred)]),
-    )  # fmt: skip
+    )
     together = LOSSES[name].gradient(whole, **hyper)
     if hyper.get("length") == "batch":
         hyper["length"] = whole.lengths().mean().item()
@@ -375,9 +377,12 @@ def test_bnf_loss_on_padded_input_is_the_flat_loss(batch):
 
 def one_response(**changes):
     fields = {
-        "logps": torch.tensor([-1.0, -2.0]), "ref_logps": torch.tensor([-1.0, -1.0]), "owner": torch.tensor([0, 0]),
-        "preferred": torch.tensor([True]), "pairs": torch.empty(0, 2, dtype=torch.int64),
-    }  # fmt: skip
+        "logps": torch.tensor([-1.0, -2.0]),
+        "ref_logps": torch.tensor([-1.0, -1.0]),
+        "owner": torch.tensor([0, 0]),
+        "preferred": torch.tensor([True]),
+        "pairs": torch.empty(0, 2, dtype=torch.int64),
+    }
     return Responses(**{**fields, **changes})
 
 
@@ -544,7 +549,8 @@ def test_losses_and_logprob_import_with_torch_alone():
     """A fresh interpreter in which everything else that this project uses is forbidden."""
     code = """
 import sys
-for name in ("numpy", "safetensors", "tqdm", "tokenizers", "sentencepiece", "jinja2", "matplotlib", "transformers"):
+others = "numpy safetensors tqdm tokenizers sentencepiece jinja2 matplotlib transformers"
+for name in others.split():
     sys.modules[name] = None
 from minibnf.losses import Responses, LOSSES, bnf_loss
 from minibnf.logprob import token_logps
@@ -566,13 +572,15 @@ def test_the_built_wheel_works_where_only_torch_is_installed(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     code = """
 import sys
-for name in ("numpy", "safetensors", "tqdm", "tokenizers", "sentencepiece", "jinja2", "matplotlib", "transformers"):
+others = "numpy safetensors tqdm tokenizers sentencepiece jinja2 matplotlib transformers"
+for name in others.split():
     sys.modules[name] = None
 import torch, minibnf
 from minibnf.losses import bnf_loss
 assert minibnf.__file__.startswith(sys.argv[1]), minibnf.__file__
 logps = torch.full((2, 3), -1.0, requires_grad=True)
-loss = bnf_loss(logps, torch.full((2, 3), -1.0), torch.ones(2, 3).bool(), torch.tensor([True, False]), torch.tensor([[0, 1]]))
+preferred, pairs = torch.tensor([True, False]), torch.tensor([[0, 1]])
+loss = bnf_loss(logps, torch.full((2, 3), -1.0), torch.ones(2, 3).bool(), preferred, pairs)
 loss.backward()
 print(logps.grad[:, 0].tolist())
 """

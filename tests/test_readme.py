@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minibnf.files.config import READS
-from minibnf.lab.tables import concentration, figure, rivals, table
+from minibnf.lab.tables import table
 from minibnf.lab.verdicts import verdict_table
 from minibnf.losses import bnf_loss
 from tests.loss_table import table as loss_table
@@ -117,78 +117,6 @@ def test_the_real_models_tables_are_drawn_from_the_committed_results():
     assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
     for name in results["spec"]["on"]:
         assert table(results, name) in README, table(results, name)
-
-
-@pytest.mark.skipif(
-    not RESULTS.is_file(),
-    reason="tutorials/evidence/small-results.json is not there: make compare-full makes it",
-)
-def test_the_figures_quoted_under_read_honestly_are_the_files():
-    """Every number in that list, recomputed and formatted as the prose has it."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    prose = " ".join(
-        README[README.index("Read honestly:") : README.index("On QA pairs, test prompts")].split()
-    )
-    short = lambda x: f"{x:.2f}".lstrip("0")
-
-    def measured(name, method, what="accuracy", **setting):
-        (run,) = [
-            r for r in results["runs"]
-            if (r["set"], r["method"], r["split"], r["setting"]) == (name, method, "validation", setting)
-        ]  # fmt: skip
-        return short(run["result"][what][0])
-
-    wins = [
-        measured("qa", "bnf", "win_rate", lr=1e-4),
-        measured("qa", "dpo", "win_rate", lr=1e-4, beta=0.1),
-    ]
-    wins.append(measured("qa", "kto", "win_rate", lr=1e-4, beta=0.1))
-    assert set(wins) == {".59"}
-    methods = [*rivals(results, "qa"), "bnf", "rbnf", "nll"]
-    best = [
-        [figure(results, "qa", m, "best", what)[0] for m in methods]
-        for what in ("win_rate", "accuracy")
-    ]
-    ends = [short(end(values)) for values in best for end in (min, max)]
-    kept = [
-        measured("qa", "bnf", lr=1e-4),
-        *(measured("qa", m, lr=1e-4, beta=0.1) for m in ("dpo", "kto")),
-    ]
-    two = [measured("qa", "dpo", what, lr=1e-4, beta=2) for what in ("accuracy", "win_rate")]
-    pairs = [[measured(name, "dpo lr 1e-4", lr=1e-4, beta=b) for name, b in row] for row in (
-        (("qa", 0.1), ("math", 0.03)), (("qa", 1), ("math", 0.3)), (("qa", 3), ("math", 1)))]  # fmt: skip
-    batch = [measured("qa", "bnf batch", what, lr=1e-4) for what in ("win_rate", "accuracy")]
-    rho = sorted(concentration(results, name)[0] for name in results["spec"]["on"])
-    lost = [float(measured("math", "bnf", lr=lr)) for lr in (1.8e-4, 3e-4, 1e-3)]
-    assert lost[0] > 0.9 and lost[1] < 0.975 / 2 and lost[2] < 0.02
-    for rival in ("dpo", "kto"):
-        slow = [float(measured("math", rival, lr=lr, beta=0.1)) for lr in (3e-4, 1e-3)]
-        assert slow[0] > 0.975 / 2 > slow[1]
-    at_most = lambda method, **hyper: measured("math", method, lr=1e-3, **hyper)
-    stay = {"orpo": at_most("orpo", lam=0.1), "nll": at_most("nll"), "dpo+nll": at_most("dpo+nll", beta=0.1),
-            "cpo": at_most("cpo", beta=0.1), "slic": at_most("slic", delta=1)}  # fmt: skip
-    assert list(stay.values()) == sorted(stay.values(), reverse=True)
-    worst = {
-        length: float(measured("qa", f"bnf{length}", "win_rate", lr=3e-4))
-        for length in ("", " own", " batch")
-    }
-    assert min(worst, key=worst.get) == " batch"
-    for sentence in (
-        "win rates of {} to {}, {} to {} of reasoning kept".format(*ends),
-        f"BNF keeps {kept[0]} of the reasoning, DPO at its customary β = 0.1 {kept[1]}, KTO {kept[2]} (validation prompts); "
-        f"at β = 2 DPO keeps {two[0]} and wins {two[1]}",
-        f"{pairs[0][0]} and {pairs[0][1]} at β|y| = 0.9, {pairs[1][0]} and {pairs[1][1]} at 9, "
-        f"{pairs[2][0]} and {pairs[2][1]} at 30",
-        f"at 1e-4 and 1.8e-4 the batch's mean does best: {batch[0]} at {batch[1]}; at 3e-4 it does worst",
-        f"where DPO is at {measured('math', 'dpo', lr=1.8e-4, beta=0.1)}",
-        "({} and {} are left there, of BNF {})".format(
-            at_most("dpo", beta=0.1), at_most("kto", beta=0.1), at_most("bnf")
-        ),
-        f"keep {stay['slic']} to {stay['orpo']} even at 1e-3 ({', '.join(f'{m} {x}' for m, x in stay.items())})",
-        f"keeps pulling a lost preferred token back, {at_most('rbnf')}",
-        f"rank correlation +{short(rho[0])} to +{short(rho[-1])} over all runs",
-    ):
-        assert sentence in prose, sentence
 
 
 def test_the_table_of_speed_is_the_committed_benchmarks():

@@ -161,9 +161,13 @@ def test_metrics_by_hand():
     batch = SimpleNamespace(preferred=torch.tensor([True, False]), pairs=torch.tensor([[0, 1]]))
     sums = torch.tensor([[-5.0, -7.0, -6.0, -9.0], [1.0, -3.0, -2.0, -2.0]])
     expected = {
-        "logps/chosen": -5.5, "logps/rejected": -8.0, "rewards/chosen": -0.25, "rewards/rejected": -1.25,
-        "rewards/margins": 1.0, "rewards/accuracies": 0.5,
-    }  # fmt: skip
+        "logps/chosen": -5.5,
+        "logps/rejected": -8.0,
+        "rewards/chosen": -0.25,
+        "rewards/rejected": -1.25,
+        "rewards/margins": 1.0,
+        "rewards/accuracies": 0.5,
+    }
     assert metrics([batch, batch], sums, 0.5) == pytest.approx(expected)
 
 
@@ -567,8 +571,23 @@ def wait_for_step(out, step, process):
     pytest.fail(f"step {step} was not reached: {process.communicate()}")
 
 
-LONG = ["--lr", "1e-3", "--epochs", "40", "--save-every", "7", "--loss", "bnf", "--optimizer", "muon", "--max-tokens", "150",
-        "--eval-every", "10", "--eval-data"]  # fmt: skip
+LONG = [
+    "--lr",
+    "1e-3",
+    "--epochs",
+    "40",
+    "--save-every",
+    "7",
+    "--loss",
+    "bnf",
+    "--optimizer",
+    "muon",
+    "--max-tokens",
+    "150",
+    "--eval-every",
+    "10",
+    "--eval-data",
+]
 
 
 @pytest.fixture(scope="module")
@@ -866,10 +885,14 @@ def test_every_option_of_training_does_something(world, tmp_path):
     without it."""
     assert main(arguments(world, tmp_path / "plain", "--lr", 3e-3)) == 0
     options = {
-        "clip": ["--grad-clip", "1e-3"], "decay": ["--weight-decay", "0.5"],
-        "warm": ["--warmup", "0.9"], "fall": ["--decay", "0.2"],
-        "batch": ["--batch-size", "5"], "own": ["--loss-args", "length=own"], "muon": ["--optimizer", "muon"],
-    }  # fmt: skip
+        "clip": ["--grad-clip", "1e-3"],
+        "decay": ["--weight-decay", "0.5"],
+        "warm": ["--warmup", "0.9"],
+        "fall": ["--decay", "0.2"],
+        "batch": ["--batch-size", "5"],
+        "own": ["--loss-args", "length=own"],
+        "muon": ["--optimizer", "muon"],
+    }
     for name, more in options.items():
         assert main(arguments(world, tmp_path / name, "--lr", 3e-3, *more)) == 0
         assert not same(weights(tmp_path / name), weights(tmp_path / "plain")), name

@@ -146,7 +146,8 @@ def test_every_output_line_stands_under_a_print(page):
         for line in example.source.splitlines():
             if line.strip().startswith("#>"):
                 assert above.endswith(")"), (
-                    f"{page.name}: {line!r} stands under {above!r} (let a print's text be in one line)"
+                    f"{page.name}: {line!r} stands under {above!r} "
+                    "(let a print's text be in one line)"
                 )
             else:
                 above = line.strip()

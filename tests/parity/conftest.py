@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-HEAD = "| family | `model_type` | what is particular | models | logits | greedy tokens | saved and loaded | BNF's gradients |"
+HEAD = (
+    "| family | `model_type` | what is particular | models | logits | greedy tokens "
+    "| saved and loaded | BNF's gradients |"
+)
 REAL = "SmolLM2-135M"
 ROWS = {  # family: (model_type, what is particular)
     "Llama 2": ("llama", "grouped queries; biases where config.json says so"),
@@ -24,7 +27,10 @@ ROWS = {  # family: (model_type, what is particular)
     ),
     REAL: ("llama", "its real weights"),
 }
-NATS = "the log-likelihoods that SmolLM2-135M gives 100 passages of Python's manual, 20 to 400 tokens each, agree to"
+NATS = (
+    "the log-likelihoods that SmolLM2-135M gives 100 passages of Python's manual, "
+    "20 to 400 tokens each, agree to"
+)
 
 found: dict[str, dict] = {}  # family: models, greedy tokens and the largest of each difference
 nats: list[float] = []

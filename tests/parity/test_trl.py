@@ -58,11 +58,20 @@ def llama(folder, seed: int) -> transformers.LlamaForCausalLM:
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=3 + len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=seed % 2 == 0,
-            pad_token_id=1, eos_token_id=2, bos_token_id=None,
+            vocab_size=3 + len(WORDS),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            tie_word_embeddings=seed % 2 == 0,
+            pad_token_id=1,
+            eos_token_id=2,
+            bos_token_id=None,
         )
-    )  # fmt: skip
+    )
     model.save_pretrained(folder)
     return model
 
@@ -99,10 +108,18 @@ def preferences(seed: int, pairs: int = 5) -> list[dict]:
 
 def trainer_of(kind, config, tmp_path, model, rows, reference=None, batch_size=None, **options):
     args = config(
-        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential", max_length=None if reference else 64,
-        per_device_train_batch_size=batch_size or len(rows), **options,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        max_length=None if reference else 64,
+        per_device_train_batch_size=batch_size or len(rows),
+        **options,
+    )
     given = {} if reference is None else {"ref_model": reference}
     data = datasets.Dataset.from_list(rows)
     return kind(model=model, args=args, train_dataset=data, processing_class=words(), **given)
