@@ -95,11 +95,14 @@ class Cache:
             order[place] = row
         source = torch.tensor(order, device=self.length.device)
         target = torch.tensor(free, dtype=torch.int64, device=self.length.device)
-        for stores in (self.keys, self.values):
-            for layer, store in enumerate(stores):
-                if free:
-                    store[target] = store[source[target]]
-                stores[layer] = store[:n]
+
+        def shortened(store: Tensor) -> Tensor:
+            if free:
+                store[target] = store[source[target]]
+            return store[:n]
+
+        self.keys = [shortened(store) for store in self.keys]
+        self.values = [shortened(store) for store in self.values]
         self.length = self.length[source]
         self.longest = int(self.length.max())
         return order

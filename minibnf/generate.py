@@ -286,8 +286,9 @@ def load_for_sampling(directory, device: str, dtype: str):
 def run(args: argparse.Namespace) -> None:
     check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     out, settings_file = Path(args.out), Path(f"{args.out}.settings.json")
-    for file in (out, settings_file):
-        check_output(file, [Path(args.data), Path(args.model)])
+    inputs = [Path(args.data), Path(args.model)]
+    check_output(out, inputs)
+    check_output(settings_file, inputs)
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
     model, tokenizer = load_for_sampling(args.model, args.device, args.dtype)

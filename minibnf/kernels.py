@@ -95,8 +95,9 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x, cos, sin, direction):
     (a, b), (sin_a, sin_b) = x.chunk(2, -1), sin.chunk(2, -1)
     y = x * cos
-    for half, other, s in zip(y.chunk(2, -1), (b, a), (sin_a, sin_b), strict=True):
-        half.add_(other * s, alpha=direction)
+    first, second = y.chunk(2, -1)
+    first.add_(b * sin_a, alpha=direction)
+    second.add_(a * sin_b, alpha=direction)
     return y
 
 

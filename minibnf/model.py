@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return y.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)
 
     def forward(self, x, rotation, sight, cache, kept):
-        q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:

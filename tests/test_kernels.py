@@ -15,7 +15,6 @@ from tests.strategies import FEW
 
 # --------------------------------------------------------------------------------------- products
 
-
 SHAPES = st.sampled_from([(2,), (7,), (1, 5), (2, 3), (1, 1)])
 
 
@@ -31,17 +30,19 @@ def test_a_products_values_and_gradients_are_those_of_float64(shape, n_in, n_out
     g = torch.Generator().manual_seed(seed)
     x, weight, b = (torch.randn(*s, generator=g) for s in ((*shape, n_in), (n_out, n_in), (n_out,)))
     push = torch.randn(*shape, n_out, generator=g)
-    found = []
+
+    def results(product, dtype):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight, b)][: 2 + bias]
+        y = product(*leaves)
+        y.backward(push.to(dtype))
+        with torch.no_grad():
+            torch.testing.assert_close(product(*leaves), y.detach(), rtol=0, atol=0)
+        return [y.detach(), *(t.grad for t in leaves)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "LARGE", 0)
-        for dtype, f in ((torch.float32, linear), (torch.float64, F.linear)):
-            leaves = [t.clone().to(dtype).requires_grad_() for t in (x, weight, b)]
-            y = f(*leaves[: 2 + bias])
-            y.backward(push.to(dtype))
-            with torch.no_grad():
-                torch.testing.assert_close(f(*leaves[: 2 + bias]), y.detach(), rtol=0, atol=0)
-            found.append([y.detach(), *(t.grad for t in leaves[: 2 + bias])])
-    for a, exact in zip(*found, strict=True):
+        found = results(linear, torch.float32)
+    for a, exact in zip(found, results(F.linear, torch.float64), strict=True):
         torch.testing.assert_close(a.double(), exact, rtol=1e-5, atol=1e-4)
 
 
