@@ -1,181 +1,297 @@
 """Who sees whom, and attention by it.
 
-Shapes: B sequences, S positions a sequence, T packed tokens, H query heads, K key/value heads, d head width.
+Shapes: B sequences, S positions per sequence, T packed tokens, H query heads, K key/value heads,
+d head width.
 
-Three ways of attending, told apart by `layout`:
-    None            causal over each of the B sequences
-    list of groups  B = 1: packed groups (prompt length, [response lengths]); a token sees its group's prompt and its own
-                    response up to itself, nothing else
-    Cache           S new tokens a sequence, after what the cache (model.py) holds of it
-
-On a CPU packed groups attend one after another, each with as little masked as may be. On CUDA all of them are one call of
-flex_attention, whose block mask skips what no token sees.
+Each of these classes is made once per forward and window, and attends in all layers of that window:
+    Causal  B sequences; a token sees what stands before it in its sequence, and itself
+    Packed  groups (prompt length, [response lengths]) one after another in one sequence; a token
+            sees its group's prompt and its own response up to itself, nothing else
+    Blocks  the same on CUDA: one call of flex_attention, whose blocks skip what no token sees
+    Cached  S new tokens per sequence, after those whose keys and values a Cache holds
+In layers with a window, a token sees only the last `window` positions, its own among them.
 """
 
-from functools import cache
+from functools import cache as once
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from minibnf.files.config import Config
 from minibnf.machine import to_device
 
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
-LONG = 256  # tokens of a group from which attention by parts pays: most of what a mask would hide is then not computed
+# From this many tokens in a group it pays that its prompt and each response attend by themselves:
+# most of what one mask would hide is then not computed.
+LONG = 256
 
 
-class Part(NamedTuple):
-    """A packed group. Either all its rows attend at once, by a mask of (rows, rows), or None for plain causality; or, where it
-    is long, its prompt does and then each response, to prompt and itself, by a mask of (its rows, prompt + its rows)."""
+class Cache:
+    """Keys and values of what was read: for each layer (B, K, capacity, d), and `length` (B,).
 
-    sizes: list[int]  # rows in all; or of the prompt and of each response
-    masks: list[Tensor | None]
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | list[Part] | BlockMask | None", c: Config
-) -> Tensor:
-    """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d). mask: as masks() makes it."""
-    if isinstance(mask, BlockMask):
-        return attend_flex(q, k, v, mask, c)
-    if isinstance(mask, list):
-        outs, sizes = [], [sum(part.sizes) for part in mask]
-        for part, *group in zip(
-            mask, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True
-        ):
-            queries, keys, values = (x.split(part.sizes, 2) for x in group)
-            for i, (q_, k_, v_, seen) in enumerate(
-                zip(queries, keys, values, part.masks, strict=True)
-            ):
-                if i:  # a response, which sees the prompt too
-                    k_, v_ = torch.cat([keys[0], k_], 2), torch.cat([values[0], v_], 2)
-                outs.append(attend(q_, k_, v_, seen, c))
-        return torch.cat(outs, 2)
-    gqa = q.shape[1] != k.shape[1]
-    if (
-        gqa and q.shape[2] == 1 and mask is not None
-    ):  # a head's queries as its rows: in bfloat16 five times faster on a CPU
-        return attend(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, c).reshape(q.shape)
-    if c.attention_softcap is None:
-        causal = mask is None
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=c.query_scale, enable_gqa=gqa
-        )
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = c.attention_softcap * torch.tanh(
-        q @ k.transpose(2, 3) * c.query_scale / c.attention_softcap
-    )
-    mask = (
-        torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        if mask is None
-        else mask
-    )
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
-
-
-def attention_dtype(x: Tensor, training: bool) -> torch.dtype:
-    """float32 for what training reads in bfloat16 on a CPU, where the backward pass of bfloat16 takes
-    up to twice as long; else x's own. Without gradients too: the reference rounds as the policy does.
+    Row b holds length[b] tokens. `longest` is the maximum of length as a plain number, so that a
+    step need not wait for the device to know it.
     """
-    slow = training and x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return torch.float32 if slow else x.dtype
+
+    def __init__(self, c: Config, rows: int, capacity: int, like: Tensor):
+        """An empty cache of like's dtype, on its device."""
+        shape = (rows, c.num_key_value_heads, capacity, c.head_dim)
+        self.keys = [like.new_zeros(shape) for _ in c.layers]
+        self.values = [like.new_zeros(shape) for _ in c.layers]
+        self.set_lengths([0] * rows)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Row b holds the first lengths[b] tokens of what was written, and nothing after them."""
+        self.length = torch.tensor(lengths, device=self.keys[0].device)
+        self.longest = max(lengths)
+
+    def fill(self, rows: list[list[int]], lengths: list[int], packed) -> None:
+        """Write texts that stand one after another in packed: text i into each row of rows[i].
+
+        packed: for each layer (keys, values), both (1, K, T, d); lengths[i]: the tokens of text i.
+        """
+        for keys, values, (k, v) in zip(self.keys, self.values, packed, strict=True):
+            start = 0
+            for of_text, n in zip(rows, lengths, strict=True):
+                keys[of_text, :, :n] = k[0, :, start : start + n]
+                values[of_text, :, :n] = v[0, :, start : start + n]
+                start += n
+
+    def begin(self, S: int) -> None:
+        """Every layer is about to append S new tokens per row."""
+        row = torch.arange(len(self.length), device=self.length.device)[:, None]
+        column = self.length[:, None] + torch.arange(S, device=self.length.device)
+        self.places = row, slice(None), column  # (B, 1), all heads, (B, S)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, S, d) at each row's end; return all keys and values of the layer."""
+        self.keys[layer][self.places] = k.transpose(1, 2)
+        self.values[layer][self.places] = v.transpose(1, 2)
+        end = self.longest + k.shape[2]
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def advance(self, S: int) -> None:
+        """The S tokens that every layer appended now count as read."""
+        self.length, self.longest = self.length + S, self.longest + S
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all rows but these; return them in their new order.
+
+        The last rows move into the places of dropped ones. Copying all rows whenever one ends
+        would cost more than the matrix products saved.
+        """
+        n = len(rows)
+        free = sorted(set(range(n)) - set(rows))
+        beyond = sorted(row for row in rows if row >= n)
+        order = list(range(n))
+        for place, row in zip(free, beyond, strict=True):
+            order[place] = row
+        source = torch.tensor(order, device=self.length.device)
+        target = torch.tensor(free, dtype=torch.int64, device=self.length.device)
+
+        def shortened(store: Tensor) -> Tensor:
+            if free:
+                store[target] = store[source[target]]
+            return store[:n]
+
+        self.keys = [shortened(store) for store in self.keys]
+        self.values = [shortened(store) for store in self.values]
+        self.length = self.length[source]
+        self.longest = int(self.length.max())
+        return order
 
 
-def masks(layout, S: int, window: int | None, device) -> "Tensor | list[Part] | BlockMask | None":
-    """Who sees whom in layers of this window, made once a forward: True where a row may look at a column, None where that is
-    plain causality; (S, S) for sequences, (B, 1, S, all columns) with a Cache; for packed groups parts, or a block mask."""
-    if isinstance(layout, list):
-        on_cpu = torch.device(device).type == "cpu"
-        return (
-            [_part(group, window, device) for group in layout]
-            if on_cpu
-            else block_mask(layout, window, device)
+# -------------------------------------------------------------------------------- the three sights
+
+
+def sights(
+    c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None, precise: bool
+) -> dict:
+    """{window: who sees whom} for each window of the layers, in a forward of x (B, S, D).
+
+    precise: packed groups attend in float32 where x is bfloat16 on a CPU.
+    """
+    made, S, on_cpu = {}, x.shape[1], x.device.type == "cpu"
+    for window in {layer.window for layer in c.layers}:
+        if cache is not None:
+            made[window] = Cached(c, cache, S, window, x.dtype)
+        elif groups is None:
+            made[window] = Causal(c, S, window, x.dtype, x.device)
+        elif on_cpu:
+            wide = precise and x.dtype == torch.bfloat16
+            made[window] = Packed(c, groups, window, torch.float32 if wide else x.dtype)
+        else:
+            made[window] = Blocks(c, groups, window, x.device)
+    return made
+
+
+class Causal:
+    """Attention within each of B sequences of S positions."""
+
+    def __init__(self, c: Config, S: int, window: int | None, dtype: torch.dtype, device):
+        self.c, self.mask = c, None
+        if window is not None and S > window:
+            place = torch.arange(S, device=device)
+            self.mask = additive(_within(place[:, None], place, window), dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.mask, self.c)
+
+
+class Cached:
+    """Attention of S new tokens per sequence over what a cache holds of it, and themselves."""
+
+    def __init__(self, c: Config, cache: Cache, S: int, window: int | None, dtype: torch.dtype):
+        place = torch.arange(cache.longest + S, device=cache.length.device)
+        row = (cache.length[:, None] + place[:S])[:, :, None]  # (B, S, 1)
+        self.c, self.mask = c, additive(_within(row, place, window)[:, None], dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.mask, self.c)
+
+
+class Piece(NamedTuple):
+    """Rows that attend together, to themselves and to the prompt that stands in another piece.
+
+    A short group is one piece; of a long one, the prompt and each response are.
+    """
+
+    rows: int
+    prompt: int | None  # the index of that other piece
+    mask: Tensor | None  # (rows, prompt's rows + rows); None for plain causality
+
+
+class Packed:
+    """Attention within packed groups, piece by piece, computed in `dtype`."""
+
+    def __init__(self, c: Config, groups: list[Group], window: int | None, dtype: torch.dtype):
+        self.c, self.dtype, self.pieces = c, dtype, []
+        for prompt, responses in groups:
+            rows = prompt + sum(responses)
+            if len(responses) < 2 or rows < LONG or (window is not None and rows > window):
+                mask = _group_mask((prompt, responses), window, dtype)
+                self.pieces.append(Piece(rows, None, mask))
+                continue
+            first = len(self.pieces)
+            self.pieces.append(Piece(prompt, None, None))
+            for n in responses:
+                if n:  # a response of one token is predicted and not read
+                    seen = torch.ones(n, prompt + n, dtype=torch.bool).tril(prompt)
+                    self.pieces.append(Piece(n, first, additive(seen, dtype)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = [piece.rows for piece in self.pieces]
+        queries, keys, values = (x.to(self.dtype).split(rows, 2) for x in (q, k, v))
+        outs = []
+        for i, (_, prompt, mask) in enumerate(self.pieces):
+            k_seen, v_seen = keys[i], values[i]
+            if prompt is not None:
+                k_seen = torch.cat([keys[prompt], k_seen], 2)
+                v_seen = torch.cat([values[prompt], v_seen], 2)
+            outs.append(attention(queries[i], k_seen, v_seen, mask, self.c))
+        return torch.cat(outs, 2).to(q.dtype)
+
+
+class Blocks:
+    """Attention within packed groups by flex_attention.
+
+    It is compiled where there is a GPU. Without one it runs eagerly, forward alone (tests).
+    """
+
+    def __init__(self, c: Config, groups: list[Group], window: int | None, device):
+        T = sum(prompt + sum(responses) for prompt, responses in groups)
+        sees = _rule(groups, window, device)
+        self.c, self.mask = c, create_block_mask(sees, None, None, T, T, device=device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def capped(score, *_place):
+            return softcap(score, self.c.attention_softcap)
+
+        change = None if self.c.attention_softcap is None else capped
+        shared = q.shape[1] != k.shape[1]
+        return _flex(q.is_cuda)(q, k, v, change, self.mask, self.c.query_scale, shared)
+
+
+@once
+def _flex(compiled: bool):
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+# --------------------------------------------------------------------------------- what they share
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, c: Config) -> Tensor:
+    """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
+
+    mask: 0 where a row may look at a column and -inf elsewhere, broadcast to (B, H, T, S); None
+    for plain causality, T = S.
+    """
+    shared = q.shape[1] != k.shape[1]
+    if shared and q.shape[2] == 1 and mask is not None:
+        # the queries that share a key head as its rows: in bfloat16 five times faster on a CPU
+        rows = q.view(len(q), k.shape[1], -1, q.shape[3])
+        return attention(rows, k, v, mask, c).reshape(q.shape)
+    if c.attention_softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=c.query_scale, enable_gqa=shared
         )
-    if layout is None:
-        position = torch.arange(S, device=device)
-        if window is None or S <= window:
-            return None
-        return (position <= position[:, None]) & (position > position[:, None] - window)
-    position = torch.arange(layout.longest + S, device=device)
-    row = (layout.length[:, None] + position[:S])[:, :, None]  # (B, S, 1)
-    seen = position <= row if window is None else (position <= row) & (position > row - window)
-    return seen[:, None]
+    if mask is None:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = additive(seen, q.dtype)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = softcap(q @ k.transpose(2, 3) * c.query_scale, c.attention_softcap) + mask
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide).to(q.dtype) @ v
 
 
-def _part(group: Group, window: int | None, device) -> Part:
+def softcap(z: Tensor, cap: float | None) -> Tensor:
+    """cap tanh(z / cap), Gemma-2's bound of scores and of logits; z itself without a cap."""
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where seen is True and -inf elsewhere: made once, not anew in every layer."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _within(row: Tensor, column: Tensor, window: int | None) -> Tensor:
+    """True where the column is not after the row, and among its last `window` ones."""
+    seen = column <= row
+    return seen if window is None else seen & (column > row - window)
+
+
+def _group_mask(group: Group, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    """(rows, rows): who sees whom in one group; None for plain causality."""
     prompt, responses = group
-    size = prompt + sum(responses)
-    if len(responses) < 2 or size < LONG or (window is not None and size > window):
-        return Part([size], [_group_mask(prompt, responses, window, device)])
-    read = [n for n in responses if n]  # a response of one token is predicted and not read
-    causal = [torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt) for n in read]
-    return Part([prompt, *read], [None, *causal])
-
-
-def _group_mask(prompt: int, responses: list[int], window: int | None, device) -> Tensor | None:
-    """(S, S): row i sees column j if j is not after i, in the prompt or in i's own response, and within the window."""
-    size = prompt + sum(responses)
-    if len(responses) < 2 and (window is None or size <= window):
+    rows = prompt + sum(responses)
+    if len(responses) < 2 and (window is None or rows <= window):
         return None
-    part = torch.repeat_interleave(
-        torch.tensor([prompt, *responses])
-    )  # 0 for the prompt, then 1, 2, ...
-    mask = ((part[:, None] == part) | (part == 0)).tril()
-    if window is not None:
-        position = torch.cat(
-            [torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in responses)]
-        )
-        mask &= position > position[:, None] - window
-    return mask.to(device)
+    place = torch.arange(rows)
+    return additive(_rule([group], window, "cpu")(None, None, place[:, None], place), dtype)
 
 
-def additive(mask, dtype: torch.dtype):
-    """0 where a mask of masks() is True and -inf elsewhere, as scaled_dot_product_attention would make it in every layer."""
-    if isinstance(mask, list):
-        return [part._replace(masks=[additive(m, dtype) for m in part.masks]) for part in mask]
-    return (
-        torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-        if isinstance(mask, Tensor)
-        else mask
-    )
+def _rule(groups: list[Group], window: int | None, device):
+    """sees(batch, head, i, j): may packed token i look at packed token j?"""
+    parts = torch.tensor([
+        (g, part, n, prompt if part else 0)  # part 0 is the prompt; n tokens from this position on
+        for g, (prompt, responses) in enumerate(groups)
+        for part, n in enumerate([prompt, *responses])
+    ])  # fmt: skip
+    sizes, start = parts[:, 2], parts[:, 3]
+    shift = start - (sizes.cumsum(0) - sizes)  # from a token's place to its position
+    group, part, shift = (x.repeat_interleave(sizes) for x in (parts[:, 0], parts[:, 1], shift))
+    position = torch.arange(len(group)) + shift
+    group, part, position = to_device(torch.stack([group, part, position]), device)
 
-
-def block_mask(layout: list[Group], window: int | None, device) -> BlockMask:
-    """Who sees whom among packed groups, for flex_attention: a rule of two places, and the blocks where it holds at all."""
-    lengths = [
-        (g, part, n)
-        for g, (prompt, ns) in enumerate(layout)
-        for part, n in enumerate([prompt, *ns])
-    ]
-    sizes = torch.tensor([n for *_, n in lengths])
-    starts = [0 if p == 0 else layout[g][0] for g, p, _ in lengths]
-    position = torch.cat(
-        [torch.arange(at, at + n) for at, (*_, n) in zip(starts, lengths, strict=True)]
-    )
-    spread = lambda values: torch.tensor(values).repeat_interleave(sizes)
-    places = torch.stack(
-        [spread([g for g, *_ in lengths]), spread([p for _, p, _ in lengths]), position]
-    )
-    group, part, position = to_device(places, device)
-
-    def sees(_b, _h, i, j):
+    def sees(_batch, _head, i, j):
         own = (group[i] == group[j]) & ((part[j] == 0) | (part[i] == part[j])) & (i >= j)
         return own if window is None else own & (position[i] - position[j] < window)
 
-    return create_block_mask(sees, None, None, len(group), len(group), device=device)
-
-
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, c: Config) -> Tensor:
-    """attend's result by flex_attention, compiled where there is a GPU; without one it runs eagerly, forward alone (tests)."""
-    cap = c.attention_softcap
-    capped = None if cap is None else lambda score, *_: cap * torch.tanh(score / cap)
-    return _flex(q.is_cuda)(q, k, v, capped, mask, c.query_scale, q.shape[1] != k.shape[1])
-
-
-@cache
-def _flex(compiled: bool):
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    return sees

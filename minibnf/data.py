@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many tokens the model reads: nothing follows the last one of a response, so it is predicted but not read."""
+        """How many tokens the model reads: a response's last one is predicted but not read."""
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
 
     @property
@@ -60,14 +60,15 @@ def pairs_of(examples: list[Example]) -> Tensor:
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------- reading
 
 
 def read_examples(
     path, tokenizer, max_length: int, overlong: str = "error", notes: Notes | None = None
 ) -> tuple[list[Example], Counter]:
-    """The rows of a file (see rows.py) as tokens; how many were "truncated", "skipped", of no use.
+    """The rows of a file (see rows.py) as tokens, and counts of those that needed something.
 
+    The counts: how many were "truncated" or "skipped", or have twice the same response.
     max_length: the most tokens of a prompt with one response (the model's context). overlong: what
     to do with more: "error", "truncate" (the response loses its end) or "skip". notes gathers what
     a person should know of the rows.
@@ -130,7 +131,7 @@ def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]
 def tokenise(
     tokenizer, prompt, completion, where, field: str, variables: dict
 ) -> tuple[list[int], list[int]]:
-    """-> the ids of prompt and response, [] for an empty response. variables: of the template."""
+    """The ids of prompt and response, [] for an empty response. variables: of the template."""
     try:
         with _named(where, field):
             return _tokenise(tokenizer, prompt, completion, variables)
@@ -149,7 +150,10 @@ def _tokenise(tokenizer, prompt, completion, variables: dict) -> tuple[list[int]
 
 
 def encode_prompt(tokenizer, prompt, where, variables: dict) -> list[int]:
-    """A text as it stands, or messages up to where the model's answer begins; ValueError names where and field."""
+    """The ids of a text as it stands, or of messages up to where the model's answer begins.
+
+    A ValueError names where and the field.
+    """
     with _named(where, "prompt"):
         if isinstance(prompt, str):
             return tokenizer.encode_text(prompt)
@@ -158,7 +162,7 @@ def encode_prompt(tokenizer, prompt, where, variables: dict) -> list[int]:
 
 
 def _check_calls(tokenizer, messages: list[dict]):
-    """ValueError for a message that says nothing but a call of a tool, to a template without."""
+    """ValueError for a message that only calls a tool, where the template knows no calls."""
     for message in messages:
         lost = message.get("tool_calls") and not message.get("content")
         if lost and "tool_calls" not in (tokenizer.source or ""):
@@ -170,26 +174,22 @@ def _check_calls(tokenizer, messages: list[dict]):
 
 @contextmanager
 def _named(where: str, field: str):
-    """A tokenizer's errors, and its warnings of what it cannot spell and would leave out: a ValueError that names the place."""
+    """A tokenizer's errors, and its warnings of what it would leave out, as one ValueError.
+
+    It names the place and the field.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         try:
             yield
-        except (
-            ValueError,
-            RuntimeError,
-            UserWarning,
-        ) as error:  # RuntimeError: sentencepiece, of text that is no Unicode
-            what = (
-                "text that is not valid Unicode"
-                if isinstance(error, (UnicodeError, RuntimeError))
-                else error
-            )
-            raise ValueError(f"{where}, field '{field}': {what}") from None
+        except (UnicodeError, RuntimeError):  # RuntimeError: sentencepiece's word for it
+            raise ValueError(f"{where}, field '{field}': text that is not valid Unicode") from None
+        except (ValueError, UserWarning) as error:
+            raise ValueError(f"{where}, field '{field}': {error}") from None
 
 
 def digest(examples: list[Example]) -> str:
-    """A fingerprint of the tokens and labels, for telling whether something cached still belongs to them."""
+    """A fingerprint of the tokens and labels, which tells whether a cache still belongs to them."""
     what = [(e.prompt, e.responses, e.preferred, e.pairs) for e in examples]
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
@@ -197,13 +197,12 @@ def digest(examples: list[Example]) -> str:
 def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     """A permutation of 0..n-1 that depends on seed and epoch alone."""
     number = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7]
-    return torch.randperm(
-        n, generator=torch.Generator().manual_seed(int.from_bytes(number))
-    ).tolist()
+    generator = torch.Generator().manual_seed(int.from_bytes(number))
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Example], int]:
-    """For each example, its prompt with responses to another prompt; and how many found only equals.
+    """For each example, its prompt with responses to another prompt; how many are no other ones.
 
     They come from the next example (cyclically) that has another prompt and a response that is not
     also one's own (a rephrased question may share some) and fits into max_length, the model's
@@ -211,36 +210,50 @@ def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Exa
     own, as where every rejected answer is "No.", the next that fits is taken all the same, and
     counted. KTO estimates its reference point from these. Raises ValueError where nothing fits.
     """
-    n, found, equals = len(examples), [], 0
+    found, equals = [], 0
     answers = {response for e in examples for response in e.responses}
     next_prompt = _next_different([e.prompt for e in examples])
     next_answers = _next_different([frozenset(e.responses) for e in examples])
     for i, example in enumerate(examples):
-        room, own, match, new = max_length - len(example.prompt), set(example.responses), None, []
-        j = next_prompt[i]
-        while j < i + n and not new:
-            other, jump = examples[j % n], next_prompt
-            if other.prompt != example.prompt:
-                jump = next_answers  # rows with the same responses would do no better
-                fits = [k for k, response in enumerate(other.responses) if len(response) <= room]
-                new = [k for k in fits if other.responses[k] not in own or own == answers]
-                if new or (fits and match is None):
-                    match = other, new or fits
-            j += jump[j % n] - j % n
-        if match is None:
+        room = max_length - len(example.prompt)
+        other, kept, equal = _mismatch(examples, i, room, answers, next_prompt, next_answers)
+        if other is None:
             lacks = f"and none fits into the {max_length} tokens that the model reads"
-            if next_prompt[i] >= i + n:
+            if next_prompt[i] >= i + len(examples):
                 lacks = "and all rows here have one prompt"
             raise ValueError(
                 f"{path}, {example.place}: kto compares with a response to another prompt, {lacks}"
             )
-        other, kept = match
-        responses, preferred = (
-            tuple(x[k] for k in kept) for x in (other.responses, other.preferred)
-        )
+        responses = tuple(other.responses[k] for k in kept)
+        preferred = tuple(other.preferred[k] for k in kept)
         found.append(example._replace(responses=responses, preferred=preferred, pairs=()))
-        equals += not new or own == answers
+        equals += equal
     return found, equals
+
+
+def _mismatch(
+    examples, i: int, room: int, answers: set, next_prompt: list[int], next_answers: list[int]
+) -> tuple[Example | None, list[int], bool]:
+    """The example whose responses i gets, which of them, and whether they equal i's own ones.
+
+    answers: the responses of all examples; the lists: see _next_different.
+    """
+    n, own, best = len(examples), set(examples[i].responses), (None, [], False)
+    j = next_prompt[i]
+    while j < i + n:
+        other, following = examples[j % n], next_prompt
+        if other.prompt != examples[i].prompt:
+            following = next_answers  # rows with the same responses would do no better
+            fits = [k for k, response in enumerate(other.responses) if len(response) <= room]
+            new = [k for k in fits if other.responses[k] not in own]
+            if new:
+                return other, new, False
+            if fits and best[0] is None:
+                best = other, fits, True
+                if own == answers:  # nobody has another response
+                    return best
+        j += following[j % n] - j % n
+    return best
 
 
 def _next_different(values: list) -> list[int]:

@@ -1,14 +1,14 @@
-"""Faster ways to do what model.py and logprob.py say: products, the rotary turn, the gated MLP.
+"""Faster ways to do what model.py and logprob.py say: products, rotation, the gated MLP.
 
-Products. On a CPU PyTorch multiplies float32 matrices by MKL, which keeps AMD's processors to narrow
-instructions; oneDNN, which PyTorch uses for bfloat16, ships with it too and multiplies float32 as
-fast as the processor can. On an AMD EPYC with AVX-512 it took 0.4 to 0.5 of MKL's time from 500 rows
-on, and 0.7 to 0.8 at 32. Smaller matrices than LARGE would gain too; they are left to MKL so that
-weights/tiny, which was pretrained so, can be made again bit for bit.
+Products. On a CPU PyTorch multiplies float32 matrices by MKL, which keeps AMD's processors to
+narrow instructions. oneDNN, which PyTorch ships too and uses for bfloat16, multiplies float32 as
+fast as the processor can. On an AMD EPYC with AVX-512 it took 0.4 to 0.5 of MKL's time from 500
+rows on, and 0.7 to 0.8 at 32. Matrices smaller than LARGE would gain too; they are left to MKL so
+that weights/tiny, which was pretrained so, can be made again bit for bit.
 
-Turn and MLP, each with its gradient by hand. PyTorch's autograd would keep every intermediate
-result. Here each function keeps its inputs alone, and makes the rest again, element by element, when
-its gradient is asked for. Every step rounds as autograd's own would, so that no number changes.
+Rotation and MLP, each with its gradient by hand. PyTorch's autograd would keep every intermediate
+result. Here each function keeps only its inputs, and makes the rest again, element by element,
+when its gradient is asked for. Every step rounds as autograd's own would, so no number changes.
 """
 
 import torch
@@ -22,15 +22,9 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), with gradients in all three."""
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    ):
-        return (
-            _Linear.apply(x, weight, bias)
-            if _by_onednn(x, weight.numel())
-            else F.linear(x, weight, bias)
-        )
-    return product(x, weight, bias)
+    if not _by_onednn(x, weight.numel()):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,38 +71,49 @@ class _Linear(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) of x (B, heads, S, d) by its position's angle; cos, sin (B, 1, S, d), the first half of
-    sin negated. Its gradient is the turn back."""
+    """Rotate each pair (x_i, x_{i + d/2}) of x (B, heads, S, d) by its position's angle.
+
+    cos, sin: (B, 1, S, d), the first half of sin negated.
+    """
     return _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
+    """The gradient is rotated back."""
+
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _rotated(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        return _turn(g, *ctx.saved_tensors, -1), None, None
+        return _rotated(g, *ctx.saved_tensors, -1), None, None
 
 
-def _turn(x, cos, sin, direction):
+def _rotated(x, cos, sin, direction):
     (a, b), (sin_a, sin_b) = x.chunk(2, -1), sin.chunk(2, -1)
     y = x * cos
-    for half, other, s in zip(y.chunk(2, -1), (b, a), (sin_a, sin_b), strict=True):
-        half.add_(other * s, alpha=direction)
+    first, second = y.chunk(2, -1)
+    first.add_(b * sin_a, alpha=direction)
+    second.add_(a * sin_b, alpha=direction)
     return y
 
 
 def gated(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """(act(gate) * up) W^T + b, the end of a gated MLP: gate, up (..., I), W (D, I) -> (..., D); act GELU by tanh, or SiLU."""
+    """(act(gate) * up) W^T + b, the end of a gated MLP, act GELU by tanh or SiLU.
+
+    gate, up (..., I), W (D, I), b (D,) or None -> (..., D).
+    """
     return _Gated.apply(gate, up, weight, bias, gelu)
 
 
 class _Gated(torch.autograd.Function):
-    """With h = act(gate) * up and g = dL/dy: dL/dh = g W, dL/dW = g^T h, dL/dup = dh act(gate), dL/dgate = dh up act'(gate)."""
+    """y = h W^T + b with h = act(gate) * up.
+
+    With g = dL/dy: dL/dh = g W, dL/dW = g^T h, dL/dup = dh act(gate), dL/dgate = dh up act'(gate).
+    """
 
     @staticmethod
     def forward(ctx, gate, up, weight, bias, gelu):

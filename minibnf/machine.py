@@ -11,32 +11,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def resolve_device_and_dtype(
     device: str, dtype: str, parameters: int
 ) -> tuple[torch.device, torch.dtype]:
+    """What --device and --dtype name, or where they are "auto" what suits so many parameters.
+
+    Automatic is CUDA where there is one; and bfloat16 where the device has matrix units for it
+    and the model has more than 20 million parameters.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
-    device = (
-        "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        cuda = device == "cuda"
-        units = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if cuda
-            else torch.cpu._is_avx512_bf16_supported()
-        )
+        if device == "cuda":
+            units = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            units = torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if units and parameters > 20e6 else "float32"
     return torch.device(device), DTYPES[dtype]
 
 
 def to_device(x: Tensor, device) -> Tensor:
-    """From pinned memory, so that nothing waits for the copy."""
-    return (
-        x
-        if x.device.type == torch.device(device).type
-        else x.pin_memory().to(device, non_blocking=True)
-    )
+    """x on the device, copied from pinned memory, so that nothing waits for the copy."""
+    if x.device.type == torch.device(device).type:
+        return x
+    return x.pin_memory().to(device, non_blocking=True)
 
 
-OUT_OF_MEMORY = (  # what the text of a RuntimeError says where PyTorch has no class for it
+# what the text of a RuntimeError says where PyTorch has no class for it
+OUT_OF_MEMORY = (
     "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
@@ -52,7 +53,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_advice(advice: str):
-    """Where memory runs out within, a MemoryError of one line that says what to do about it."""
+    """Where memory runs out within, raise a MemoryError of one line that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

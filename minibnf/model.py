@@ -1,12 +1,13 @@
-"""The Transformer by hand: RMSNorm, rotary positions, grouped-query attention, gated MLP, tied embeddings, KV cache.
+"""The Transformer by hand: RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-Shapes: B sequences, S positions a sequence, D width, H query heads, K key/value heads, d head width, V vocabulary.
-Module names are the checkpoint's tensor names (`model.layers.0.self_attn.q_proj.weight`), so loading is a strict
-state-dict load. Parameters are kept in their own dtype (float32 masters in training) and cast where they are used, so
-that computing in bfloat16 leaves float32 gradients behind.
+Shapes: B sequences, S positions per sequence, D width, H query heads, K key/value heads, d head
+width, V vocabulary. Module names are the checkpoint's tensor names
+(`model.layers.0.self_attn.q_proj.weight`), so loading is a strict state-dict load. Parameters are
+kept in their own dtype (float32 masters in training) and cast where they are used, so that
+computing in bfloat16 leaves float32 gradients behind.
 
-Who sees whom is decided in attention.py from a forward's `layout`: None for sequences, groups of prompt and responses for
-packed tokens, a Cache for new tokens after those it holds.
+Who sees whom is decided in attention.py: B sequences by themselves; packed `groups` of a prompt and
+its responses; or new tokens after those that a `cache` holds.
 """
 
 import math
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minibnf.attention import Group, additive, attend, attention_dtype, masks
+from minibnf.attention import Cache, Group, sights, softcap
 from minibnf.files.config import Config, Rope, read_config
 from minibnf.files.disk import replacing, write_json
 from minibnf.files.safetensors import FLOATS, Stored, headers, tensors_of, write_sharded
 from minibnf.kernels import gated, linear, rotate
+
+EMBEDDING = "model.embed_tokens.weight"  # its name in a checkpoint
 
 
 class Linear(nn.Module):
@@ -42,7 +45,10 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight, the statistics in float32 or wider; Gemma multiplies by 1 + weight, there too."""
+    """x / sqrt(mean(x²) + eps) * weight, the statistics in float32 or wider.
+
+    Gemma multiplies by 1 + weight instead, in float32 too.
+    """
 
     def __init__(self, n: int, c: Config):
         super().__init__()
@@ -57,15 +63,17 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., d) of positions (...): the angle of the pair (i, i + d/2) is position * theta^(-2i/d). The first
-    half of sin has a minus, for rotate()."""
+    """cos and sin (..., d) of positions (...), for kernels.rotate.
+
+    The pair (i, i + d/2) turns by position * theta^(-2i/d). The first half of sin is negated.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    # as transformers writes it, so that float32 rounds alike: SmolLM2's logits are then equal bit for bit
-    frequency = 1.0 / rope.theta ** (
-        torch.arange(0, d, 2, device=positions.device, dtype=wide) / d
-    )  # (d/2,)
+    # written as in transformers, so that float32 rounds alike: SmolLM2's logits are its very bits
+    exponent = torch.arange(0, d, 2, device=positions.device, dtype=wide) / d  # (d/2,)
+    frequency = 1.0 / rope.theta**exponent
     if rope.llama3 is not None:
-        # Llama 3: waves longer than context/low are slowed by factor, those shorter than context/high kept, the rest mixed
+        # Llama 3 slows waves longer than context/low by factor, keeps those shorter than
+        # context/high, and mixes the two in between
         factor, low, high, context = rope.llama3
         mix = ((context / (2 * math.pi / frequency) - low) / (high - low)).clamp(0, 1)
         frequency = (1 - mix) * frequency / factor + mix * frequency
@@ -74,55 +82,9 @@ def rotary(positions: Tensor, d: int, rope: Rope, dtype: torch.dtype) -> tuple[T
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-class Cache:
-    """Keys and values of what was read so far: per layer (B, K, capacity, d), filled to `length` (B,) tokens a row.
-
-    `longest` is length's maximum as a plain number, so that a step need not wait for the device to know it.
-    """
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], length: Tensor, longest: int):
-        self.keys, self.values, self.length, self.longest = keys, values, length, longest
-
-    def begin(self, S: int):
-        """S new tokens a row are about to be appended, layer by layer."""
-        count = lambda n: torch.arange(n, device=self.length.device)
-        self.places = (
-            count(len(self.length))[:, None],
-            slice(None),
-            self.length[:, None] + count(S),
-        )  # (B, 1), all heads, (B, S)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put S new tokens a row, k and v (B, K, S, d), at each row's end; return all keys and values."""
-        self.keys[layer][self.places] = k.transpose(1, 2)
-        self.values[layer][self.places] = v.transpose(1, 2)
-        end = self.longest + k.shape[2]
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def advance(self, S: int):
-        """The S tokens that every layer appended now belong to what was read."""
-        self.length, self.longest = self.length + S, self.longest + S
-
-    def keep(self, rows: list[int]) -> list[int]:
-        """Go on with these rows alone, in the order returned: the last ones move into the places that became free, for to copy
-        them all, each time that one ends, would cost more than their products."""
-        n, device = len(rows), self.length.device
-        free, moved = sorted(set(range(n)) - set(rows)), sorted(set(rows) - set(range(n)))
-        order = list(range(n))
-        for place, row in zip(free, moved, strict=True):
-            order[place] = row
-        to, of = (torch.tensor(x, dtype=torch.int64, device=device) for x in (free, moved))
-        for stores in (self.keys, self.values):
-            for layer, store in enumerate(stores):
-                if free:
-                    store[to] = store[of]
-                stores[layer] = store[:n]
-        self.length = self.length[torch.tensor(order, dtype=torch.int64, device=device)]
-        self.longest = int(self.length.max())
-        return order
-
-
 class Attention(nn.Module):
+    """Grouped-query attention: H query heads, of which H/K share a key and a value head."""
+
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.c, self.layer = c, layer
@@ -133,20 +95,21 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c), RMSNorm(c.head_dim, c)
 
-    def forward(self, x, turn, mask, cache, keep, number=None):
-        heads = lambda y: y.unflatten(-1, (-1, self.c.head_dim)).transpose(
-            1, 2
-        )  # (B, S, n d) -> (B, n, S, d)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+    def heads(self, y):
+        """(B, S, n d) -> (B, n, S, d)"""
+        return y.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)
+
+    def forward(self, x, rotation, sight, cache, kept):
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
-        if keep is not None:
-            keep.append((k, v))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if kept is not None:
+            kept.append((k, v))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attend(*(z.to(number or x.dtype) for z in (q, k, v)), mask, self.c).to(x.dtype)
+        y = sight.attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
@@ -165,16 +128,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the stream; Gemma also norms what is added."""
+    """Attention and MLP, each behind a norm and added to the stream.
+
+    Gemma also norms what is added.
+    """
 
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.gemma = c.gemma
         self.self_attn, self.mlp = Attention(c, layer), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = (
-            RMSNorm(c.hidden_size, c),
-            RMSNorm(c.hidden_size, c),
-        )
+        self.input_layernorm = RMSNorm(c.hidden_size, c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
         if c.gemma:
             self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
@@ -188,14 +152,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def layer_kinds(c: Config) -> set:
-    """The distinct (window, rope) of the layers: one mask and one rotation each."""
-    return {(layer.window, layer.rope) for layer in c.layers}
-
-
 class Transformer(nn.Module):
-    """A decoder of one of config.py's families. `raw` is the config.json it came from, kept for saving. With `recompute`, a
-    backward pass keeps each layer's input alone and runs the layer again for its gradient: a third more work, far less memory.
+    """A decoder of one of config.py's families; `raw` is its config.json, kept for saving.
+
+    With `recompute`, the forward keeps only each layer's input, and the backward pass runs the
+    layer again: a third more work, far less memory.
     """
 
     def __init__(self, config: Config, raw: dict):
@@ -203,9 +164,8 @@ class Transformer(nn.Module):
         self.config, self.raw, self.recompute = config, raw, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Module()
-        self.model.embed_tokens.weight = nn.Parameter(
-            torch.empty(config.vocab_size, config.hidden_size)
-        )
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens.weight = nn.Parameter(embedding)
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
@@ -213,50 +173,45 @@ class Transformer(nn.Module):
 
     @property
     def unembed(self) -> Tensor:
-        """(V, D): the matrix that turns hidden states into logits; the embedding itself where they are tied."""
-        return (
-            self.model.embed_tokens.weight
-            if self.config.tie_word_embeddings
-            else self.lm_head.weight
-        )
+        """(V, D): turns hidden states into logits; the embedding itself where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        layout: "list[Group] | Cache | None" = None,
+        groups: list[Group] | None = None,
+        cache: Cache | None = None,
         *,
         dtype: torch.dtype | None = None,
-        keep: list | None = None,
+        kept: list | None = None,
         head: Callable | None = None,
     ):
-        """tokens (B, S) -> logits (B, S, V), or whatever head(hidden (B, S, D), unembed (V, D)) returns.
+        """tokens (B, S) -> logits (B, S, V), or head(hidden (B, S, D), unembed (V, D)).
 
-        positions (B, S): by default 0..S-1.  layout: who sees whom, see above.  dtype: what to compute in, by default
-        the parameters' own.  keep: a list to which each layer's (keys, values) are appended, for a Cache.
-        head runs inside this forward, so that a sharded unembedding is gathered when it is used.
+        positions (B, S): by default 0..S-1. groups: the tokens are packed so, B = 1. cache: the
+        tokens continue what it holds. dtype: what to compute in, by default the parameters' own.
+        kept: a list that gets each layer's (keys, values), for Cache.fill. head runs inside this
+        forward, so that a sharded unembedding is gathered when it is used.
         """
         c, embedding = self.config, self.model.embed_tokens.weight
         x = F.embedding(tokens, embedding).to(dtype or embedding.dtype)  # (B, S, D)
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if c.gemma:
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
-        turns = {
-            rope: rotary(positions[:, None], c.head_dim, rope, x.dtype)
-            for _, rope in layer_kinds(c)
-            if rope
-        }  # (B,1,S,d)
-        seen = {window: masks(layout, x.shape[1], window, x.device) for window, _ in layer_kinds(c)}
-        cache = layout if isinstance(layout, Cache) else None
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        rotations = {None: None}
+        for rope in {layer.rope for layer in c.layers if layer.rope}:
+            rotations[rope] = rotary(positions[:, None], c.head_dim, rope, x.dtype)  # (B, 1, S, d)
+        # Training attends in float32 on a CPU, where the backward pass of bfloat16 takes up to
+        # twice as long. The reference, which has no backward pass, does so too and rounds alike.
+        sight_of = sights(c, x, groups, cache, precise=kept is None)
         if cache is not None:
-            cache.begin(x.shape[1])
-        number = attention_dtype(x, training=isinstance(layout, list) and keep is None)
-        if c.attention_softcap is None:
-            seen = {window: additive(mask, number) for window, mask in seen.items()}
+            cache.begin(tokens.shape[1])
+        again = self.recompute and torch.is_grad_enabled()
         for layer, block in zip(c.layers, self.model.layers, strict=True):
-            inputs = x, turns.get(layer.rope), seen[layer.window], cache, keep, number
-            again = self.recompute and torch.is_grad_enabled()
+            inputs = x, rotations[layer.rope], sight_of[layer.window], cache, kept
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         x = self.model.norm(x)
         if cache is not None:
@@ -265,27 +220,27 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor, unembed: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V), with Gemma-2's soft cap."""
-        z, cap = linear(x, unembed.to(x.dtype)), self.config.final_softcap
-        return z if cap is None else cap * torch.tanh(z / cap)
+        return softcap(linear(x, unembed.to(x.dtype)), self.config.final_softcap)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Transformer":
-        """Fresh weights: normal with deviation 0.02, the residual outputs' smaller by sqrt(2 layers) (GPT-2)."""
+        """Fresh weights as GPT-2's: normal with deviation 0.02, biases 0, norms neutral.
+
+        The two matrices that write to the stream get 0.02 / sqrt(2 layers).
+        """
         generator = torch.Generator().manual_seed(seed)
+        narrow = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.named_parameters():
-            if p.dim() == 1:  # biases 0, norms neutral
+            if p.dim() == 1:
                 p.fill_(0.0 if name.endswith(".bias") or self.config.gemma else 1.0)
-                continue
-            shrink = (
-                math.sqrt(2 * self.config.num_hidden_layers)
-                if name.endswith(("o_proj.weight", "down_proj.weight"))
-                else 1
-            )
-            p.copy_(torch.empty(p.shape).normal_(0, 0.02 / shrink, generator=generator))
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                fresh_p = torch.empty(p.shape)
+                p.copy_(fresh_p.normal_(0, narrow if writes else 0.02, generator=generator))
         return self
 
 
-# ---------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------ checkpoints
 
 
 def load(
@@ -293,15 +248,13 @@ def load(
 ) -> Transformer:
     """A Transformer from a checkpoint directory; dtype by default as stored.
 
-    Raises ValueError for a tensor that is missing, unexpected or of another shape than config.json says.
+    Raises ValueError for a tensor that is missing, unexpected or not of config.json's shape.
     """
     config, raw = read_config(directory)
     with torch.device("meta"):
         model = Transformer(config, raw)
-    state = {
-        name: tensor.to(device=device, dtype=dtype)
-        for name, tensor in tensors_of(tensors_stored(directory, model))
-    }
+    stored = tensors_of(tensors_stored(directory, model))
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in stored}
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
@@ -313,36 +266,37 @@ def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str
     nevertheless. Rotary frequencies, which old files hold, are passed over: config.json decides
     them. Raises as load does.
     """
-    wanted, found = {name: tuple(p.shape) for name, p in model.named_parameters()}, {}
-    for name, header in headers(Path(directory)).items():
-        if not name.endswith(".rotary_emb.inv_freq"):
-            found[name] = header
-    if model.config.tie_word_embeddings and (twin := found.pop("lm_head.weight", None)) is not None:
-        pair = {"lm_head.weight": twin} | {
-            k: v for k, v in found.items() if k == "model.embed_tokens.weight"
-        }
-        if len(values := list(tensors_of(pair))) < 2 or not torch.equal(values[0][1], values[1][1]):
-            raise ValueError(
-                f"{directory}: config.json ties the embeddings, but lm_head.weight differs from embed_tokens"
-            )
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = headers(Path(directory))
+    found = {k: v for k, v in found.items() if not k.endswith(".rotary_emb.inv_freq")}
+    if model.config.tie_word_embeddings and "lm_head.weight" in found:
+        twin = {"lm_head.weight": found.pop("lm_head.weight")}
+        _check_tied(directory, twin | {k: found[k] for k in found if k == EMBEDDING})
     if missing := sorted(set(wanted) - set(found)):
-        raise ValueError(
-            f"{directory}: tensor '{missing[0]}' is missing ({len(missing)} of {len(wanted)} are)"
-        )
+        lost = f"({len(missing)} of {len(wanted)} are)"
+        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing {lost}")
     if unexpected := sorted(set(found) - set(wanted)):
         raise ValueError(
-            f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that config.json names"
+            f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that "
+            "config.json names"
         )
     for name, tensor in found.items():
+        here = f"{directory}: tensor '{name}' is"
         if tensor.shape != wanted[name]:
-            raise ValueError(
-                f"{directory}: tensor '{name}' is {tensor.shape}, but config.json says {wanted[name]}"
-            )
+            raise ValueError(f"{here} {tensor.shape}, but config.json says {wanted[name]}")
         if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{directory}: tensor '{name}' is {tensor.dtype}; quantised checkpoints are not supported"
-            )
+            raise ValueError(f"{here} {tensor.dtype}; quantised checkpoints are not supported")
     return found
+
+
+def _check_tied(directory, pair: dict[str, Stored]) -> None:
+    """ValueError unless pair holds the unembedding and the embedding, and they are equal."""
+    values = [tensor for _, tensor in tensors_of(pair)]
+    if len(values) < 2 or not torch.equal(*values):
+        raise ValueError(
+            f"{directory}: config.json ties the embeddings, but lm_head.weight differs from "
+            "embed_tokens"
+        )
 
 
 def fresh(
@@ -356,26 +310,23 @@ def fresh(
 def save(
     model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None
 ) -> None:
-    """Write config.json and model.safetensors (sharded past 5 GB) into a directory; its other files stay.
+    """Write config.json and model.safetensors (sharded past 5 GB); other files stay.
 
-    dtype: what to store, by default the parameters' own. All files are written elsewhere first and moved at the end, so
-    that an interruption while writing leaves what was there.
+    dtype: what to store, by default the parameters' own. All files are written elsewhere first and
+    moved at the end, so that an interruption while writing leaves what was there.
     """
     directory = Path(directory)
     state = {
         name: p.detach().to(device="cpu", dtype=dtype).contiguous()
         for name, p in model.named_parameters()
     }
-    stored = next(iter(state.values())).dtype
-    with replacing(directory / ".saving") as temporary:
+    raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"}
+    raw["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    saving = directory / ".saving"
+    with replacing(saving) as temporary:
         write_sharded(temporary, state)
-        raw = {k: v for k, v in model.raw.items() if k != "torch_dtype"} | {
-            "dtype": str(stored).removeprefix("torch.")
-        }
         write_json(temporary / "config.json", raw)
-    new = {
-        file.name: file.replace(directory / file.name) for file in (directory / ".saving").iterdir()
-    }
-    (directory / ".saving").rmdir()
-    for stale in set(directory.glob("model*.safetensors*")) - set(new.values()):
+    new = {file.replace(directory / file.name) for file in saving.iterdir()}
+    saving.rmdir()
+    for stale in set(directory.glob("model*.safetensors*")) - new:
         stale.unlink()

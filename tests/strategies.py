@@ -1,4 +1,7 @@
-"""Hypothesis strategies by name. Values are drawn directly and small, so that a failure shrinks to numbers one can read."""
+"""Hypothesis strategies by name.
+
+Values are drawn directly and small, so that a failure shrinks to numbers one can read.
+"""
 
 import torch
 from hypothesis import settings
@@ -7,9 +10,8 @@ from hypothesis import strategies as st
 from minibnf.data import Example, pair
 from minibnf.losses import Responses
 
-FEW = settings(
-    max_examples=max(5, settings.default.max_examples // 8)
-)  # of what runs a whole model
+# of what runs a whole model
+FEW = settings(max_examples=max(5, settings.default.max_examples // 8))
 
 SMALL = st.floats(min_value=-6, max_value=-0.01, allow_nan=False)
 UNCERTAIN = st.one_of(  # from nearly certain to all but impossible
@@ -21,9 +23,10 @@ EXTREME = st.one_of(st.just(0.0), UNCERTAIN)
 
 @st.composite
 def responses(draw, values=SMALL, paired=None, max_responses=6, max_length=4, dtype=torch.float64):
-    """A Responses batch: 1 to max_responses responses of 1 to max_length tokens; paired True, False or (None) mixed.
+    """A Responses batch: 1 to max_responses responses of 1 to max_length tokens.
 
-    Chosen and rejected stand in any order; a pair's log-probabilities may be equal to the reference's.
+    paired: True, False or (None) mixed. Chosen and rejected stand in any order; a pair's
+    log-probabilities may be equal to the reference's.
     """
     pairs, preferred = [], []
     if paired is not False:
@@ -33,13 +36,8 @@ def responses(draw, values=SMALL, paired=None, max_responses=6, max_length=4, dt
             preferred += [first_is_chosen, not first_is_chosen]
             pairs.append((i, i + 1) if first_is_chosen else (i + 1, i))
     if not paired:
-        preferred += draw(
-            st.lists(
-                st.booleans(),
-                min_size=0 if pairs else 1,
-                max_size=max_responses - len(preferred) or 1,
-            )
-        )
+        least, most = 0 if pairs else 1, max_responses - len(preferred) or 1
+        preferred += draw(st.lists(st.booleans(), min_size=least, max_size=most))
     lengths = [draw(st.integers(1, max_length)) for _ in preferred]
     owner = [r for r, n in enumerate(lengths) for _ in range(n)]
     logps = draw(st.lists(values, min_size=len(owner), max_size=len(owner)))
@@ -67,21 +65,19 @@ def hypers(draw, loss):
         "lam_u": st.sampled_from([1.0, 2.0]),
         "kl": st.sampled_from([0.0, 0.7, 5.0]),
     }
-    chosen = {
-        name: draw(st.one_of(st.just(default), choices[name]))
-        for name, default in loss.defaults.items()
-    }
-    return {name: draw(choices[name]) if x is None else x for name, x in chosen.items()}
+    chosen = {}
+    for name, default in loss.defaults.items():
+        x = draw(st.one_of(st.just(default), choices[name]))
+        chosen[name] = draw(choices[name]) if x is None else x
+    return chosen
 
 
 @st.composite
 def examples(draw, vocabulary=97, max_examples=6):
     """Token-id examples, paired and unpaired, some with the same prompt; at least one."""
-    prompts = [
-        tuple(draw(st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=5)))
-        for _ in range(2)
-    ]
-    response = st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=6).map(tuple)
+    token = st.integers(0, vocabulary - 1)
+    prompts = [draw(st.lists(token, min_size=1, max_size=5).map(tuple)) for _ in range(2)]
+    response = st.lists(token, min_size=1, max_size=6).map(tuple)
     found = []
     for line in range(1, draw(st.integers(1, max_examples)) + 1):
         prompt = draw(st.sampled_from(prompts))

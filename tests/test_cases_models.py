@@ -61,8 +61,10 @@ def loud_rows_without_a_token(out):
 
 
 MAKERS = {
-    maker.__name__: maker
-    for maker in (frequencies, unknown_fields, token_without_a_row, loud_rows_without_a_token)
+    "frequencies": frequencies,
+    "unknown_fields": unknown_fields,
+    "token_without_a_row": token_without_a_row,
+    "loud_rows_without_a_token": loud_rows_without_a_token,
 }
 
 
@@ -104,7 +106,8 @@ def test_every_command_takes_it_and_names_what_is_ignored_once(folder, tmp_path,
     run = ("--max-steps", 2, "--batch-size", 2, "--out", tmp_path / "run", *cpu)
     succeeds(train.main, "--model", folder, "--data", pairs, *run)
     announced()
-    for model in (folder, tmp_path / "run" / "model"):
+    before_and_after = [folder, tmp_path / "run" / "model"]
+    for model in before_and_after:
         asked = ("--data", prompts, "--samples", 4, "--max-new-tokens", 20, "--overwrite", *cpu)
         succeeds(generate.main, "--model", model, "--out", tmp_path / "out.jsonl", *asked)
         announced()
@@ -207,10 +210,11 @@ def test_rows_without_a_token_would_win_and_are_never_chosen(tmp_path):
     data = write(tmp_path / "prompts.jsonl", [{"prompt": "Red is"}, {"prompt": "Hi"}])
     command = ["--data", data, "--max-new-tokens", 9, "--chat"]
     out = tmp_path / "out.jsonl"
-    for flags in (["--temperature", "0"], ["--top-p", "0.9"]):
-        written = []
-        for directory in (folder, TINY):
-            how = ["--model", directory, "--out", out, "--overwrite", "--device", "cpu", *flags]
-            succeeds(generate.main, *command, *how)
-            written.append(out.read_text())
-        assert written[0] == written[1]
+
+    def written(directory, *flags):
+        how = ["--model", directory, "--out", out, "--overwrite", "--device", "cpu", *flags]
+        succeeds(generate.main, *command, *how)
+        return out.read_text()
+
+    assert written(folder, "--temperature", "0") == written(TINY, "--temperature", "0")
+    assert written(folder, "--top-p", "0.9") == written(TINY, "--top-p", "0.9")

@@ -1,4 +1,4 @@
-"""Generation against the plain forward; sampling against the distribution; the command, interrupted and resumed."""
+"""Generation against the plain forward; sampling against the distribution; the command."""
 
 import gzip
 import json
@@ -20,9 +20,8 @@ from minibnf.generate import Reader, generate, main, sample, stream
 from minibnf.model import Transformer, load, save
 from tests.strategies import FEW
 
-PROMPTS = st.lists(
-    st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8
-)  # many share a beginning
+# many of these share a beginning, or are equal
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)
 
 
 @FEW
@@ -30,7 +29,7 @@ PROMPTS = st.lists(
     prompts=st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=7), min_size=1, max_size=5)
 )
 def test_greedy_generation_with_the_cache_is_the_plain_forwards_argmax(tiny, prompts):
-    """Prompts of different lengths, some repeated, in one batch: each as if it were alone, token by token without a cache."""
+    """Prompts of different lengths, some repeated, in one batch: each as if alone, uncached."""
     prompts = [*prompts, prompts[0]]
     out = generate(tiny, prompts, max_new_tokens=6, temperature=0, stop_ids=[3])
     for prompt, new in zip(prompts, out, strict=True):
@@ -61,7 +60,7 @@ def test_no_id_from_vocab_size_on_is_chosen(tiny, prompts, vocab_size, top_p):
 def test_below_vocab_size_the_distribution_is_the_renormalised_one(tiny):
     """Chi-squared with 9 degrees of freedom over 20,000 draws, as below."""
     logits = tiny(torch.tensor([[1, 2, 3]]))[0, -1]
-    temperature = float(logits[:10].std())  # so that all ten are drawn
+    temperature = float(logits[:10].detach().std())  # so that all ten are drawn
     assert (logits / temperature).softmax(0)[10:].sum() > 0.5
     how = {"max_new_tokens": 1, "temperature": temperature, "vocab_size": 10}
     found = torch.tensor(generate(tiny, [[1, 2, 3]] * 20000, **how))[:, 0].bincount(minlength=10)
@@ -85,22 +84,16 @@ def test_sampling_frequencies_are_the_distribution():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(10, generator=g)
     u = torch.rand(20000, generator=g)
-    for temperature, top_p, top_k in (
-        (1.0, 1.0, 0),
-        (0.5, 1.0, 0),
-        (1.0, 0.8, 0),
-        (1.0, 1.0, 4),
-        (1.0, 0.7, 4),
-    ):
+    settings = [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 4), (1.0, 0.7, 4)]
+    for temperature, top_p, top_k in settings:
         p = (logits / temperature).softmax(0)
         order = p.argsort(descending=True)[: top_k or 10]
         p[order] /= p[order].sum()
         kept = order[: int((p[order].cumsum(0) - p[order] < top_p).sum())]
         expected = torch.zeros(10)
         expected[kept] = p[kept] / p[kept].sum() * len(u)
-        found = torch.bincount(
-            sample(logits.expand(len(u), -1), u, temperature, top_p, top_k), minlength=10
-        )
+        drawn = sample(logits.expand(len(u), -1), u, temperature, top_p, top_k)
+        found = drawn.bincount(minlength=10)
         assert not found[expected == 0].any()
         some = expected > 0
         assert ((found - expected)[some] ** 2 / expected[some]).sum() < 40
@@ -132,13 +125,10 @@ def test_impossible_settings_of_generation(tiny, how, message):
 @FEW
 @given(prompts=PROMPTS, how=st.sampled_from([(0, 1, 0), (1, 1, 0), (1, 0.7, 0), (1, 0.9, 3)]))
 def test_one_text_at_a_time_through_a_reader_is_what_a_batch_gives(tiny, prompts, how):
-    """Beginnings that prompts share, turns and groups are about speed; so is what a Reader remembers of other prompts."""
-    how = dict(
-        zip(("temperature", "top_p", "top_k"), how, strict=True),
-        max_new_tokens=5,
-        seed=3,
-        stop_ids=[3],
-    )
+    """What is read together, and what a Reader remembers of other prompts, is about speed alone."""
+    temperature, top_p, top_k = how
+    how = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    how |= {"max_new_tokens": 5, "seed": 3, "stop_ids": [3]}
     out, reader = generate(tiny, prompts, **how), Reader(tiny)
     for row, (prompt, new) in enumerate(zip(prompts, out, strict=True)):
         assert list(stream(reader, prompt, row=row, **how)) == new
@@ -156,63 +146,56 @@ def test_in_bfloat16_a_reader_gives_what_a_prompt_alone_gives():
         assert list(stream(Reader(model), prompt, **how)) == new
 
 
-@given(prompts=PROMPTS)
-def test_a_shared_beginning_is_read_once_and_every_prompt_keeps_a_token_of_its_own(prompts):
-    distinct = sorted({tuple(p) for p in prompts})
-    groups = module._groups(distinct)
-    assert [p for _, members in groups for p in members] == distinct
-    for shared, members in groups:
-        assert len({p[:shared] for p in members}) == 1 and all(len(p) > shared for p in members)
-    read = sum(shared + sum(len(p) - shared for p in members) for shared, members in groups)
-    assert read <= sum(map(len, distinct))
+@pytest.fixture
+def shapes_read(tiny, monkeypatch):
+    """The shape of the tokens of each forward of tiny."""
+    shapes, forward = [], type(tiny).forward
+
+    def noted(self, tokens, *rest, **options):
+        shapes.append(tuple(tokens.shape))
+        return forward(self, tokens, *rest, **options)
+
+    monkeypatch.setattr(type(tiny), "forward", noted)
+    return shapes
 
 
-def test_sixteen_questions_after_one_long_instruction():
-    """A beginning of 100 tokens and 16 endings of 5: 19 groups' worth of reading becomes one, 1,680 tokens 180."""
-    prompts = [tuple(range(100)) + (i,) * 5 for i in range(16)]
-    assert [(shared, len(members)) for shared, members in module._groups(prompts)] == [(100, 16)]
-
-
-def test_a_prompt_or_a_beginning_is_read_once(tiny, monkeypatch):
-    read = []
-    forward = type(tiny).forward
-    monkeypatch.setattr(
-        type(tiny),
-        "forward",
-        lambda self, tokens, *a, **k: read.append(tokens.numel()) or forward(self, tokens, *a, **k),
-    )
+def test_equal_prompts_and_what_a_reader_knows_are_read_once(tiny, shapes_read):
     generate(tiny, [[1, 2, 3, 4, 5, 6]] * 7, max_new_tokens=1)
-    generate(tiny, [[1, 2, 3, 4, 5, i] for i in range(7)], max_new_tokens=1)
+    generate(tiny, [[1, 2, 3], [4, 5], [1, 2, 3]], max_new_tokens=1)
     reader = Reader(tiny)
     reader.logits([1, 2, 3, 4, 5, 6])
     reader.logits([1, 2, 3, 4, 5, 6, 7, 8])
     reader.logits([1, 2, 9])
-    assert read == [6, 5 + 7, 6, 2, 1]
+    assert shapes_read == [(1, 6), (1, 2 + 3), (1, 6), (1, 2), (1, 1)]
 
 
-def test_rows_that_ended_are_no_longer_computed(tiny, monkeypatch):
-    rows = []
-    forward = type(tiny).forward
-    monkeypatch.setattr(
-        type(tiny),
-        "forward",
-        lambda self, tokens, *a, **k: rows.append(len(tokens)) or forward(self, tokens, *a, **k),
-    )
+def test_more_prompts_than_a_forward_takes_are_read_in_several(tiny, monkeypatch, shapes_read):
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10]]
+    together = generate(tiny, prompts, max_new_tokens=4, seed=1)
+    monkeypatch.setattr("minibnf.generate.PREFILL_TOKENS", 6)
+    shapes_read.clear()
+    assert generate(tiny, prompts, max_new_tokens=4, seed=1) == together
+    assert shapes_read[:2] == [(1, 6), (1, 4)]
+    monkeypatch.setattr("minibnf.generate.PREFILL_TOKENS", 1)
+    shapes_read.clear()
+    assert generate(tiny, prompts, max_new_tokens=4, seed=1) == together
+    assert shapes_read[:3] == [(1, 3), (1, 3), (1, 4)]
+
+
+def test_rows_that_ended_are_no_longer_computed(tiny, shapes_read):
     prompts = [[i] for i in range(12)]
     first = [new[0] for new in generate(tiny, prompts, max_new_tokens=1, temperature=0)]
-    rows.clear()
+    shapes_read.clear()
     out = generate(tiny, prompts, max_new_tokens=4, temperature=0, stop_ids=first[:1])
     alive = [sum(len(new) > step for new in out) for step in (1, 2, 3)]
-    assert rows == [1, *filter(None, alive)] and alive[0] < 12
+    assert [rows for rows, _ in shapes_read] == [1, *filter(None, alive)] and alive[0] < 12
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
 def test_the_nucleus_does_not_depend_on_how_many_tokens_are_sorted(top_p):
     g = torch.Generator().manual_seed(0)
-    logits, u = (
-        torch.randn(50, 200, generator=g) * torch.rand(50, 1, generator=g) * 5,
-        torch.rand(50, generator=g),
-    )
+    logits = torch.randn(50, 200, generator=g) * torch.rand(50, 1, generator=g) * 5
+    u = torch.rand(50, generator=g)
     found = [sample(logits, u, 1.0, top_p, look=look).tolist() for look in (200, 8, 1)]
     assert found[0] == found[1] == found[2]
 
@@ -222,15 +205,13 @@ def test_a_row_among_others_draws_what_it_draws_alone_even_where_tokens_are_equa
     logits, u = torch.randint(0, 3, (50, 200), generator=g).float(), torch.rand(50, generator=g)
     logits[::2] *= 9  # half have a small nucleus, half a wide one
     for top_p in (0.01, 0.3, 0.9):
-        alone = [
-            sample(z[None], x[None], 1.0, top_p, look=8).item()
-            for z, x in zip(logits, u, strict=True)
-        ]
-        assert sample(logits, u, 1.0, top_p, look=8).tolist() == alone
+        together = sample(logits, u, 1.0, top_p, look=8)
+        for z, draw, token in zip(logits, u, together, strict=True):
+            assert sample(z[None], draw[None], 1.0, top_p, look=8).item() == token
 
 
 def test_a_reader_that_was_interrupted_forgets_what_it_did_not_finish(tiny, monkeypatch):
-    """Control-C in the middle of a forward: keys of the first layer are written, those of the others are not."""
+    """Control-C amid a forward: the first layer has written its keys, the others have not."""
     reader, fresh = Reader(tiny), Reader(tiny)
     reader.logits([1, 2, 3])
     block = tiny.model.layers[1]
@@ -249,24 +230,28 @@ def test_the_coldest_temperature_is_greedy():
 
 
 FAMILIES = {
-    "llama3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 4.0,
-        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "llama3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {
+        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}},
     "mistral": {"model_type": "mistral", "sliding_window": 4},
-    "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 3.0},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 4, "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3": {"model_type": "gemma3_text", "sliding_window": 4, "query_pre_attn_scalar": 8},
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
-    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+        "max_window_layers": 1},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_every_family_generates_as_its_plain_forward_does(family, kv_heads):
-    """Windows, soft caps, layers without positions: packed groups, the cache and a Reader against whole sequences."""
-    raw = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-           "num_key_value_heads": kv_heads, "head_dim": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-           "max_position_embeddings": 256} | FAMILIES[family]  # fmt: skip
+    """Windows, soft caps, layers without positions: packed, cached and read, against sequences."""
+    raw = FAMILIES[family] | {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 8,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 256,
+    }  # fmt: skip
     model = Transformer(parse_config(raw, family), {}).init_weights(0).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -275,11 +260,8 @@ def test_every_family_generates_as_its_plain_forward_does(family, kv_heads):
     prompts = [[rng.randrange(3) for _ in range(rng.randint(1, 14))] for _ in range(6)]
     prompts += [prompts[0], prompts[0] + [5], prompts[0] + [5, 6]]
     reader = Reader(model)
-    for prompt, new in zip(
-        prompts,
-        generate(model, prompts, max_new_tokens=6, temperature=0, stop_ids=[3]),
-        strict=True,
-    ):
+    out = generate(model, prompts, max_new_tokens=6, temperature=0, stop_ids=[3])
+    for prompt, new in zip(prompts, out, strict=True):
         for k, token in enumerate(new):
             text = prompt + new[:k]
             z = model(torch.tensor([text]))[0, -1]
@@ -287,7 +269,7 @@ def test_every_family_generates_as_its_plain_forward_does(family, kv_heads):
             torch.testing.assert_close(reader.logits(text)[0], z, rtol=1e-9, atol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------ the command
 
 
 CHATS = [
@@ -305,19 +287,8 @@ def questions(tmp_path):
 
 
 def command(data, out, *flags):
-    return main(
-        [
-            "--model",
-            "weights/tiny",
-            "--data",
-            str(data),
-            "--out",
-            str(out),
-            "--max-new-tokens",
-            "30",
-            *flags,
-        ]
-    )
+    files = ["--model", "weights/tiny", "--data", str(data), "--out", str(out)]
+    return main([*files, "--max-new-tokens", "30", *flags])
 
 
 def rows_of(file):
@@ -329,19 +300,11 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(questions, tmp_path, ca
     assert command(questions, out, "--chat", "--top-k", "1", "--samples", "2") == 0
     assert "6 completions" in capsys.readouterr().out
     rows = rows_of(out)
-    assert [(row["line"], row["sample"]) for row in rows] == [
-        (1, 0),
-        (1, 1),
-        (2, 0),
-        (2, 1),
-        (3, 0),
-        (3, 1),
-    ]
+    assert [row["line"] for row in rows] == [1, 1, 2, 2, 3, 3]
+    assert [row["sample"] for row in rows] == [0, 1] * 3
     assert [row["prompt"] for row in rows[::2]] == [row["prompt"] for row in CHATS]
-    assert (
-        rows[2]["completion"][0]["role"] == "assistant"
-        and "Dublin" in rows[2]["completion"][0]["content"]
-    )
+    (answer,) = rows[2]["completion"]
+    assert answer["role"] == "assistant" and "Dublin" in answer["content"]
     assert rows[4]["completion"].endswith("Answer: 12") and rows[4]["finish"] == "stop"
     assert command(questions, tmp_path / "cut.jsonl", "--chat", "--max-new-tokens", "2") == 0
     assert {row["finish"] for row in rows_of(tmp_path / "cut.jsonl")} == {"length"}
@@ -382,14 +345,8 @@ def test_interrupted_anywhere_and_resumed_it_writes_the_same_file(
         ({"question": "?"}, "line 2: field 'prompt' is missing"),
         ({"prompt": ""}, "line 2: field 'prompt' is empty"),
         ({"prompt": 3}, "line 2: field 'prompt' must be text or a list of messages"),
-        (
-            {"prompt": [{"role": "user"}]},
-            "line 2: field 'prompt', message 1: needs text in 'role' and 'content'",
-        ),
-        (
-            {"prompt": "word " * 2000},
-            "line 2: the prompt has .* tokens, which with 30 new ones is more than the",
-        ),
+        ({"prompt": [{"role": "user"}]}, "line 2: field 'prompt', message 1: needs text in 'role'"),
+        ({"prompt": "word " * 2000}, "line 2: the prompt has .* tokens, which with 30 new ones is"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_before_anything_is_made(tmp_path, row, message, capsys):
@@ -427,34 +384,18 @@ def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(
 def test_the_file_holds_what_one_call_of_generate_gives(questions, tmp_path):
     """However it is split into batches; with every setting handed on."""
     out = tmp_path / "out.jsonl"
-    flags = [
-        "--temperature",
-        "1.3",
-        "--top-k",
-        "7",
-        "--top-p",
-        "0.8",
-        "--seed",
-        "5",
-        "--samples",
-        "3",
-        "--batch-size",
-        "2",
-    ]
-    assert command(questions, out, "--chat", *flags) == 0
+    flags = "--temperature 1.3 --top-k 7 --top-p 0.8 --seed 5 --samples 3 --batch-size 2"
+    assert command(questions, out, "--chat", *flags.split()) == 0
     model, tokenizer = load("weights/tiny"), load_tokenizer("weights/tiny")
     read = module.read_prompts(questions, tokenizer, True, 256, 30, Notes())
     prompts = [ids for _, _, ids in read for _ in range(3)]
     how = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 7, "top_p": 0.8, "seed": 5}
     expected = generate(model, prompts, stop_ids=tokenizer.end_ids, **how)
-    found = [
-        row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
-        for row in rows_of(out)
-    ]
-    assert found == [
-        tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.end_ids else ids, False)
-        for ids in expected
-    ]
+    for row, ids in zip(rows_of(out), expected, strict=True):
+        answer = row["completion"]
+        said = answer if isinstance(answer, str) else answer[0]["content"]
+        whole = ids[:-1] if ids[-1] in tokenizer.end_ids else ids
+        assert said == tokenizer.decode(whole, False)
 
 
 def test_other_prompts_and_another_model_are_not_gone_on_with(questions, tmp_path, capsys):

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibnf.attention import attend, block_mask, masks
+from minibnf.attention import Blocks, Causal, Packed
 from minibnf.files import safetensors
 from minibnf.files.config import Rope, announce_ignored, ignored_fields, parse_config
 from minibnf.kernels import rotate
 from minibnf.model import fresh, load, rotary, save
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
-    "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": 64, "hidden_act": "silu",
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 37,
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "tie_word_embeddings": True, "max_position_embeddings": 64, "hidden_act": "silu",
 }  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def directory(tmp_path):
     return tmp_path
 
 
-# --------------------------------------------------------------------------------------------------------------- pieces
+# ----------------------------------------------------------------------------------------- pieces
 
 
 @given(m=st.integers(0, 40), n=st.integers(0, 40), shift=st.integers(0, 40))
@@ -40,11 +41,10 @@ def test_rotary_scores_depend_on_distance_only(m, n, shift):
     q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64)
 
     def score(m, n):
-        turned = [
-            rotate(x, *rotary(torch.tensor([[[p]]]), 8, Rope(1e4), torch.float64))
-            for x, p in ((q, m), (k, n))
-        ]
-        return (turned[0] * turned[1]).sum()
+        at_m, at_n = (
+            rotary(torch.tensor([[[position]]]), 8, Rope(1e4), torch.float64) for position in (m, n)
+        )
+        return (rotate(q, *at_m) * rotate(k, *at_n)).sum()
 
     torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=1e-9, atol=1e-9)
 
@@ -55,17 +55,10 @@ def test_rotary_scores_depend_on_distance_only(m, n, shift):
 def test_attention_is_its_definition_token_by_token(window, cap, layout):
     """Loops in float64: who sees whom, the scale, the soft cap, which keys a query head shares."""
     raw = CONFIG | {
-        "model_type": "gemma2",
-        "hidden_act": "gelu_pytorch_tanh",
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    raw |= {
-        "query_pre_attn_scalar": 5,
-        "attn_logit_softcapping": cap,
-        "sliding_window": 4,
-        "hidden_size": 32,
-    }
+        "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "hidden_size": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": cap, "sliding_window": 4,
+    }  # fmt: skip
     c = parse_config({k: v for k, v in raw.items() if k != "rope_theta"}, "t")
     assert c.attention_softcap == cap and c.query_scale == 5**-0.5
     S = 12 if layout and len(layout) == 2 else 9
@@ -78,12 +71,17 @@ def test_attention_is_its_definition_token_by_token(window, cap, layout):
         for part, n in enumerate([prompt, *responses])
         for i in range(n)
     ]  # fmt: skip
-    found = attend(q, k, v, masks(layout, S, window, "cpu"), c)
+    if layout is None:
+        sight = Causal(c, S, window, torch.float64, "cpu")
+    else:
+        sight = Packed(c, layout, window, torch.float64)
+    found = sight.attend(q, k, v)
     for head in range(4):
         for i, (group, part, position) in enumerate(places):
             seen = [
                 j for j, (other, its_part, its_position) in enumerate(places[: i + 1])
-                if other == group and its_part in (0, part) and (window is None or position - its_position < window)
+                if other == group and its_part in (0, part)
+                and (window is None or position - its_position < window)
             ]  # fmt: skip
             scores = torch.stack([q[0, head, i] @ k[0, head // 2, j] / 5**0.5 for j in seen])
             scores = scores if cap is None else cap * torch.tanh(scores / cap)
@@ -94,32 +92,31 @@ def test_attention_is_its_definition_token_by_token(window, cap, layout):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("window", [None, 3, 200])
 @pytest.mark.parametrize("cap", [None, 1.5])
-def test_the_gpus_block_mask_sees_what_the_cpus_parts_see(window, cap):
-    """flex_attention as it runs without a GPU, against the parts; one group is long enough for parts of its own."""
+def test_the_gpus_blocks_see_what_the_cpus_pieces_see(window, cap):
+    """flex_attention without a GPU against pieces; one group is long enough to be in several."""
     raw = CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 2}
     c = replace(parse_config(raw, "t"), attention_softcap=cap)
     layout = [(3, [2, 4]), (100, [90, 0, 110]), (2, [1]), (4, [])]
     S, g = sum(p + sum(ns) for p, ns in layout), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, S, c.head_dim, generator=g) for heads in (4, 2, 2))
-    found = attend(q, k, v, block_mask(layout, window, "cpu"), c)
-    torch.testing.assert_close(
-        found, attend(q, k, v, masks(layout, S, window, "cpu"), c), rtol=1e-5, atol=1e-5
-    )
+    found = Blocks(c, layout, window, "cpu").attend(q, k, v)
+    expected = Packed(c, layout, window, torch.float32).attend(q, k, v)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_llama3_slows_long_waves_and_keeps_short_ones():
-    """By hand, d = 4: waves of 2π and 2π 1e4 positions, context 1000, factors 1 and 4: the first is kept, the second slowed."""
+    """By hand, d = 4: of waves of 2π and 2π 1e4 positions the first is kept, the second slowed.
+
+    The context is 1000, the factors 1 and 4.
+    """
     position = torch.tensor([[7.0]], dtype=torch.float64)
     cos, sin = rotary(position, 4, Rope(1e8, (8.0, 1.0, 4.0, 1000)), torch.float64)
     angles = torch.tensor([7.0, 7e-4 / 8] * 2, dtype=torch.float64)
     torch.testing.assert_close(cos[0, 0], angles.cos(), rtol=1e-12, atol=0)
     torch.testing.assert_close(sin[0, 0].abs(), angles.sin(), rtol=1e-9, atol=0)
-    between = rotary(position, 4, Rope(1e8, (8.0, 1.0, 4.0, 2 * math.pi * 2e4)), torch.float64)[0][
-        0, 0, 1
-    ].acos()
-    assert between.item() == pytest.approx(
-        7e-4 * (1 / 3 + 2 / 3 / 8), rel=1e-6
-    )  # context / wave = 2: a third of the way
+    cos, _ = rotary(position, 4, Rope(1e8, (8.0, 1.0, 4.0, 2 * math.pi * 2e4)), torch.float64)
+    # context / wave = 2: a third of the way from slowed to kept
+    assert cos[0, 0, 1].acos().item() == pytest.approx(7e-4 * (1 / 3 + 2 / 3 / 8), rel=1e-6)
 
 
 def test_a_later_token_changes_nothing_before_it(tiny):
@@ -131,7 +128,7 @@ def test_a_later_token_changes_nothing_before_it(tiny):
     assert not torch.allclose(a[0, 3:], b[0, 3:])
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------ checkpoints
 
 
 def test_what_is_saved_is_loaded_and_a_tied_weight_is_saved_once(directory):
@@ -154,18 +151,14 @@ def test_an_untied_model_in_shards(directory, monkeypatch):
     monkeypatch.setattr(safetensors, "SHARD_BYTES", 5000)
     save(model, directory)
     files = sorted(f.name for f in directory.glob("model*"))
-    assert (
-        len(files) > 3
-        and "model.safetensors" not in files
-        and "model.safetensors.index.json" in files
-    )
+    assert len(files) > 3 and "model.safetensors" not in files
+    assert "model.safetensors.index.json" in files
     tokens = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
     monkeypatch.setattr(safetensors, "SHARD_BYTES", 10**9)
     save(model, directory)  # the stale shards go, other files stay
-    assert [f.name for f in sorted(directory.glob("model*"))] == ["model.safetensors"] and (
-        directory / "tokenizer.json"
-    ).exists()
+    assert [f.name for f in sorted(directory.glob("model*"))] == ["model.safetensors"]
+    assert (directory / "tokenizer.json").exists()
     torch.testing.assert_close(load(directory)(tokens), model(tokens), rtol=0, atol=0)
 
 
@@ -176,9 +169,8 @@ def change_tensors(directory, change):
 
 
 def test_a_tied_unembedding_stored_twice_must_agree(directory):
-    change_tensors(
-        directory, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()})
-    )
+    head = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(directory, lambda s: s.update({"lm_head.weight": head}))
     load(directory)
     change_tensors(directory, lambda s: s["lm_head.weight"].add_(1))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
@@ -217,24 +209,23 @@ NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "name, tensor, message",
     [
-        (lambda s: s.pop(NORM), "tensor 'model.norm.weight' is missing"),
-        (
-            lambda s: s.update({"model.extra": torch.zeros(1)}),
-            "tensor 'model.extra' is in the files but not",
-        ),
-        (
-            lambda s: s.update({NORM: torch.zeros(3)}),
-            r"tensor 'model.norm.weight' is \(3,\), but config.json says \(24,\)",
-        ),
-        (lambda s: s.update({NORM: torch.zeros(24, dtype=torch.int8)}), "quantised"),
+        (NORM, None, "tensor 'model.norm.weight' is missing"),
+        ("model.extra", torch.zeros(1), "tensor 'model.extra' is in the files but not"),
+        (NORM, torch.zeros(3), r"'model.norm.weight' is \(3,\), but config.json says \(24,\)"),
+        (NORM, torch.zeros(24, dtype=torch.int8), "quantised"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
-    change_tensors(directory, change)
+def test_a_tensor_that_does_not_fit_is_named(directory, name, tensor, message):
+    change_tensors(directory, lambda s: s.pop(name) if tensor is None else s.update({name: tensor}))
     with pytest.raises(ValueError, match=message):
         load(directory)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta": 1
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -248,22 +239,8 @@ def test_a_tensor_that_does_not_fit_is_named(directory, change, message):
         ({"model_type": "gemma2", "hidden_activation": "relu"}, "'hidden_activation' = 'relu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "field 'quantization_config' = .*fp8"),
         ({"is_causal": False}, "field 'is_causal' = False is not supported"),
-        (
-            {"model_type": "qwen2", "layer_types": ["full_attention"]},
-            "field 'layer_types' must name 2 times",
-        ),
-        (
-            {
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "factor": 2.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "beta": 1,
-                }
-            },
-            "llama3 lacks the field 'original_max_position_embeddings'",
-        ),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "must name 2 times"),
+        ({"rope_scaling": LLAMA3}, "llama3 lacks the field 'original_max_position_embeddings'"),
         ({"hidden_size": "24"}, "field 'hidden_size' must be a whole number above 0"),
         ({"hidden_size": 24.5}, "field 'hidden_size' must be a whole number above 0, not 24.5"),
         ({"num_key_value_heads": 2}, "must be a multiple"),

@@ -1,7 +1,8 @@
-"""A step never waits for the device: reading a number on the host would leave a GPU idle until the next launch.
+"""A step never waits for the device: reading a number on the host would leave a GPU idle.
 
-Without a GPU the step runs on PyTorch's meta device, whose tensors have a shape and no numbers: most of what would read one is
-an error there. Copies and new tensors that would wait are made errors here. The rest only the last test can see, on CUDA.
+Without a GPU the step runs on PyTorch's meta device, whose tensors have a shape and no numbers:
+most of what would read one is an error there. Copies and new tensors that would wait are made
+errors here. The rest only the last test can see, on CUDA.
 """
 
 import pytest
@@ -33,12 +34,16 @@ class NoBlockingCopies(TorchDispatchMode):
         return out
 
 
+def reference(examples) -> Reference:
+    """A reference to which every token is e^-2 probable."""
+    tokens = sum(len(response) for e in examples for response in e.responses)
+    return Reference(examples, torch.full((tokens,), -2.0))
+
+
 def one_step(model, name: str, device: str) -> torch.Tensor:
     loss, batches = LOSSES[name], pack(EXAMPLES, [0, 1, 2], 8)
     assert len(batches) == 2
     hyper = loss.hyper({"kl": 0.0} if "kl" in loss.defaults else {})
-    count = lambda examples: sum(len(response) for e in examples for response in e.responses)
-    reference = lambda examples: Reference(examples, torch.full((count(examples),), -2.0))
     if "kl" in hyper:
         others, _ = mismatched(EXAMPLES, 100, "data")
         hyper["kl"] = kl_estimate(
@@ -54,7 +59,7 @@ def one_step(model, name: str, device: str) -> torch.Tensor:
 
 @pytest.fixture
 def without_a_driver(monkeypatch):
-    """What needs a driver or a compiler: pinned memory; flex_attention, whose place takes anything of q, k and v."""
+    """Stands in for what needs a driver or a compiler: pinned memory and flex_attention."""
     real = torch.tensor
 
     def pin_memory(x):
@@ -69,9 +74,11 @@ def without_a_driver(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch, "tensor", tensor)
-    monkeypatch.setattr(
-        attention, "_flex", lambda compiled: lambda q, k, v, *_: q + k.sum() + v.sum()
-    )
+
+    def anything_of(q, k, v, *_):
+        return q + k.sum() + v.sum()
+
+    monkeypatch.setattr(attention, "_flex", lambda compiled: anything_of)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -84,10 +91,16 @@ def test_a_step_never_waits_for_the_device(without_a_driver, name):
 
 def test_what_waits_is_noticed(without_a_driver):
     x, late = torch.ones(3, device="meta"), {"device": "meta", "non_blocking": True}
-    for wait in (
-        lambda: x.sum().item(), lambda: x[x > 0], lambda: bool(x.any()), lambda: torch.tensor([1, 2], device="meta"),
-        lambda: torch.ones(3).to("meta"), lambda: torch.ones(3).to(**late), lambda: torch.ones(3).pin_memory().to("meta"),
-    ):  # fmt: skip
+    waits = [
+        lambda: x.sum().item(),
+        lambda: x[x > 0],
+        lambda: bool(x.any()),
+        lambda: torch.tensor([1, 2], device="meta"),
+        lambda: torch.ones(3).to("meta"),
+        lambda: torch.ones(3).to(**late),
+        lambda: torch.ones(3).pin_memory().to("meta"),
+    ]
+    for wait in waits:
         with NoBlockingCopies(), pytest.raises((RuntimeError, NotImplementedError)):
             wait()
     with NoBlockingCopies():

@@ -1,4 +1,4 @@
-"""Decoding while ids come: joined, the pieces are the decoded text, whatever the ids, and none shows half a character."""
+"""Decoding while ids come: the pieces, joined, are the text, and none shows half a character."""
 
 import json
 
@@ -11,11 +11,15 @@ from tests.test_tokenizer import CORPUS, ROLES, SPECIAL, byte_level, sentence_pi
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 KINDS = ["byte level", "metaspace", "gemma", "unigram", "sp", "sp prefix"]
+CHARACTERS = st.characters(exclude_characters="▁\ufffd", exclude_categories=["Cs"])
 PROPERTY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **config):
-    """A tokenizer.json that spells unknown characters by bytes: as Llama 2's (metaspace), Gemma's, or a unigram model."""
+    """A tokenizer.json that spells unknown characters by bytes.
+
+    kind: as Llama 2's ("metaspace"), as "gemma"'s, or a "unigram" model.
+    """
     made = tokenizers.Tokenizer(
         tokenizers.models.Unigram() if kind == "unigram" else tokenizers.models.BPE()
     )
@@ -38,15 +42,9 @@ def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **con
     else:
         names = ["<unk>", *by_bytes, *(t for t in model["vocab"])]
         merges = [tuple(m) for m in model["merges"]]
-        made = tokenizers.Tokenizer(
-            tokenizers.models.BPE(
-                {t: i for i, t in enumerate(names)},
-                merges,
-                unk_token="<unk>",
-                byte_fallback=True,
-                fuse_unk=True,
-            )
-        )
+        how = {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+        ids = {t: i for i, t in enumerate(names)}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, **how))
     d = tokenizers.decoders
     if kind == "gemma":
         made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
@@ -56,9 +54,8 @@ def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **con
         made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
             prepend_scheme="first", split=False
         )
-        made.decoder = d.Sequence(
-            [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
-        )
+        steps = [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
+        made.decoder = d.Sequence(steps)
     made.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
     made.save(str(directory / "tokenizer.json"))
     return write_config(directory, template, **config)
@@ -67,23 +64,22 @@ def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **con
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """{kind: Tokenizer}"""
-    prefix = {"add_dummy_prefix": True}
-    return {
-        kind: load_tokenizer(
-            byte_level(tmp_path_factory.mktemp("t"))
-            if kind == "byte level"
-            else sentence_piece(
-                tmp_path_factory.mktemp("t"), **(prefix if kind == "sp prefix" else {})
-            )
-            if kind.startswith("sp")
-            else byte_fallback(tmp_path_factory.mktemp("t"), kind)
-        )
-        for kind in KINDS
-    }
+    made = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp("t")
+        if kind == "byte level":
+            made[kind] = load_tokenizer(byte_level(folder))
+        elif kind == "sp":
+            made[kind] = load_tokenizer(sentence_piece(folder))
+        elif kind == "sp prefix":
+            made[kind] = load_tokenizer(sentence_piece(folder, add_dummy_prefix=True))
+        else:
+            made[kind] = load_tokenizer(byte_fallback(folder, kind))
+    return made
 
 
 def awkward(tokenizer):
-    """Ids that spell parts of characters, white space or nothing, which random ids rarely bring together."""
+    """Ids that spell parts of characters, white space or nothing; random ids rarely meet them."""
     return [i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i]).strip(" \n\ufffd")]
 
 
@@ -100,9 +96,7 @@ def test_the_pieces_are_the_text(loaded, kind, data, skip):
 
 @pytest.mark.parametrize("kind", KINDS)
 @PROPERTY
-@given(
-    text=st.text(st.characters(exclude_characters="▁\ufffd", exclude_categories=["Cs"]), max_size=8)
-)
+@given(text=st.text(CHARACTERS, max_size=8))
 def test_no_piece_shows_half_a_character(loaded, kind, text):
     assert not any("\ufffd" in piece for piece in loaded[kind].stream(loaded[kind].encode(text)))
 
@@ -124,12 +118,15 @@ def test_whole_characters_come_at_once(loaded, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_is_linear(loaded, kind, monkeypatch):
-    """The ids decoded for each id that comes do not grow with the text, even where it is bytes that spell nothing."""
+    """Each id costs a bounded number of decoded ids, even among bytes that spell nothing."""
     tokenizer, decoded = loaded[kind], []
     decode = tokenizer.backend.decode
-    monkeypatch.setattr(
-        tokenizer.backend, "decode", lambda ids, skip: decoded.append(len(ids)) or decode(ids, skip)
-    )
+
+    def counted(ids, skip):
+        decoded.append(len(ids))
+        return decode(ids, skip)
+
+    monkeypatch.setattr(tokenizer.backend, "decode", counted)
     for text in ("The capital 😀 of France é is Paris. ", "\ufffd", "  ", "你"):
         ids = [i for i in tokenizer.encode(text * 400) for _ in range(1 + (text == "你"))]
         list(tokenizer.stream(ids[:1]))

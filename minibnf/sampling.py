@@ -1,0 +1,81 @@
+"""One token from logits: greedy, by temperature, of the top k, of the nucleus; the draws."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# top_p looks among this many of the most probable tokens first: sorting a whole vocabulary takes
+# 20 times longer
+NUCLEUS = 256
+
+
+def check_settings(
+    max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int
+) -> None:
+    """ValueError for the first setting that is impossible."""
+    settings = [
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
+        ("seed", seed, seed >= 0, "0 or more"),
+    ]
+    for name, value, possible, wanted in settings:
+        if not possible:
+            raise ValueError(f"{name} = {value}: it must be {wanted}")
+
+
+def uniforms(seed: int, rows, n: int) -> Tensor:
+    """(len(rows), n) float64 in [0, 1): the draws of each row, the same whatever n is."""
+    draws = [np.random.default_rng((seed, row)).random(n) for row in rows]
+    return torch.from_numpy(np.array(draws).reshape(-1, n))
+
+
+def sample(
+    logits: Tensor,
+    u: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    look: int = NUCLEUS,
+) -> Tensor:
+    """One token for each row of logits (B, V): its cumulative distribution inverted at u (B,).
+
+    u is in [0, 1). look: among how many tokens the nucleus is looked for before the row's whole
+    vocabulary is sorted.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    z, V = logits.float(), logits.shape[-1]
+    z = z - z.amax(-1, keepdim=True)  # first, so that no temperature makes an infinity of it
+    p = (z / temperature).softmax(-1)
+    if top_p == 1 and not top_k:
+        return _invert(p, u)
+    likely, tokens = _most_probable(p, min(top_k or look, V))
+    cumulative = likely.cumsum(-1, dtype=torch.float64)
+    share = top_p * cumulative[:, -1:] if top_k else top_p
+    # the nucleus: tokens before which less than this share has been gathered
+    nucleus = likely.masked_fill(cumulative - likely >= share, 0)
+    chosen = tokens.gather(-1, _invert(nucleus, u)[:, None])[:, 0]
+    wider = cumulative[:, -1] < top_p
+    if not top_k and look < V and wider.any():
+        # row by row, so that none depends on what it is batched with
+        chosen[wider] = sample(logits[wider], u[wider], temperature, top_p, look=V)
+    return chosen
+
+
+def _most_probable(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of p (B, V), falling, and their tokens; among equals the lower."""
+    order = p.topk(k).indices.sort(-1).values
+    largest, place = p.gather(-1, order).sort(stable=True, dim=-1, descending=True)
+    return largest, order.gather(-1, place)
+
+
+def _invert(p: Tensor, u: Tensor) -> Tensor:
+    """(B,): where the running sum of p (B, V) first exceeds u times the whole; never where p is 0.
+
+    In float64, so that u < 1 stays below the whole.
+    """
+    cumulative = p.cumsum(-1, dtype=torch.float64)
+    at = u[:, None].double() * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True)[:, 0]
