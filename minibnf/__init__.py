@@ -1,1 +1,1 @@
-"""minibnf: Bidirectional Negative Feedback alignment, written from scratch to be read, trusted and used."""
+"""Bidirectional Negative Feedback alignment of language models, from scratch (arXiv 2410.04834)."""

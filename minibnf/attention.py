@@ -52,17 +52,22 @@ class Cache:
         self.length = torch.tensor(lengths, device=self.keys[0].device)
         self.longest = max(lengths)
 
-    def fill(self, rows: list[list[int]], lengths: list[int], packed) -> None:
-        """Write texts that stand one after another in packed: text i into each row of rows[i].
+    def fill(self, rows: list[list[int]], lengths: list[int], packed, shared: int = 0) -> None:
+        """Write packed texts: text i, of lengths[i] tokens, into each row of rows[i].
 
-        packed: for each layer (keys, values), both (1, K, T, d); lengths[i]: the tokens of text i.
+        packed: for each layer (keys, values), both (1, K, T, d): the first `shared` tokens, which
+        all texts begin with, and then the rest of each, one after another.
         """
+        everyone = [row for of_text in rows for row in of_text]
         for keys, values, (k, v) in zip(self.keys, self.values, packed, strict=True):
-            start = 0
+            keys[everyone, :, :shared] = k[0, :, :shared]
+            values[everyone, :, :shared] = v[0, :, :shared]
+            start = shared
             for of_text, n in zip(rows, lengths, strict=True):
-                keys[of_text, :, :n] = k[0, :, start : start + n]
-                values[of_text, :, :n] = v[0, :, start : start + n]
-                start += n
+                end = start + n - shared
+                keys[of_text, :, shared:n] = k[0, :, start:end]
+                values[of_text, :, shared:n] = v[0, :, start:end]
+                start = end
 
     def begin(self, S: int) -> None:
         """Every layer is about to append S new tokens per row."""

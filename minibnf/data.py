@@ -266,15 +266,16 @@ def _next_different(values: list) -> list[int]:
     return following[:n]
 
 
-# ------------------------------------------------------------------------------------------------------------ packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 @dataclass(frozen=True)
 class Batch:
     """A packed micro-batch. T tokens in all, N of them response tokens, R responses.
 
-    tokens, positions (1, T): groups one after another, each its prompt once, then its responses less
-    their last token, which predicts nothing. Their positions all continue from the prompt's end.
+    tokens, positions (1, T): groups one after another, each its prompt once, then its responses
+    less their last token, which predicts nothing. Their positions all continue from the prompt's
+    end.
     layout: the groups' lengths (attention.py).
     predictors (N,): where in T the hidden state stands that predicts each response token.
     targets (N,): that token.
@@ -310,8 +311,9 @@ class Batch:
 def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[Batch]:
     """examples[i] for i in indices, packed into micro-batches of at most max_tokens tokens.
 
-    Examples with the same prompt become one group (at most max_tokens long), so that the prompt is read once. Groups go,
-    longest first, to the first micro-batch with room. Raises ValueError for an example longer than max_tokens.
+    Examples with the same prompt become one group (at most max_tokens long), so that the prompt is
+    read once. Groups go, longest first, to the first micro-batch with room. Raises ValueError for
+    an example longer than max_tokens.
     """
     groups = sorted(_groups(examples, indices, max_tokens), key=lambda g: -g[0])
     bins: list[list[list[int]]] = []
@@ -352,8 +354,8 @@ def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
         prompt, size = examples[i].prompt, examples[i].tokens
         if size > max_tokens:
             raise ValueError(
-                f"{examples[i].place}: the example has {size} tokens, more than a micro-batch holds; "
-                f"pass --max-tokens {size} or more"
+                f"{examples[i].place}: the example has {size} tokens, more than a micro-batch "
+                f"holds; pass --max-tokens {size} or more"
             )
         g = newest.get(prompt)
         if g is not None and groups[g][0] + size - len(prompt) <= max_tokens:

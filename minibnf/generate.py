@@ -17,7 +17,8 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import datetime
-from itertools import accumulate
+from itertools import accumulate, chain
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -113,27 +114,32 @@ def _generate(model, prompts, together, outputs, max_new_tokens, choose, stop_id
 def _prefill(model: Transformer, prompts: list, room: int) -> tuple[Cache, Tensor]:
     """Read the prompts -> a cache with room for as many more tokens, and next-token logits (B, V).
 
-    Each distinct prompt is read once, packed with others.
+    Each distinct prompt is read once, packed with others, and once what all in the pack begin with:
+    a chat template's first words, say.
     """
     device, lengths = model.unembed.device, [len(p) for p in prompts]
     cache = Cache(model.config, len(prompts), max(lengths) + room, model.unembed)
+    windows = any(layer.window for layer in model.config.layers)  # then a group is one large mask
     rows_of: dict[tuple, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(tuple(prompt), []).append(row)
     logits: list = [None] * len(prompts)
     for pack in _packs(sorted(rows_of)):
         sizes, rows, kept = [len(p) for p in pack], [rows_of[p] for p in pack], []
-        tokens = torch.tensor([[i for p in pack for i in p]], device=device)
-        positions = torch.tensor([[i for n in sizes for i in range(n)]], device=device)
-        last = [end - 1 for end in accumulate(sizes)]
+        # each prompt keeps a last token of its own, whose logits are wanted
+        shared = 0 if windows else min(len(commonprefix(pack)), min(sizes) - 1)
+        rests = [n - shared for n in sizes]
+        tokens = [*pack[0][:shared], *chain.from_iterable(p[shared:] for p in pack)]
+        positions = [*range(shared), *chain.from_iterable(range(shared, n) for n in sizes)]
+        last = [shared + end - 1 for end in accumulate(rests)]
         found = model(
-            tokens,
-            positions,
-            groups=[(n, []) for n in sizes],
+            torch.tensor([tokens], device=device),
+            torch.tensor([positions], device=device),
+            groups=[(shared, rests)] if shared else [(n, []) for n in sizes],
             kept=kept,
             head=lambda x, unembed, last=last: model.logits(x[0, last], unembed),
         )
-        cache.fill(rows, sizes, kept)
+        cache.fill(rows, sizes, kept, shared)
         for of_prompt, z in zip(rows, found, strict=True):
             for row in of_prompt:
                 logits[row] = z

@@ -1,4 +1,5 @@
-"""Rows in, packed batches out: formats, errors with file, line and field, and equality with the padded computation."""
+"""Rows in, packed batches out: formats, errors with file, line and field, and equality with the
+padded computation."""
 
 import json
 import warnings
@@ -28,7 +29,8 @@ from tests.test_losses import published_bnf
 
 
 class Letters:
-    """A stand-in tokenizer: a character is its code point; a chat is <role>content; and ends a turn with id 0."""
+    """A stand-in tokenizer: a character is its code point; a chat is <role>content; and ends a turn
+    with id 0."""
 
     eos_id, vocab_size = 0, 0x110000
 
@@ -67,7 +69,7 @@ def read(tmp_path, *rows, **options):
     return read_examples(file, Letters(), options.pop("max_length", 100), **options)
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 def test_the_three_formats_in_one_file(tmp_path):
@@ -178,12 +180,15 @@ def test_text_that_no_tokenizer_can_read_is_named(tmp_path):
 
 
 def test_mismatched_examples_by_hand():
-    """Each prompt with responses to the next other prompt, cyclically; one that would not fit the context is passed over."""
+    """Each prompt with responses to the next other prompt, cyclically; one that would not fit the
+    context is passed over."""
     a, b, c = (1,), (2,), (3, 3, 3)
     found = [
-        pair(a, (4,), (5, 5), 1), Example(a, ((6,),), (True,), 2), Example(b, ((7, 7, 7),), (False,), 3),
+        pair(a, (4,), (5, 5), 1),
+        Example(a, ((6,),), (True,), 2),
+        Example(b, ((7, 7, 7),), (False,), 3),
         Example(c, ((8,),), (True,), 4),
-    ]  # fmt: skip
+    ]
     moved, equals = mismatched(found, 5, "file")
     assert [e.prompt for e in moved] == [a, a, b, c] and not equals
     assert [e.responses for e in moved] == [((7, 7, 7),), ((7, 7, 7),), ((8,),), ((4,), (5, 5))]
@@ -196,7 +201,8 @@ def test_mismatched_examples_by_hand():
 
 
 def test_a_response_that_is_also_ones_own_is_no_mismatch_unless_there_is_no_other():
-    """All rejected answers are "No.": of a pair the chosen one is left; alone they are taken, and counted."""
+    """All rejected answers are "No.": of a pair the chosen one is left; alone they are taken, and
+    counted."""
     no, yes = (9,), [(1, 1), (2, 2), (3, 3)]
     pairs = [pair((k,), answer, no, k) for k, answer in enumerate(yes)]
     moved, equals = mismatched(pairs, 10, "file")
@@ -242,7 +248,7 @@ def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 @given(found=examples(), data=st.data())
@@ -276,7 +282,8 @@ def test_one_prompt_is_stored_once():
 
 
 def test_three_responses_and_two_pairs_are_what_they_say():
-    """A chosen response that two others were rejected for, beside three that stand for themselves; by hand."""
+    """A chosen response that two others were rejected for, beside three that stand for themselves;
+    by hand."""
     two_pairs = Example((1,), ((2,), (3,), (4,)), (False, True, False), 1, ((1, 0), (1, 2)))
     alone = Example((1,), ((2,), (3,), (4,)), (True, False, False), 2)
     (b,) = pack([alone, two_pairs], [0, 1], 100)
@@ -303,7 +310,8 @@ def test_an_example_longer_than_a_micro_batch_says_what_to_pass():
 
 
 def padded_logits(model, found):
-    """Logits (N, V) that predict each response token, every response with its own copy of the prompt, padded to one length."""
+    """Logits (N, V) that predict each response token, every response with its own copy of the
+    prompt, padded to one length."""
     rows = [(e.prompt, r) for e in found for r in e.responses]
     S = max(len(p) + len(r) for p, r in rows)
     tokens = torch.tensor([[*p, *r, *[0] * (S - len(p) - len(r))] for p, r in rows])
@@ -314,7 +322,8 @@ def padded_logits(model, found):
 @FEW
 @given(found=examples(), data=st.data())
 def test_packed_equals_padded_in_value_and_in_every_gradient(tiny, found, data):
-    """float64, random micro-batch sizes: log-probabilities, and the gradient of a random function of them."""
+    """float64, random micro-batch sizes: log-probabilities, and the gradient of a random function
+    of them."""
     max_tokens = data.draw(st.integers(max(e.tokens for e in found), 60))
     targets = torch.tensor([t for e in found for r in e.responses for t in r])
     expected = padded_logits(tiny, found).log_softmax(-1)[torch.arange(len(targets)), targets]
@@ -345,8 +354,9 @@ def test_packed_equals_padded_in_value_and_in_every_gradient(tiny, found, data):
 @FEW
 @given(found=examples(), data=st.data())
 def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny, found, data):
-    """Every parameter, float64, 1e-9: packed one sweep, split into micro-batches, against autograd through the dynamic target
-    distribution over the whole vocabulary, padded, with its stop-gradient and the same length normaliser."""
+    """Every parameter, float64, 1e-9: packed one sweep, split into micro-batches, against autograd
+    through the dynamic target distribution over the whole vocabulary, padded, with its
+    stop-gradient and the same length normaliser."""
     max_tokens = data.draw(st.integers(max(e.tokens for e in found), 60))
     logits, at, total = padded_logits(tiny, found), 0, 0.0
     refs = {}

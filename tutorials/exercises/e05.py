@@ -1,4 +1,5 @@
-"""Exercises of page 05; the specification stands at the page's end. `make exercise N=05` tests this file."""
+"""Exercises of page 05; the specification stands at the page's end. `make exercise N=05` tests this
+file."""
 
 from torch import Tensor
 
@@ -11,5 +12,6 @@ def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor
 
 
 def margin_left(share: float, beta: float) -> float:
-    """The Δ in nats at which DPO's push has fallen to this share (above 0, at most 1) of its value at Δ = 0."""
+    """The Δ in nats at which DPO's push has fallen to this share (above 0, at most 1) of its value
+    at Δ = 0."""
     raise NotImplementedError

@@ -4,7 +4,8 @@ from torch import Tensor
 
 
 def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """w = min(1, o(p)/o(r)), elementwise, of p = exp(logps) and r = exp(ref_logps); no epsilon, accurate near 0 and 1."""
+    """w = min(1, o(p)/o(r)), elementwise, of p = exp(logps) and r = exp(ref_logps); no epsilon,
+    accurate near 0 and 1."""
     raise NotImplementedError
 
 

@@ -2,10 +2,12 @@
 
 
 def win_rate(scores: list[float], base_scores: list[float]) -> float:
-    """The probability that one of the scores, drawn at random, beats a drawn one of the base's; a tie counts half."""
+    """The probability that one of the scores, drawn at random, beats a drawn one of the base's; a
+    tie counts half."""
     raise NotImplementedError
 
 
 def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (kept, gained) points that no other point beats, by falling kept; equal points all stay."""
+    """The (kept, gained) points that no other point beats, by falling kept; equal points all
+    stay."""
     raise NotImplementedError

@@ -6,14 +6,16 @@ from torch import Tensor
 
 
 def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
-    """(question, answer, score) -> rows of text that the trainer takes, questions in order of first appearance.
+    """(question, answer, score) -> rows of text that the trainer takes, questions in order of first
+    appearance.
 
-    {"prompt", "chosen", "rejected"}: the best and the worst answer, of equally good ones the first; {"prompt", "completion",
-    "label"} where there is one answer, label: whether its score is above 0; no row where several scores are all equal.
-    """
+    {"prompt", "chosen", "rejected"}: the best and the worst answer, of equally good ones the first;
+    {"prompt", "completion", "label"} where there is one answer, label: whether its score is above
+    0; no row where several scores are all equal. """
     raise NotImplementedError
 
 
 def response_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, T, V), tokens and mask (B, T) -> log-probabilities (B, T - 1), 0 outside the mask; the shifted mask."""
+    """logits (B, T, V), tokens and mask (B, T) -> log-probabilities (B, T - 1), 0 outside the mask;
+    the shifted mask."""
     raise NotImplementedError
