@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import accumulate, chain
-from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -126,8 +125,10 @@ def _prefill(model: Transformer, prompts: list, room: int) -> tuple[Cache, Tenso
     logits: list = [None] * len(prompts)
     for pack in _packs(sorted(rows_of)):
         sizes, rows, kept = [len(p) for p in pack], [rows_of[p] for p in pack], []
-        # each prompt keeps a last token of its own, whose logits are wanted
-        shared = 0 if windows else min(len(commonprefix(pack)), min(sizes) - 1)
+        # they are sorted: what the first and the last begin with, all begin with; but each keeps a
+        # last token of its own, whose logits are wanted
+        unlike = (k for k in range(min(sizes) - 1) if pack[0][k] != pack[-1][k])
+        shared = 0 if windows else next(unlike, min(sizes) - 1)
         rests = [n - shared for n in sizes]
         tokens = [*pack[0][:shared], *chain.from_iterable(p[shared:] for p in pack)]
         positions = [*range(shared), *chain.from_iterable(range(shared, n) for n in sizes)]
