@@ -114,7 +114,7 @@ def test_every_command_takes_it_and_names_what_is_ignored_once(folder, tmp_path,
         assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
         succeeds(evaluate.main, "--model", model, "--data", pairs, *cpu)
         announced()
-        succeeds(evaluate.main, "--model", model, "--data", questions, "--max-new-tokens", 8, *cpu)
+        succeeds(evaluate.main, "--model", model, "--data", questions, *cpu)
         announced()
     assert sampler(load(folder), load_tokenizer(folder), max_new_tokens=20)(["Hi?"], 3, 0)
     side = chat.Side(str(folder), chat.parse(["--model", str(folder), *cpu]))
