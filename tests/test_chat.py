@@ -39,7 +39,7 @@ def test_escapes_by_hand():
 
 
 def side(*flags):
-    return Side(TINY, parse(["--model", TINY, *flags]))
+    return Side(TINY, parse(["--model", TINY, "--device", "cpu", *flags]))
 
 
 def test_a_thought_goes_back_to_the_model_in_a_field_of_its_own():
@@ -128,7 +128,7 @@ def test_what_a_model_or_a_template_writes_cannot_act_on_the_terminal(monkeypatc
 
     type_lines(monkeypatch, "hello")
     monkeypatch.setattr(Side, "ask", refuses)
-    assert chat.main(["--model", TINY]) == 0
+    assert chat.main(["--model", TINY, "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "the template says \\x1b[2J" in shown and "\x1b" not in shown
 
@@ -149,7 +149,7 @@ def test_a_system_message_and_every_setting_are_handed_on():
 
 def test_a_slip_at_the_prompt_does_not_lose_the_conversation(monkeypatch, capsys):
     type_lines(monkeypatch, KeyboardInterrupt, "caf\udce9")
-    assert chat.main(["--model", TINY]) == 0
+    assert chat.main(["--model", TINY, "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert shown.count(chat.HELP) == 2 and "not valid UTF-8" in shown
 
@@ -162,7 +162,7 @@ def test_control_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, cap
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Side, "ask", interrupted)
-    assert chat.main(["--model", TINY]) == 0
+    assert chat.main(["--model", TINY, "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "heard hello [stopped]" in shown and "heard again [stopped]" in shown
 

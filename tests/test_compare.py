@@ -20,7 +20,7 @@ from minibnf.lab.verdicts import CUSTOMARY, NOT, REPRODUCED, report, verdicts, w
 from minibnf.model import load, save
 
 SPEC = {
-    "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32},
+    "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32, "device": "cpu"},
     "sets": {"qa": {"kind": "qa", "count": 64}},
     "methods": {
         "bnf": {"loss": "bnf", "grid": {"lr": [1e-4, 1e-3]}},
@@ -184,7 +184,8 @@ class InThisProcess(Executor):
 def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minibnf.lab.trials.ProcessPoolExecutor", InThisProcess)
     spec = {
-        "base": "weights/tiny", "seeds": [1], "train": {"batch_size": 8, "max_steps": 2},
+        "base": "weights/tiny", "seeds": [1],
+        "train": {"batch_size": 8, "max_steps": 2, "device": "cpu"},
         "exam": {"samples": 1, "count": 2}, "sets": {"qa": {"kind": "qa", "count": 16}},
         "methods": {
             "bnf": {"loss": "bnf", "grid": {"lr": [1e-4]}},
@@ -401,7 +402,8 @@ def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_pat
     pairs = written(tmp_path / "pairs.jsonl", rows)
     given = {"rows": pairs, "count": 8, "held_out": 8, "solutions": extra}
     spec = {
-        "base": "weights/tiny", "seeds": [0], "train": {"batch_size": 8, "max_steps": 12},
+        "base": "weights/tiny", "seeds": [0],
+        "train": {"batch_size": 8, "max_steps": 12, "device": "cpu"},
         "methods": {"bnf": {"loss": "bnf", "grid": {"lr": [1e-3]}}},
         "sets": {"mine": given}, "on": {"mine": ["bnf"]},
     }  # fmt: skip

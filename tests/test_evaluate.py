@@ -318,6 +318,7 @@ def test_max_tokens_bounds_what_is_read_at_once_and_one_row_has_no_interval(
 ):
     file, out = write(tmp_path / "rows.jsonl", [GIVEN]), tmp_path / "o.json"
     command = ["--model", str(model), "--data", str(file), "--out", str(out)]
+    command += ["--device", "cpu"]
     assert main([*command, "--max-tokens", "3"]) == 1
     assert "pass --max-tokens" in capsys.readouterr().err
     assert main(command) == 0
@@ -336,5 +337,6 @@ def test_a_base_that_reads_other_tokens_is_refused(model, tmp_path, capsys):
     save(fresh(tmp_path / "other", seed=0), tmp_path / "other")
     file = write(tmp_path / "pairs.jsonl", rows(2))
     command = ["--model", str(model), "--base", str(tmp_path / "other"), "--data", str(file)]
+    command += ["--device", "cpu"]
     assert main(command) == 1
     assert "make different tokens of" in capsys.readouterr().err

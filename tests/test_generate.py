@@ -288,6 +288,7 @@ def questions(tmp_path):
 
 def command(data, out, *flags):
     files = ["--model", "weights/tiny", "--data", str(data), "--out", str(out)]
+    files += ["--device", "cpu"]
     return main([*files, "--max-new-tokens", "30", *flags])
 
 

@@ -91,6 +91,8 @@ def arguments(world, out, *more, data="pairs.jsonl"):
         str(out),
         "--batch-size",
         "6",
+        "--device",
+        "cpu",
         *map(str, more),
     ]
 
@@ -339,6 +341,8 @@ def test_ten_golden_losses(tmp_path, loss):
         "1e-3",
         "--batch-size",
         "8",
+        "--device",
+        "cpu",
     ]
     assert main([*flags, "--max-steps", "10", "--loss", loss, "--out", str(tmp_path / "run")]) == 0
     assert [row["loss"] for row in logged(tmp_path / "run")] == pytest.approx(
