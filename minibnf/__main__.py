@@ -9,7 +9,7 @@ COMMANDS = {
     "generate": "completions of the prompts in a file",
     "chat": "talk with a model, or with two: before and after",
     "compare": "methods x settings x seeds: a table, verdicts, figures",
-    "evaluate": "what alignment changed, before against after",
+    "evaluate": "what a model makes of held-out rows, and what alignment changed",
     "check": "what a checkpoint is, and the memory to train it",
 }
 MODULES = {"compare": "lab.compare"}  # where a command's module has another name

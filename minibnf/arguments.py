@@ -150,3 +150,9 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
         except ValueError:
             given[name] = value
     return loss.hyper(given)
+
+
+def less_memory(args: argparse.Namespace, max_tokens: int | None) -> str:
+    """What to do where memory does not suffice."""
+    advice = f"lower --max-tokens (now {max_tokens or 'its default'})"
+    return advice + " or pass --gradient-checkpointing" * (not args.gradient_checkpointing)

@@ -1,4 +1,4 @@
-"""Batched sampling with a KV cache: no padding; equal prompts are read once.
+"""Batched sampling with a KV cache: no padding; what prompts share is read once.
 
     python -m minibnf.generate --model DIR --data prompts.jsonl --out answers.jsonl --chat
 
@@ -35,6 +35,7 @@ from minibnf.model import Transformer, load
 from minibnf.sampling import check_settings, sample, uniforms
 from minibnf.step import fingerprint
 
+MAX_NEW_TOKENS = 256  # by default
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass
 EMPTY = "is empty; generation needs at least one token to start from"
@@ -250,7 +251,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a("--samples", type=int, default=1, metavar="N", help="completions of each prompt; default 1")
     a("--batch-size", type=int, default=64, metavar="N",
       help="completions made together and then written; default 64")  # fmt: skip
-    add_sampling(a, 256)
+    add_sampling(a, None)
     a = p.add_argument_group("an --out that exists").add_argument
     a("--resume", action="store_true", help="go on where an interrupted run stopped")
     a("--overwrite", action="store_true", help="start anew")
@@ -264,12 +265,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def add_sampling(a, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0) -> None:
+def add_sampling(
+    a, max_new_tokens: int | None, temperature: float = 1.0, top_p: float = 1.0
+) -> None:
     """The options of sampling, and their defaults; a: an ArgumentParser's add_argument."""
     share = "of the most probable tokens that together reach P (1: all)"
     auto = "bfloat16 where the device has matrix units for it and the model over 20 M parameters"
+    default = max_new_tokens or f"{MAX_NEW_TOKENS}, less where the longest prompt leaves less room"
     a("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
-      help=f"at most; default {max_new_tokens}")  # fmt: skip
+      help=f"at most; default {default}")  # fmt: skip
     a("--temperature", type=float, default=temperature, metavar="T",
       help=f"0: always the most probable token; default {temperature:g}")  # fmt: skip
     a("--top-p", type=float, default=top_p, metavar="P", help=f"{share}; default {top_p:g}")
@@ -291,7 +295,8 @@ def load_for_sampling(directory, device: str, dtype: str):
 
 
 def run(args: argparse.Namespace) -> None:
-    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
+    least = 1 if args.max_new_tokens is None else args.max_new_tokens
+    check_settings(least, args.temperature, args.top_p, args.top_k, args.seed)
     out, settings_file = Path(args.out), Path(f"{args.out}.settings.json")
     inputs = [Path(args.data), Path(args.model)]
     check_output(out, inputs)
@@ -305,7 +310,10 @@ def run(args: argparse.Namespace) -> None:
         tokenizer.now = datetime.fromisoformat(before["now"])
     context = model.config.max_position_embeddings
     notes = Notes()
-    prompts = read_prompts(args.data, tokenizer, args.chat, context, args.max_new_tokens, notes)
+    prompts = read_prompts(args.data, tokenizer, args.chat, context, least, notes)
+    if args.max_new_tokens is None:
+        longest = max(len(ids) for _, _, ids in prompts)
+        args.max_new_tokens = min(MAX_NEW_TOKENS, context - longest)
     for note in notes.lines():
         print(note)
     settings = settings_of(args, model, prompts)

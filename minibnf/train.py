@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from minibnf.arguments import WIDTH, default_rate, loss_hyper, parse
+from minibnf.arguments import WIDTH, default_rate, less_memory, loss_hyper, parse
 from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import read_json, replacing, write_json
@@ -382,12 +382,6 @@ def finish(run: Run) -> None:
     print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
 
 
-def less_memory(args: argparse.Namespace, max_tokens: int | None) -> str:
-    """What to do where memory does not suffice."""
-    advice = f"lower --max-tokens (now {max_tokens or 'its default'})"
-    return advice + " or pass --gradient-checkpointing" * (not args.gradient_checkpointing)
-
-
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
@@ -410,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        if not (run.out / "metrics.jsonl").is_file():
+            print("interrupted before the first step")
         command = f"{shlex.quote(sys.executable)} -m minibnf.train --resume"
         print(f"To go on:\n  {command} --out {shlex.quote(args.out)}")
         return 130

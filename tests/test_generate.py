@@ -292,6 +292,19 @@ def command(data, out, *flags):
     return main([*files, "--max-new-tokens", "30", *flags])
 
 
+def test_by_default_no_more_is_made_than_the_context_has_room_for(tmp_path):
+    """weights/tiny reads 256 tokens, so 256 new ones would leave no room for any prompt."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What pet does Vera have?"}\n')
+    words = ["--model", "weights/tiny", "--data", tmp_path / "prompts.jsonl", "--device", "cpu"]
+    words += ["--out", tmp_path / "out.jsonl", "--chat", "--temperature", "0"]
+    assert main([str(word) for word in words]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["finish"] == "stop"
+    settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    asked = [{"role": "user", "content": "What pet does Vera have?"}]
+    ids = load_tokenizer("weights/tiny").encode_chat(asked, add_generation_prompt=True)
+    assert settings["max_new_tokens"] == 256 - len(ids)
+
+
 def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
