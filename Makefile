@@ -6,7 +6,7 @@ SMOL := weights/smollm2-135m-instruct
 export OMP_WAIT_POLICY := passive  # threads that spin while they wait cost a busy machine far more than they save
 ONE := OMP_NUM_THREADS=1  # the small world's tensors are too small to share
 
-ALL_CORES := -n auto --maxprocesses 8 --dist loadgroup
+ALL_CORES := -n auto --maxprocesses 8
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,10 +23,11 @@ train-small: .venv/small ## align weights/tiny with BNF on the small world and p
 
 test: .venv/test ## lint and run the test suite (six minutes on two cores)
 	$(BIN)/ruff check .
-	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity $(ALL_CORES)
+	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py
+	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity --ignore=tests/test_tutorials.py $(ALL_CORES)
 
 test-all: .venv/test ## the test suite with 2,000 examples a property instead of 200 (half an hour)
-	HYPOTHESIS_PROFILE=all $(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity $(ALL_CORES)
+	HYPOTHESIS_PROFILE=all $(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity --ignore=tests/test_tutorials.py $(ALL_CORES)
 
 tutorials: .venv/test ## run every block of tutorials/ and compare every printed line (make test does, too)
 	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py

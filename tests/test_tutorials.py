@@ -24,7 +24,6 @@ FOLDER = ROOT / "tutorials"
 PAGES = sorted(FOLDER.glob("[0-9][0-9]_*.md"))
 FIGURES = FOLDER / "figures"
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-pytestmark = pytest.mark.xdist_group("tutorials")  # pages write figures that others look at
 
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 IMAGE = re.compile(r"!\[([^]]*)\]\(([^)]+)\)")
