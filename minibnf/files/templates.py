@@ -90,7 +90,9 @@ def time_limit(seconds):
         raise TimeUp(f"it takes more than {seconds} seconds")
 
     handler, began = signal.signal(signal.SIGALRM, stop), time.monotonic()
-    due, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    # again every tenth of a second: what is raised within a destructor, or within a callback of
+    # the garbage collector, is lost
+    due, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         try:
             yield
