@@ -1,4 +1,4 @@
-"""The trainer, one file: align a checkpoint on preference data.
+"""The trainer: align a checkpoint on preference data (its flags stand in arguments.py).
 
     python -m minibnf.train --model weights/tiny --data pairs.jsonl --loss bnf --out runs/bnf
     python -m minibnf.train --model DIR --data FILE --loss dpo --loss-args beta=0.5 --out OUT
