@@ -15,7 +15,7 @@ COMMANDS = {
 MODULES = {"compare": "lab.compare"}  # where a command's module has another name
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] and argv[0] in COMMANDS:
         try:

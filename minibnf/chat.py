@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from minibnf.files.terminal import printable
+from minibnf.files.terminal import in_one_line, printable
 from minibnf.generate import Reader, add_sampling, check_settings, load_for_sampling, stream
 from minibnf.machine import memory_advice
 
@@ -157,22 +157,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
-        with memory_advice(ADVICE):
-            sides = [Side(args.model, args)]
-            if args.compare:
-                sides.append(Side(args.compare, args))
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 1
+    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
+    with memory_advice(ADVICE):
+        sides = [Side(args.model, args)]
+        if args.compare:
+            sides.append(Side(args.compare, args))
     with suppress(ImportError):  # arrow keys and a history of what was typed
         import readline  # noqa: F401
     print(HELP)
     converse(sides)
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 
 from minibnf.files.config import Config, announce_ignored, read_config
 from minibnf.files.safetensors import FLOATS, Stored, tensors_of
+from minibnf.files.terminal import in_one_line
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.model import Transformer, tensors_stored
 
@@ -137,8 +138,8 @@ def memory_table(c: Config, parameters: int, max_tokens: int, recompute: bool) -
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; exit status 1 and one line on standard error for a bad directory."""
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("minibnf check")
     parser.description = "What a checkpoint is, and the memory to train it."
     add = parser.add_argument
@@ -155,13 +156,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.directory)
     try:
         print(report(folder, args.max_tokens, args.values, args.gradient_checkpointing))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
         inner = folder / "model"
-        if (inner / "config.json").is_file():  # what was named is a run's folder
-            print(f"Did you mean {inner}?", file=sys.stderr)
-        return 1
-    return 0
+        if not (inner / "config.json").is_file():
+            raise
+        # what was named is a run's folder
+        raise ValueError(f"{error}\nDid you mean {inner}?") from None
 
 
 if __name__ == "__main__":

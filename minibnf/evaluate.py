@@ -45,6 +45,7 @@ from minibnf.data import Example, digest, pairs_of, token_ids
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import check_output, write_json
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
+from minibnf.files.terminal import in_one_line
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.machine import memory_advice, resolve_device_and_dtype
 from minibnf.model import load
@@ -381,18 +382,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        with memory_advice(f"lower --max-tokens (now {args.max_tokens or 'its default'})"):
-            evaluate(args)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    with memory_advice(f"lower --max-tokens (now {args.max_tokens or 'its default'})"):
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from minibnf.data import encode_prompt
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import check_output, read_json, write_json
 from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
+from minibnf.files.terminal import in_one_line
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
 from minibnf.model import Transformer, load
@@ -384,18 +385,14 @@ def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) ->
             bar.update(len(batch))
 
 
-def main(argv: list[str] | None = None) -> int:
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         with memory_advice(f"lower --batch-size (now {args.batch_size})"):
             run(args)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"interrupted: what {args.out} holds is whole; --resume goes on", file=sys.stderr)
-        return 130
-    return 0
+        raise KeyboardInterrupt(f"what {args.out} holds is whole; --resume goes on") from None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from minibnf.data import Batch, Example, digest, mismatched, order_of_epoch, pac
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import read_json, replacing, write_json
 from minibnf.files.rows import Notes
+from minibnf.files.terminal import in_one_line
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
@@ -382,33 +383,20 @@ def finish(run: Run) -> None:
     print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        with memory_advice(less_memory(args, args.max_tokens)):
-            run = setup(args)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted before anything was written", file=sys.stderr)
-        return 130
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with memory_advice(less_memory(args, args.max_tokens)):
+        run = setup(args)
     if run is None:
         print(f"{args.out} holds this run, finished: its model lies in {Path(args.out) / 'model'}")
-        return 0
+        return
     try:
         with memory_advice(less_memory(args, run.max_tokens)):
             train(run)
-        return 0
-    except (OSError, FloatingPointError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        if not (run.out / "metrics.jsonl").is_file():
-            print("interrupted before the first step")
-        command = f"{shlex.quote(sys.executable)} -m minibnf.train --resume"
-        print(f"To go on:\n  {command} --out {shlex.quote(args.out)}")
-        return 130
+        words = [sys.executable, "-m", "minibnf.train", "--resume", "--out", args.out]
+        raise KeyboardInterrupt(f"to go on:\n  {shlex.join(words)}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""What may be shown in a terminal."""
+"""What may be shown in a terminal, and errors in one line."""
 
+import sys
 import unicodedata
+from collections.abc import Callable
+from functools import wraps
 
 # How the names of Unicode's classes of invisible direction marks begin: LRE LRO LRI, RLE RLO RLI,
 # PDF PDI, FSI.
@@ -21,3 +24,28 @@ def _acts(c: str) -> bool:
         return False
     control = unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs")
     return control or unicodedata.bidirectional(c)[:2] in OVERRIDES
+
+
+# What a user, a file or a machine can cause. Everything else is a bug and keeps its traceback.
+CAUSED = (ValueError, OSError, ImportError, MemoryError, FloatingPointError)
+
+
+def in_one_line(main: Callable) -> Callable[..., int]:
+    """Makes main a command: its exit status is 0, or 1 and one line on standard error.
+
+    130 after Ctrl-C; the KeyboardInterrupt may say how to go on.
+    """
+
+    @wraps(main)
+    def command(argv: list[str] | None = None) -> int:
+        try:
+            main(argv)
+        except CAUSED as error:
+            print(printable(f"error: {error}"), file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as stop:
+            print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+            return 130
+        return 0
+
+    return command

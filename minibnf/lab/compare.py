@@ -37,6 +37,7 @@ import torch
 
 from minibnf import arguments
 from minibnf.files.disk import read_json, write_json, write_text
+from minibnf.files.terminal import in_one_line
 from minibnf.lab import trials
 from minibnf.lab.plan import customary, finals, settings, sweep
 from minibnf.lab.verdicts import report
@@ -183,17 +184,14 @@ def run(args: argparse.Namespace) -> None:
             print(f"figure  {file}")
 
 
-def main(argv: list[str] | None = None) -> int:
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with what {args.out} holds", file=sys.stderr)
-        return 130
-    return 0
+        said = f"the same command goes on with what {args.out} holds"
+        raise KeyboardInterrupt(said) from None
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor
 from minibnf.data import Example, pack, pairs_of, read_examples
 from minibnf.feedback import gini
 from minibnf.files.config import announce_ignored
+from minibnf.files.terminal import in_one_line
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QA, REASONING, Problem, problems, score
 from minibnf.lab.smallworld import sampler
@@ -270,7 +271,8 @@ def before_and_after(args: argparse.Namespace) -> None:
         print(f"\nfigure  {figure}")
 
 
-def main(argv: list[str] | None = None) -> int:
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         "python -m minibnf.lab.exam",
         description="Two models in the small world, before alignment against after.",
@@ -287,16 +289,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.samples < 1 or args.count < 1:
         p.error("--samples and --count must be 1 or more")
-    try:
-        with memory_advice(f"lower --samples (now {args.samples})"):
-            before_and_after(args)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    with memory_advice(f"lower --samples (now {args.samples})"):
+        before_and_after(args)
 
 
 if __name__ == "__main__":

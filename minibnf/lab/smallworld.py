@@ -23,6 +23,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from minibnf.files.disk import inside, write_json, write_text
+from minibnf.files.terminal import in_one_line
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate
 from minibnf.lab.language import (
@@ -258,26 +259,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: list[str] | None = None) -> int:
+@in_one_line
+def main(arguments: list[str] | None = None) -> None:
     """The command line: see the top of the file."""
     p = parser()
     args = p.parse_args(arguments)
     if getattr(args, "count", 1) < 1:
         p.error("--count must be 1 or more")
-    try:
-        if args.command == "base":
-            if args.out.is_dir() and any(args.out.iterdir()):
-                raise ValueError(f"--out {args.out} is not empty; name another folder")
-            write_base(args.out, args.seed)
-        elif args.command == "rows":
-            write_rows(args.out, pretrain_rows(args.count, args.seed))
-        else:
-            write_rows(args.out, pairs_of_a_model(args))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.command == "base":
+        if args.out.is_dir() and any(args.out.iterdir()):
+            raise ValueError(f"--out {args.out} is not empty; name another folder")
+        write_base(args.out, args.seed)
+    elif args.command == "rows":
+        write_rows(args.out, pretrain_rows(args.count, args.seed))
+    else:
+        write_rows(args.out, pairs_of_a_model(args))
     print(f"wrote {args.out}")
-    return 0
 
 
 def pairs_of_a_model(args: argparse.Namespace) -> list[dict]:

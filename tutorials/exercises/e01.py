@@ -6,7 +6,7 @@ def attend(q, k, v, window):
     multiple of K.
 
     Head h uses key/value head h // (H / K); scores are divided by √d; a position sees itself and
-    the window - 1 before it. """
+    the window - 1 before it."""
     raise NotImplementedError
 
 

@@ -7,7 +7,7 @@ def is_sound(data):
 
     True if the table fits into the file and every tensor in it (all but "__metadata__") has as many
     bytes as its shape and its dtype, one of F32, BF16 and F64, ask for, and the tensors cover all
-    of the rest of the file without gap or overlap. """
+    of the rest of the file without gap or overlap."""
     raise NotImplementedError
 
 

@@ -7,7 +7,7 @@ def flatten(prompt, responses):
 
     tokens: what is read, the prompt, then each response less its last token; positions: of those,
     each response's go on from the prompt's end; predictors: for each response token, the index in
-    tokens that predicts it; targets: that token. """
+    tokens that predicts it; targets: that token."""
     raise NotImplementedError
 
 

@@ -7,7 +7,7 @@ def entropies(hidden, unembed, chunk):
     tokens at a time.
 
     No tensor of more than chunk * V elements is made (chunk * V is more than N * D and V * D where
-    this is tested). """
+    this is tested)."""
     raise NotImplementedError
 
 

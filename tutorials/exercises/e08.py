@@ -4,8 +4,15 @@ from torch import Tensor
 
 
 def adamw_step(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas: tuple,
-    epsilon: float, weight_decay: float,
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple,
+    epsilon: float,
+    weight_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New p, m and v after step number `step` (from 1) with gradient g; what was passed in stays as
     it was."""

@@ -11,7 +11,7 @@ def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
 
     {"prompt", "chosen", "rejected"}: the best and the worst answer, of equally good ones the first;
     {"prompt", "completion", "label"} where there is one answer, label: whether its score is above
-    0; no row where several scores are all equal. """
+    0; no row where several scores are all equal."""
     raise NotImplementedError
 
 
