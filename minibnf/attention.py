@@ -116,35 +116,29 @@ class Cache:
 # -------------------------------------------------------------------------------- the three sights
 
 
-def sights(
-    c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None, precise: bool
-) -> dict:
+def sights(c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None, dtype) -> dict:
     """{window: who sees whom} for each window of the layers, in a forward of x (B, S, D).
 
-    precise: packed groups attend in float32 where x is bfloat16 on a CPU.
+    dtype: what packed groups attend in, on a CPU.
     """
-    made, S, on_cpu = {}, x.shape[1], x.device.type == "cpu"
-    for window in {layer.window for layer in c.layers}:
+
+    def sight(window: int | None):
         if cache is not None:
-            made[window] = Cached(c, cache, S, window, x.dtype)
-        elif groups is None:
-            made[window] = Causal(c, S, window, x.dtype, x.device)
-        elif on_cpu:
-            wide = precise and x.dtype == torch.bfloat16
-            made[window] = Packed(c, groups, window, torch.float32 if wide else x.dtype)
-        else:
-            made[window] = Blocks(c, groups, window, x.device)
-    return made
+            return Cached(c, cache, x.shape[1], window, x.dtype)
+        if groups is None:
+            return Causal(c, x.shape[1], window, x.dtype, x.device)
+        if x.device.type == "cpu":
+            return Packed(c, groups, window, dtype)
+        return Blocks(c, groups, window, x.device)
+
+    return {window: sight(window) for window in {layer.window for layer in c.layers}}
 
 
 class Causal:
     """Attention within each of B sequences of S positions."""
 
     def __init__(self, c: Config, S: int, window: int | None, dtype: torch.dtype, device):
-        self.c, self.mask = c, None
-        if window is not None and S > window:
-            place = torch.arange(S, device=device)
-            self.mask = additive(_within(place[:, None], place, window), dtype)
+        self.c, self.mask = c, _group_mask((S, []), window, dtype, device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, self.mask, self.c)
@@ -181,7 +175,7 @@ class Packed:
         for prompt, responses in groups:
             rows = prompt + sum(responses)
             if len(responses) < 2 or rows < LONG or (window is not None and rows > window):
-                mask = _group_mask((prompt, responses), window, dtype)
+                mask = _group_mask((prompt, responses), window, dtype, "cpu")
                 self.pieces.append(Piece(rows, None, mask))
                 continue
             first = len(self.pieces)
@@ -272,14 +266,14 @@ def _within(row: Tensor, column: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (column > row - window)
 
 
-def _group_mask(group: Group, window: int | None, dtype: torch.dtype) -> Tensor | None:
+def _group_mask(group: Group, window: int | None, dtype: torch.dtype, device) -> Tensor | None:
     """(rows, rows): who sees whom in one group; None for plain causality."""
     prompt, responses = group
     rows = prompt + sum(responses)
     if len(responses) < 2 and (window is None or rows <= window):
         return None
-    place = torch.arange(rows)
-    return additive(_rule([group], window, "cpu")(None, None, place[:, None], place), dtype)
+    place, sees = torch.arange(rows, device=device), _rule([group], window, device)
+    return additive(sees(None, None, place[:, None], place), dtype)
 
 
 def _rule(groups: list[Group], window: int | None, device):
