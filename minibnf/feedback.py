@@ -25,19 +25,16 @@ def feedback(
     """
     loss, n = LOSSES[name], len(p)
     hyper = {"kl": 0.0} | hyper if loss.per_response else hyper
-    both = 2 if loss.needs_pairs else 1
-    ref = p.new_full((n, both, length), r).log()  # the response and the other one, their tokens
+    both = 2 if loss.needs_pairs else 1  # the response with the token, and after it the other one
+    ref = p.new_full((both * n, length), r).log()
     logps = ref.clone()
-    logps[:, 0, 0] = p.log()
-    pairs = torch.arange(2 * n).reshape(n, 2) if loss.needs_pairs else None
-    responses = Responses.from_padded(
-        logps.flatten(0, 1),
-        ref.flatten(0, 1),
-        torch.ones(n * both, length),
-        torch.tensor([preferred, not preferred][:both]).repeat(n),
-        pairs if preferred or pairs is None else pairs.flip(1),
-    )
-    dlogps = loss.gradient(responses, **hyper).reshape(n, both, length)[:, 0, 0]
+    logps[::both, 0] = p.log()
+    labels = torch.tensor([preferred, not preferred][:both]).repeat(n)
+    pairs = torch.arange(2 * n).view(n, 2) if loss.needs_pairs else None
+    if loss.needs_pairs and not preferred:
+        pairs = pairs.flip(1)
+    responses = Responses.from_padded(logps, ref, torch.ones_like(ref), labels, pairs)
+    dlogps = loss.gradient(responses, **hyper)[:: both * length]
     return n * dlogps.abs() * (1 - p)  # n: the mean over n examples undone
 
 

@@ -120,7 +120,7 @@ class _Logits:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(longest, V, dtype=wide)
         self.logps = hidden.new_empty(len(targets), dtype=wide)
-        self.dhidden = torch.empty_like(hidden) if wanted[0] else None
+        self.dhidden = torch.empty_like(hidden) if any(wanted[:2]) else None
         wide = torch.promote_types(unembed.dtype, torch.float32)
         self.dunembed = torch.zeros_like(unembed, dtype=wide) if wanted[1] else None
 
@@ -159,12 +159,10 @@ class _Logits:
         dh = 0.0
         for v in self.blocks:
             d = dlogits[:, v].to(self.hidden.dtype)
-            if self.dhidden is not None:
-                dh += product(d, self.unembed[v].t()).to(dlogits.dtype)
+            dh += product(d, self.unembed[v].t()).to(dlogits.dtype)
             if self.dunembed is not None:
                 self.dunembed[v] += weight_gradient(d, self.hidden[i])
-        if self.dhidden is not None:
-            self.dhidden[i] = dh
+        self.dhidden[i] = dh
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -172,8 +172,7 @@ class Transformer(nn.Module):
     @property
     def unembed(self) -> Tensor:
         """(V, D): turns hidden states into logits; the embedding itself where they are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def forward(
         self, tokens, positions=None, groups=None, cache=None, *, dtype=None, kept=None, head=None
@@ -196,7 +195,7 @@ class Transformer(nn.Module):
             rotations[rope] = rotary(positions[:, None], c.head_dim, rope, x.dtype)  # (B, 1, S, d)
         # Training attends in float32 on a CPU, where the backward pass of bfloat16 takes up to
         # twice as long. The reference, which has no backward pass, does so too and rounds alike.
-        wide = torch.float32 if x.dtype == torch.bfloat16 and kept is None else x.dtype
+        wide = torch.promote_types(x.dtype, torch.float32) if kept is None else x.dtype
         sight_of = sights(c, x, groups, cache, wide)
         if cache is not None:
             cache.begin(tokens.shape[1])

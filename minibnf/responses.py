@@ -55,19 +55,13 @@ class Responses:
 
     def _check_values(self):
         R = len(self.preferred)
-        for name in ("owner", "pairs"):
-            index = getattr(self, name)
-            if ((index < 0) | (index >= R)).any():
-                raise ValueError(f"{name} holds a response index outside 0..{R - 1}")
         counts = torch.bincount(self.owner, minlength=R)
+        if len(counts) > R:
+            raise ValueError(f"owner names response {len(counts) - 1}, but there are only {R}")
         if self.whole_lengths is None and not counts.all():
-            raise ValueError(
-                f"response {int(counts.argmin())} has no tokens; a loss needs at least one"
-            )
+            raise ValueError(f"response {counts.argmin()} has no tokens; it needs at least one")
         if (self.preferred[self.pairs] != torch.tensor([True, False])).any():
-            raise ValueError(
-                "each row of pairs must be (a preferred response, a dispreferred response)"
-            )
+            raise ValueError("each row of pairs must be (a preferred, a dispreferred response)")
         for name in ("logps", "ref_logps"):
             x = getattr(self, name)
             if x is not None and (x > 1e-2).any():  # less than that is rounding
