@@ -54,21 +54,18 @@ def assert_same(ours, theirs, inputs, upstream=None):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
-sizes_of_chunks = st.integers(1, 10)
+some = st.integers(1, 9)
 softcaps = st.sampled_from([None, 2.0])
 
 
-@given(
-    N=st.integers(1, 9), D=st.integers(1, 5), V=st.integers(1, 12),
-    chunk=sizes_of_chunks, softcap=softcaps,
-)  # fmt: skip
+@given(N=some, D=st.integers(1, 5), V=st.integers(1, 12), chunk=some, softcap=softcaps)
 def test_token_logps_and_its_backward_are_the_naive_expression(N, D, V, chunk, softcap):
     hidden, unembed, targets, upstream = problem(N, D, V)
     ours = token_logps(hidden, unembed, targets, chunk=chunk, softcap=softcap)
     assert_same(ours, naive(hidden, unembed, targets, softcap), (hidden, unembed), upstream)
 
 
-@given(N=st.integers(1, 9), V=st.integers(2, 12), chunk=sizes_of_chunks, softcap=softcaps)
+@given(N=some, V=st.integers(2, 12), chunk=some, softcap=softcaps)
 def test_a_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
     hidden, unembed, targets, c = problem(N, 4, V, seed=1)
     expected_logps = naive(hidden, unembed, targets, softcap)
@@ -253,9 +250,8 @@ def test_no_tensor_of_all_logits_is_ever_made():
     ],
 )
 def test_arguments_that_do_not_fit_say_what_is_wrong(changes, message):
-    arguments = {
-        "hidden": torch.zeros(3, 4), "unembed": torch.zeros(5, 4), "targets": torch.arange(3)
-    } | changes  # fmt: skip
+    arguments = {"hidden": torch.zeros(3, 4), "unembed": torch.zeros(5, 4)}
+    arguments |= {"targets": torch.arange(3)} | changes
     with pytest.raises(ValueError, match=message):
         token_logps(**arguments)
     with pytest.raises(ValueError, match=message):
