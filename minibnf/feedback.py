@@ -24,15 +24,14 @@ def feedback(
     closed form; kto's kl is 0 unless given. Raises ValueError as the loss does.
     """
     loss, n = LOSSES[name], len(p)
-    hyper = {"kl": 0.0} | hyper if loss.per_response else hyper
+    hyper = {"kl": 0.0} | hyper if "kl" in loss.defaults else hyper
     both = 2 if loss.needs_pairs else 1  # the response with the token, and after it the other one
     ref = p.new_full((both * n, length), r).log()
     logps = ref.clone()
     logps[::both, 0] = p.log()
     labels = torch.tensor([preferred, not preferred][:both]).repeat(n)
-    pairs = torch.arange(2 * n).view(n, 2) if loss.needs_pairs else None
-    if loss.needs_pairs and not preferred:
-        pairs = pairs.flip(1)
+    order = [0, 1] if preferred else [1, 0]
+    pairs = torch.arange(2 * n).view(n, 2)[:, order] if loss.needs_pairs else None
     responses = Responses.from_padded(logps, ref, torch.ones_like(ref), labels, pairs)
     dlogps = loss.gradient(responses, **hyper)[:: both * length]
     return n * dlogps.abs() * (1 - p)  # n: the mean over n examples undone

@@ -20,7 +20,7 @@ A soft cap z = κ tanh(x/κ) multiplies dlogits by dz/dx = 1 - (z/κ)².
 """
 
 from collections.abc import Callable
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 
 import torch
@@ -35,9 +35,7 @@ CHUNK_LOGITS = 2**24  # of a chunk: 64 MiB in float32
 ROW_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 
 
-def token_logps(
-    hidden, unembed, targets, *, chunk: int | None = None, softcap: float | None = None
-) -> Tensor:
+def token_logps(hidden, unembed, targets, *, chunk: int | None = None, softcap=None) -> Tensor:
     """(N,) float32 (float64 for float64 input): log softmax(hidden @ unembed.T)[targets], in nats.
 
     hidden (N, D), unembed (V, D), targets (N,) int64 in 0..V-1. chunk: tokens at a time, by default
@@ -190,8 +188,7 @@ class _Sweep(torch.autograd.Function):
     def forward(ctx, hidden, unembed, targets, chunks, judge, softcap):
         wanted = (False, False) if judge is None else ctx.needs_input_grad
         pieces = [_pieces(chunk, unembed) for chunk in chunks]
-        every = list(chain.from_iterable(pieces))
-        logits = _Logits(hidden, unembed, targets, softcap, every, wanted)
+        logits = _Logits(hidden, unembed, targets, softcap, sum(pieces, []), wanted)
         loss, dlogps = logits.logps.new_zeros(()), torch.empty_like(logits.logps)
         for k, chunk in enumerate(chunks):
             for i in pieces[k]:

@@ -183,8 +183,9 @@ class Loss:
 
     value_of(responses, **hyper): the scalar in plain torch operations, which autograd can
     differentiate. gradient_of: the hand-derived dL/dlogps (N,). defaults: the hyper-parameters with
-    their papers' recommended values. token_local: a token's gradient depends on no other token, so
-    a trainer may cut the batch anywhere.
+    their papers' recommended values. per_response: each response is an example, also one in a pair.
+    token_local: a token's gradient depends on no other token, so a trainer may cut the batch
+    anywhere.
     Raises ValueError for an unknown, missing or impossible hyper-parameter, a missing reference, or
     missing pairs.
     """
@@ -195,12 +196,8 @@ class Loss:
     gradient_of: Callable
     needs_ref: bool = False
     needs_pairs: bool = False
+    per_response: bool = False
     token_local: bool = False
-
-    @property
-    def per_response(self) -> bool:
-        """Whether each response is an example, also one in a pair."""
-        return "kl" in self.defaults
 
     def __call__(self, responses: Responses, **hyper) -> Tensor:
         return _HandDerived.apply(responses.logps, self, responses, hyper)
@@ -292,7 +289,7 @@ def token_local(name: str, potential: Callable, weight: Callable, length: str, r
 
 def _rival(name: str, ref: bool, pairs: bool = True, **defaults) -> Loss:
     value, gradient = getattr(rivals, f"{name}_value"), getattr(rivals, f"{name}_gradient")
-    return Loss(name, defaults, value, gradient, needs_ref=ref, needs_pairs=pairs)
+    return Loss(name, defaults, value, gradient, ref, needs_pairs=pairs, per_response=not pairs)
 
 
 _FAMILY = [
