@@ -31,8 +31,8 @@ LONG = 256
 class Cache:
     """Keys and values of what was read: for each layer (B, K, capacity, d), and `length` (B,).
 
-    Row b holds length[b] tokens. `longest` is the maximum of length as a plain number, so that a
-    step need not wait for the device to know it.
+    Row b holds length[b] tokens. `lengths` are the same numbers on the host, so that a step need
+    not wait for the device to know them.
     """
 
     def __init__(self, c: Config, rows: int, capacity: int, like: Tensor):
@@ -46,27 +46,24 @@ class Cache:
     def capacity(self) -> int:
         return self.keys[0].shape[2]
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
     def set_lengths(self, lengths: list[int]) -> None:
         """Row b holds the first lengths[b] tokens of what was written, and nothing after them."""
-        self.length = torch.tensor(lengths, device=self.keys[0].device)
-        self.longest = max(lengths)
+        self.lengths = lengths
+        self.length = to_device(torch.tensor(lengths), self.keys[0].device)
 
-    def fill(self, rows: list[list[int]], lengths: list[int], packed, shared: int = 0) -> None:
-        """Write packed texts: text i, of lengths[i] tokens, into each row of rows[i].
+    def fill(self, row: int, places: Tensor, packed) -> None:
+        """Write into n rows, from `row` on, what stands at places (n, L) of a packed text.
 
-        packed: for each layer (keys, values), both (1, K, T, d): the first `shared` tokens, which
-        all texts begin with, and then the rest of each, one after another.
+        packed: for each layer (keys, values), both (1, K, T, d).
         """
-        everyone = [row for of_text in rows for row in of_text]
+        n, L = places.shape
         for keys, values, (k, v) in zip(self.keys, self.values, packed, strict=True):
-            keys[everyone, :, :shared] = k[0, :, :shared]
-            values[everyone, :, :shared] = v[0, :, :shared]
-            start = shared
-            for of_text, n in zip(rows, lengths, strict=True):
-                end = start + n - shared
-                keys[of_text, :, shared:n] = k[0, :, start:end]
-                values[of_text, :, shared:n] = v[0, :, start:end]
-                start = end
+            keys[row : row + n, :, :L] = k[0][:, places].transpose(0, 1)
+            values[row : row + n, :, :L] = v[0][:, places].transpose(0, 1)
 
     def begin(self, S: int) -> None:
         """Every layer is about to append S new tokens per row."""
@@ -83,7 +80,7 @@ class Cache:
 
     def advance(self, S: int) -> None:
         """The S tokens that every layer appended now count as read."""
-        self.length, self.longest = self.length + S, self.longest + S
+        self.length, self.lengths = self.length + S, [n + S for n in self.lengths]
 
     def keep(self, rows: list[int]) -> list[int]:
         """Drop all rows but these; return them in their new order.
@@ -97,18 +94,13 @@ class Cache:
         order = list(range(n))
         for place, row in zip(free, beyond, strict=True):
             order[place] = row
-        source = torch.tensor(order, device=self.length.device)
-        target = torch.tensor(free, dtype=torch.int64, device=self.length.device)
-
-        def shortened(store: Tensor) -> Tensor:
-            if free:
-                store[target] = store[source[target]]
-            return store[:n]
-
-        self.keys = [shortened(store) for store in self.keys]
-        self.values = [shortened(store) for store in self.values]
-        self.length = self.length[source]
-        self.longest = int(self.length.max())
+        moves = torch.tensor([free, beyond], dtype=torch.int64)
+        target, source = to_device(moves, self.length.device)
+        for stores in (self.keys, self.values):
+            for layer, store in enumerate(stores):
+                store[target] = store[source]
+                stores[layer] = store[:n]
+        self.set_lengths([self.lengths[row] for row in order])
         return order
 
 

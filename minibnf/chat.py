@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from minibnf.files.terminal import in_one_line, printable
-from minibnf.generate import Reader, add_sampling, check_settings, load_for_sampling, stream
+from minibnf.generate import Reader, load_for_sampling, stream
 from minibnf.machine import memory_advice
+from minibnf.sampling import add_sampling, check_settings
 
 ADVICE = "a shorter conversation (/reset) or --dtype bfloat16 takes less"
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"

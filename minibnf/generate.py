@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from datetime import datetime
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,12 +31,11 @@ from minibnf.files.disk import check_output, read_json, write_json
 from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
 from minibnf.files.terminal import in_one_line
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
+from minibnf.machine import memory_advice, resolve_device_and_dtype, to_device
 from minibnf.model import Transformer, load
-from minibnf.sampling import check_settings, sample, uniforms
+from minibnf.sampling import MAX_NEW_TOKENS, add_sampling, check_settings, sample, uniforms
 from minibnf.step import fingerprint
 
-MAX_NEW_TOKENS = 256  # by default
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass
 EMPTY = "is empty; generation needs at least one token to start from"
@@ -69,13 +68,12 @@ def generate(
         if not len(prompt):
             raise ValueError(f"prompt {i} {EMPTY}")
 
-    def choose(logits: Tensor, rows: list[int], step: int) -> Tensor:
-        return sample(logits[:, :vocab_size], draws[rows, step], temperature, top_p, top_k)
+    def choose(logits: Tensor, u: Tensor) -> Tensor:
+        return sample(logits[:, :vocab_size], u, temperature, top_p, top_k)
 
     draws = uniforms(seed, range(first_row, first_row + len(prompts)), max_new_tokens)
-    draws = draws.to(model.unembed.device)
     outputs: list[list[int]] = [[] for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while waiting:
         # The longest ones first, with those at least half as long: a row attends over as many
         # places of the cache as the longest one has.
@@ -83,7 +81,11 @@ def generate(
         rows = sum(2 * (len(prompts[i]) + max_new_tokens) >= capacity for i in waiting)
         rows = min(rows, _rows_that_fit(model, capacity))
         waiting, together = waiting[:-rows], waiting[-rows:]
-        _generate(model, prompts, together, outputs, max_new_tokens, choose, set(stop_ids))
+        together.sort(key=lambda i: tuple(prompts[i]))  # equal beginnings side by side
+        texts = [tuple(prompts[i]) for i in together]
+        drawn = _generate(model, texts, draws[together], choose, set(stop_ids))
+        for i, new in zip(together, drawn, strict=True):
+            outputs[i] = new
     return outputs
 
 
@@ -93,73 +95,91 @@ def _rows_that_fit(model: Transformer, capacity: int) -> int:
     return max(1, CACHE_BYTES // (numbers * model.unembed.element_size()))
 
 
-def _generate(model, prompts, together, outputs, max_new_tokens, choose, stop_ids) -> None:
-    """Append to outputs[i] the new tokens of prompts[i], for each i in together."""
-    cache, logits = _prefill(model, [prompts[i] for i in together], max_new_tokens)
-    alive = list(together)  # the prompt that each row of the cache continues
-    for step in range(max_new_tokens):
-        new = choose(logits, alive, step)
+def _generate(model, prompts: list[tuple], draws: Tensor, choose, stop_ids: set) -> list[list[int]]:
+    """The new tokens of each of the sorted prompts; draws (B, most new tokens), one per token.
+
+    Each step waits for the device once, to see which texts ended.
+    """
+    device, room = model.unembed.device, draws.shape[1]
+    cache, logits = _prefill(model, prompts, room)
+    draws, outputs = to_device(draws, device), [[] for _ in prompts]
+    alive = list(range(len(prompts)))  # the prompt that each row of the cache continues
+    for step in range(room):
+        new = choose(logits, draws[:, step])
         going = []
         for row, (i, token) in enumerate(zip(alive, new.tolist(), strict=True)):
             outputs[i].append(token)
             if token not in stop_ids:
                 going.append(row)
-        if not going or step + 1 == max_new_tokens:
-            return
+        if not going or step + 1 == room:
+            break
         if len(going) < len(alive):
             order = cache.keep(going)
-            new, alive = new[order], [alive[row] for row in order]
+            alive = [alive[row] for row in order]
+            rows = to_device(torch.tensor(order), device)
+            new, draws = new[rows], draws[rows]
         logits = model(new[:, None], cache.length[:, None], cache=cache)[:, 0]
+    return outputs
 
 
-def _prefill(model: Transformer, prompts: list, room: int) -> tuple[Cache, Tensor]:
-    """Read the prompts -> a cache with room for as many more tokens, and next-token logits (B, V).
-
-    Each distinct prompt is read once, packed with others, and once what all in the pack begin with:
-    a chat template's first words, say.
-    """
-    device, lengths = model.unembed.device, [len(p) for p in prompts]
+def _prefill(model: Transformer, prompts: list[tuple], room: int) -> tuple[Cache, Tensor]:
+    """Read the sorted prompts -> a cache with room for more, and next-token logits (B, V)."""
+    lengths = [len(p) for p in prompts]
     cache = Cache(model.config, len(prompts), max(lengths) + room, model.unembed)
-    windows = any(layer.window for layer in model.config.layers)  # then a group is one large mask
-    rows_of: dict[tuple, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_of.setdefault(tuple(prompt), []).append(row)
-    logits: list = [None] * len(prompts)
-    for pack in _packs(sorted(rows_of)):
-        sizes, rows, kept = [len(p) for p in pack], [rows_of[p] for p in pack], []
-        # they are sorted: what the first and the last begin with, all begin with; but each keeps a
-        # last token of its own, whose logits are wanted
-        unlike = (k for k in range(min(sizes) - 1) if pack[0][k] != pack[-1][k])
-        shared = 0 if windows else next(unlike, min(sizes) - 1)
-        rests = [n - shared for n in sizes]
-        tokens = [*pack[0][:shared], *chain.from_iterable(p[shared:] for p in pack)]
-        positions = [*range(shared), *chain.from_iterable(range(shared, n) for n in sizes)]
-        last = [shared + end - 1 for end in accumulate(rests)]
-        found = model(
-            torch.tensor([tokens], device=device),
-            torch.tensor([positions], device=device),
-            groups=[(shared, rests)] if shared else [(n, []) for n in sizes],
-            kept=kept,
-            head=lambda x, unembed, last=last: model.logits(x[0, last], unembed),
-        )
-        cache.fill(rows, sizes, kept, shared)
-        for of_prompt, z in zip(rows, found, strict=True):
-            for row in of_prompt:
-                logits[row] = z
+    logits = [_read(model, cache, row, pack) for row, pack in _packs(prompts)]
     cache.set_lengths(lengths)
-    return cache, torch.stack(logits)
+    return cache, torch.cat(logits)
 
 
-def _packs(prompts: list[tuple]) -> Iterator[list[tuple]]:
-    """The prompts in their order, as many at a time as PREFILL_TOKENS allow, or one."""
-    pack, size = [], 0
-    for prompt in prompts:
-        if pack and size + len(prompt) > PREFILL_TOKENS:
-            yield pack
-            pack, size = [], 0
-        pack.append(prompt)
-        size += len(prompt)
-    yield pack
+def _packs(prompts: list[tuple]) -> Iterator[tuple[int, list[tuple]]]:
+    """(index of its first prompt, prompts): as many as PREFILL_TOKENS allow, or one.
+
+    A prompt that follows its equal costs nothing.
+    """
+    start, size = 0, 0
+    for i, prompt in enumerate(prompts):
+        cost = 0 if i > start and prompt == prompts[i - 1] else len(prompt)
+        if cost and i > start and size + cost > PREFILL_TOKENS:
+            yield start, prompts[start:i]
+            start, size = i, 0
+        size += cost
+    yield start, prompts[start:]
+
+
+def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple]) -> Tensor:
+    """Read sorted prompts into the cache's rows from `row` on -> next-token logits (prompts, V).
+
+    Each distinct prompt is read once, packed with the others, and so is what all of them begin
+    with: a chat template's first words, say.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    sizes, number = [len(p) for p in distinct], {p: i for i, p in enumerate(distinct)}
+    windows = any(layer.window for layer in model.config.layers)  # then a group is one large mask
+    # They are sorted: what the first and the last begin with, all begin with. But each keeps a last
+    # token of its own, whose logits are wanted.
+    unlike = (k for k in range(min(sizes) - 1) if distinct[0][k] != distinct[-1][k])
+    shared = 0 if windows else next(unlike, min(sizes) - 1)
+    rests = [n - shared for n in sizes]
+    tokens = [*distinct[0][:shared], *chain.from_iterable(p[shared:] for p in distinct)]
+    positions = [*range(shared), *chain.from_iterable(range(shared, n) for n in sizes)]
+    end = torch.tensor(rests).cumsum(0) + shared  # of each prompt's rest, in the packed tokens
+    which = torch.tensor([number[p] for p in prompts])
+    column = torch.arange(max(sizes))
+    own = (end - torch.tensor(sizes))[which, None] + column  # the places of a row's own tokens
+    places = torch.where(column < shared, column, own).clamp(max=len(tokens) - 1)
+    packed = torch.tensor([tokens, positions])
+    packed, last, which, places = (
+        to_device(x, model.unembed.device) for x in (packed, end - 1, which, places)
+    )
+    kept: list = []
+    logits = model(
+        *packed.split(1),
+        groups=[(shared, rests)] if shared else [(n, []) for n in sizes],
+        kept=kept,
+        head=lambda x, unembed: model.logits(x[0, last], unembed),
+    )
+    cache.fill(row, places, kept)
+    return logits[which]
 
 
 class Reader:
@@ -179,7 +199,8 @@ class Reader:
         n = next((k for k in range(limit) if self.ids[k] != ids[k]), limit)  # to keep
         if self.cache.capacity < len(ids):
             longer = Cache(model.config, 1, 2 * len(ids), model.unembed)
-            longer.fill([[0]], [n], zip(self.cache.keys, self.cache.values, strict=True))
+            read = zip(self.cache.keys, self.cache.values, strict=True)
+            longer.fill(0, torch.arange(n, device=device)[None], read)
             self.cache = longer
         self.cache.set_lengths([n])
         self.ids = ids[:n]  # what holds if this is interrupted
@@ -227,9 +248,8 @@ def read_prompts(
         ids = encode_prompt(tokenizer, record.prompt, place, record.variables)
         if len(ids) + max_new_tokens > context:
             raise ValueError(
-                f"{place}: the prompt has {len(ids)} tokens, which with {max_new_tokens} new ones "
-                f"is more than the {context} that the model reads; shorten it or lower "
-                "--max-new-tokens"
+                f"{place}: the prompt has {len(ids)} tokens; with {max_new_tokens} new ones, more "
+                f"than the {context} that the model reads: shorten it or lower --max-new-tokens"
             )
         return place.number, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
 
@@ -264,25 +284,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.resume and args.overwrite:
         p.error("--resume and --overwrite exclude each other")
     return args
-
-
-def add_sampling(
-    a, max_new_tokens: int | None, temperature: float = 1.0, top_p: float = 1.0
-) -> None:
-    """The options of sampling, and their defaults; a: an ArgumentParser's add_argument."""
-    share = "of the most probable tokens that together reach P (1: all)"
-    auto = "bfloat16 where the device has matrix units for it and the model over 20 M parameters"
-    default = max_new_tokens or f"{MAX_NEW_TOKENS}, less where the longest prompt leaves less room"
-    a("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
-      help=f"at most; default {default}")  # fmt: skip
-    a("--temperature", type=float, default=temperature, metavar="T",
-      help=f"0: always the most probable token; default {temperature:g}")  # fmt: skip
-    a("--top-p", type=float, default=top_p, metavar="P", help=f"{share}; default {top_p:g}")
-    a("--top-k", type=int, default=0, metavar="K",
-      help="of the K most probable tokens; default 0: all")  # fmt: skip
-    a("--seed", type=int, default=0, help="default 0")
-    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
-    a("--dtype", choices=["auto", *DTYPES], default="auto", help=f"auto: {auto}")
 
 
 def load_for_sampling(directory, device: str, dtype: str):

@@ -1,12 +1,34 @@
-"""One token from logits: greedy, by temperature, of the top k, of the nucleus; the draws."""
+"""One token from logits: greedy, by temperature, of the top k, of the nucleus; the options."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# top_p looks among this many of the most probable tokens first: sorting a whole vocabulary takes
-# 20 times longer
+from minibnf.machine import DTYPES
+
+MAX_NEW_TOKENS = 256  # by default
+# top_p looks among this many of the most probable tokens first: on a CPU, sorting a whole
+# vocabulary takes 20 times longer
 NUCLEUS = 256
+
+
+def add_sampling(
+    a, max_new_tokens: int | None, temperature: float = 1.0, top_p: float = 1.0
+) -> None:
+    """The options of sampling, and their defaults; a: an ArgumentParser's add_argument."""
+    share = "of the most probable tokens that together reach P (1: all)"
+    auto = "bfloat16 where the device has matrix units for it and the model over 20 M parameters"
+    default = max_new_tokens or f"{MAX_NEW_TOKENS}, less where the longest prompt leaves less room"
+    a("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+      help=f"at most; default {default}")  # fmt: skip
+    a("--temperature", type=float, default=temperature, metavar="T",
+      help=f"0: always the most probable token; default {temperature:g}")  # fmt: skip
+    a("--top-p", type=float, default=top_p, metavar="P", help=f"{share}; default {top_p:g}")
+    a("--top-k", type=int, default=0, metavar="K",
+      help="of the K most probable tokens; default 0: all")  # fmt: skip
+    a("--seed", type=int, default=0, help="default 0")
+    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    a("--dtype", choices=["auto", *DTYPES], default="auto", help=f"auto: {auto}")
 
 
 def check_settings(
@@ -37,16 +59,18 @@ def sample(
     temperature: float,
     top_p: float = 1.0,
     top_k: int = 0,
-    look: int = NUCLEUS,
+    look: int | None = None,
 ) -> Tensor:
     """One token for each row of logits (B, V): its cumulative distribution inverted at u (B,).
 
     u is in [0, 1). look: among how many tokens the nucleus is looked for before the row's whole
-    vocabulary is sorted.
+    vocabulary is sorted; by default NUCLEUS on a CPU, and all elsewhere, where whether they were
+    enough would have to be waited for.
     """
     if temperature == 0:
         return logits.argmax(-1)
     z, V = logits.float(), logits.shape[-1]
+    look = look or (NUCLEUS if z.device.type == "cpu" else V)
     z = z - z.amax(-1, keepdim=True)  # first, so that no temperature makes an infinity of it
     p = (z / temperature).softmax(-1)
     if top_p == 1 and not top_k:

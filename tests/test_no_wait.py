@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibnf import attention
 from minibnf.data import mismatched, pack, pair
+from minibnf.generate import generate
 from minibnf.losses import LOSSES
 from minibnf.model import load
 from minibnf.step import Reference, kl_estimate, run_batches
@@ -87,6 +88,22 @@ def test_a_step_never_waits_for_the_device(without_a_driver, name):
     with NoBlockingCopies():
         assert one_step(model, name, "meta").shape == (2 + 6 * (1 + LOSSES[name].needs_ref),)
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 3}])
+def test_generation_waits_once_per_token(without_a_driver, monkeypatch, how):
+    """For the token itself, which may end its text; reading the prompts waits for nothing."""
+    model, waits = load("weights/tiny").to("meta"), []
+
+    def tolist(x):
+        waits.append(len(x))
+        return [2 if row and len(waits) == 2 else 1 for row in range(len(x))]  # all but one end
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    prompts = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9], [5, 6]]
+    with NoBlockingCopies():
+        out = generate(model, prompts, max_new_tokens=4, stop_ids=[2], **how)
+    assert sorted(out) == [[1, 1, 1, 1], [1, 2], [1, 2], [1, 2]] and waits == [4, 4, 1, 1]
 
 
 def test_what_waits_is_noticed(without_a_driver):
