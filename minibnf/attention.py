@@ -7,25 +7,26 @@ Each of these classes is made once per forward and window, and attends in all la
     Causal  B sequences; a token sees what stands before it in its sequence, and itself
     Packed  groups (prompt length, [response lengths]) one after another in one sequence; a token
             sees its group's prompt and its own response up to itself, nothing else
-    Blocks  the same on CUDA: one call of flex_attention, whose blocks skip what no token sees
+    Blocks  the same where attention is compiled: one call of flex_attention, which skips blocks of
+            tokens that no token sees
     Cached  S new tokens per sequence, after those whose keys and values a Cache holds
 In layers with a window, a token sees only the last `window` positions, its own among them.
 """
 
-from functools import cache as once
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from minibnf.files.config import Config
+from minibnf.kernels import compiling
 from minibnf.machine import to_device
 
 Group = tuple[int, list[int]]  # (prompt length, response lengths)
 # From this many tokens in a group it pays that its prompt and each response attend by themselves:
 # most of what one mask would hide is then not computed.
 LONG = 256
+BLOCK = 128  # tokens: flex_attention's own
 
 
 class Cache:
@@ -118,9 +119,9 @@ def sights(c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None
             return Cached(c, cache, x.shape[1], window, x.dtype)
         if groups is None:
             return Causal(c, x.shape[1], window, x.dtype, x.device)
-        if x.device.type == "cpu":
-            return Packed(c, groups, window, dtype)
-        return Blocks(c, groups, window, x.device)
+        if compiling():
+            return Blocks(c, groups, window, x.device)
+        return Packed(c, groups, window, dtype if x.device.type == "cpu" else x.dtype, x.device)
 
     return {window: sight(window) for window in {layer.window for layer in c.layers}}
 
@@ -155,17 +156,17 @@ class Packed:
     response are.
     """
 
-    def __init__(self, c: Config, groups: list[Group], window: int | None, dtype: torch.dtype):
+    def __init__(self, c: Config, groups: list[Group], window: int | None, dtype, device="cpu"):
         self.c, self.dtype, self.pieces = c, dtype, []
         for prompt, responses in groups:
             rows, first = prompt + sum(responses), len(self.pieces)
             if len(responses) < 2 or rows < LONG or (window is not None and rows > window):
-                mask = _group_mask(c, (prompt, responses), window, dtype)
+                mask = _group_mask(c, (prompt, responses), window, dtype, device)
                 self.pieces.append((rows, None, mask))
                 continue
-            self.pieces.append((prompt, None, _group_mask(c, (prompt, []), window, dtype)))
+            self.pieces.append((prompt, None, _group_mask(c, (prompt, []), window, dtype, device)))
             for n in filter(None, responses):  # a response of one token is predicted and not read
-                seen = torch.ones(n, prompt + n, dtype=torch.bool).tril(prompt)
+                seen = torch.ones(n, prompt + n, dtype=torch.bool, device=device).tril(prompt)
                 self.pieces.append((n, first, additive(seen, dtype)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,15 +183,13 @@ class Packed:
 
 
 class Blocks:
-    """Attention within packed groups by flex_attention.
+    """Attention within packed groups by flex_attention, which is to be compiled.
 
-    It is compiled where there is a GPU. Without one it runs eagerly, forward alone (tests).
+    The lengths of the groups must add up to a multiple of BLOCK.
     """
 
     def __init__(self, c: Config, groups: list[Group], window: int | None, device):
-        T = sum(prompt + sum(responses) for prompt, responses in groups)
-        sees = _rule(groups, window, device)
-        self.c, self.mask = c, create_block_mask(sees, None, None, T, T, device=device)
+        self.c, self.mask = c, block_mask(groups, window, device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def capped(score, *_place):
@@ -198,12 +197,32 @@ class Blocks:
 
         change = None if self.c.attention_softcap is None else capped
         shared = q.shape[1] != k.shape[1]
-        return _flex(q.is_cuda)(q, k, v, change, self.mask, self.c.query_scale, shared)
+        return flex_attention(q, k, v, change, self.mask, self.c.query_scale, shared)
 
 
-@once
-def _flex(compiled: bool):
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+def block_mask(groups: list[Group], window: int | None, device) -> BlockMask:
+    """Which blocks of BLOCK tokens look at which: at none, at some tokens by _rule, or at all.
+
+    It is made from the lengths. PyTorch's create_block_mask would ask _rule for each pair of
+    tokens. A token is looked at by those from itself on to the end of its group (of its response,
+    if it stands in one): so the block k is seen by a later block q if the last of its tokens' ends
+    lies behind q's start, and seen whole if the first of them lies at or behind q's end.
+    """
+    _, _, position, end = _places(groups)
+    T = len(end)
+    ends, positions = end.view(-1, BLOCK), position.view(-1, BLOCK)
+    q = torch.arange(0, T, BLOCK)[:, None]  # where each block starts
+    seen = (q.T <= q) & (ends.amax(1) > q)
+    whole = (q.T < q) & (ends.amin(1) >= q + BLOCK)
+    if window is not None:
+        seen &= positions.amin(1)[:, None] - positions.amax(1) < window
+        whole &= positions.amax(1)[:, None] - positions.amin(1) < window
+    chosen = torch.stack([seen & ~whole, whole])  # (2, blocks, blocks)
+    indices = chosen.int().argsort(dim=2, descending=True, stable=True).int()
+    counts = to_device(chosen.sum(2, dtype=torch.int32), device)[:, None, None]
+    indices = to_device(indices, device)[:, None, None]
+    named = (x.clone() for x in (counts[0], indices[0], counts[1], indices[1]))  # as in _rule
+    return BlockMask.from_kv_blocks(*named, BLOCK, _rule(groups, window, device), (T, T))
 
 
 # --------------------------------------------------------------------------------- what they share
@@ -259,19 +278,30 @@ def _group_mask(c: Config, group: Group, window: int | None, dtype, device="cpu"
 
 def _rule(groups: list[Group], window: int | None, device):
     """sees(batch, head, i, j): may packed token i look at packed token j?"""
-    parts = torch.tensor([
-        (g, part, n, prompt if part else 0)  # part 0 is the prompt; n tokens from this position on
-        for g, (prompt, responses) in enumerate(groups)
-        for part, n in enumerate([prompt, *responses])
-    ])  # fmt: skip
-    sizes, start = parts[:, 2], parts[:, 3]
-    shift = start - (sizes.cumsum(0) - sizes)  # from a token's place to its position
-    group, part, shift = (x.repeat_interleave(sizes) for x in (parts[:, 0], parts[:, 1], shift))
-    position = torch.arange(len(group)) + shift
-    group, part, position = to_device(torch.stack([group, part, position]), device)
+    # Each a tensor of its own: of views, a compiler would note what they are views of.
+    group, part, position = (x.clone() for x in to_device(_places(groups)[:3], device))
 
     def sees(_batch, _head, i, j):
         own = (group[i] == group[j]) & ((part[j] == 0) | (part[i] == part[j])) & (i >= j)
         return own if window is None else own & (position[i] - position[j] < window)
 
     return sees
+
+
+def _places(groups: list[Group]) -> Tensor:
+    """(4, T): of each packed token its group, its part, its position, and where its sight ends.
+
+    Part 0 is the prompt. Its tokens are seen up to the end of the group, a response's up to the end
+    of the response.
+    """
+    parts, T = [], 0
+    for g, (prompt, responses) in enumerate(groups):
+        group_end = T + prompt + sum(responses)
+        for part, n in enumerate([prompt, *responses]):
+            start = prompt if part else 0  # its first position
+            parts.append((n, g, part, start - T, T + n if part else group_end))
+            T += n
+    n, group, part, shift, end = torch.tensor(parts).T
+    places = torch.stack([group, part, shift, end]).repeat_interleave(n, dim=1)
+    places[2] += torch.arange(T)
+    return places

@@ -1,4 +1,4 @@
-"""Faster ways to do what model.py and logprob.py say: products, rotation, the gated MLP.
+"""Faster ways to do what model.py and logprob.py say: products, rotation, the gated MLP, compiling.
 
 Products. On a CPU PyTorch multiplies float32 matrices by MKL, which keeps AMD's processors to
 narrow instructions. oneDNN, which PyTorch ships too and uses for bfloat16, multiplies float32 as
@@ -9,7 +9,14 @@ that weights/tiny, which was pretrained so, can be made again bit for bit.
 Rotation and MLP, each with its gradient by hand. PyTorch's autograd would keep every intermediate
 result. Here each function keeps only its inputs, and makes the rest again, element by element,
 when its gradient is asked for. Every step rounds as autograd's own would, so no number changes.
+
+Compiling. A GPU does element-wise work as fast as it can read, and starts kernels no faster than a
+Python program asks for them. torch.compile makes few kernels of many: of a function that is marked
+`fused`, once compile_by() named a compiler. The result is the same but for rounding.
 """
+
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LARGE = 100_000  # weights
+_backend: str | None = None  # of torch.compile
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -35,6 +43,24 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g^T x (out, in), of g (rows, out) and x (rows, in)."""
     return _onednn(g.t(), x.t(), None) if _by_onednn(x, g.shape[1] * x.shape[1]) else g.t() @ x
+
+
+def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out = x W^T without gradients. out may be wider than x and W: a GPU then rounds nothing."""
+    if x.is_cuda and out.dtype != x.dtype:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(product(x, weight))
+
+
+def add_weight_gradient(total: Tensor, g: Tensor, x: Tensor) -> None:
+    """total += g^T x; total may be wider than g and x. A GPU does it without a second matrix."""
+    if g.is_cuda and total.dtype != g.dtype:
+        torch.addmm(total, g.t(), x, out_dtype=total.dtype, out=total)
+    elif g.is_cuda:
+        total.addmm_(g.t(), x)
+    else:
+        total += weight_gradient(g, x)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,3 +164,32 @@ class _Gated(torch.autograd.Function):
 
 def _act(x, gelu):
     return F.gelu(x, approximate="tanh") if gelu else F.silu(x)
+
+
+def compile_by(backend: str | None) -> None:
+    """From now on a backend of torch.compile makes what is `fused`; None: it runs as written."""
+    global _backend
+    _backend = backend
+
+
+def compiling() -> bool:
+    """Whether what is `fused` is compiled."""
+    return _backend is not None
+
+
+def fused(function: Callable) -> Callable:
+    """Decorates a function that is to be few kernels, once compile_by() named a compiler.
+
+    One graph serves all sizes (dynamic), and it must be one (fullgraph): what cannot be compiled
+    raises an error instead of running slowly in silence.
+    """
+
+    @cache
+    def made(backend: str) -> Callable:
+        return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+    @wraps(function)
+    def call(*args):
+        return (made(_backend) if compiling() else function)(*args)
+
+    return call

@@ -20,26 +20,28 @@ A soft cap z = κ tanh(x/κ) multiplies dlogits by dz/dx = 1 - (z/κ)².
 """
 
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from math import ceil
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minibnf.kernels import product, weight_gradient
+from minibnf.kernels import add_weight_gradient, fused, product, product_into
 
 Judge = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-CHUNK_LOGITS = 2**24  # of a chunk: 64 MiB in float32
-# of a chunk that must not be cut; one of more is read twice
-ROW_LOGITS = {"cpu": 2**26, "cuda": 2**28}
+# Of a chunk: 64 MiB in float32 on a CPU, and 1 GiB on a GPU, where each chunk costs a pass over
+# dunembed.
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+# Of a chunk that must not be cut; one of more is read twice.
+ROW_LOGITS = {"cpu": 2**26, "cuda": 2**29}
 
 
 def token_logps(hidden, unembed, targets, *, chunk: int | None = None, softcap=None) -> Tensor:
     """(N,) float32 (float64 for float64 input): log softmax(hidden @ unembed.T)[targets], in nats.
 
     hidden (N, D), unembed (V, D), targets (N,) int64 in 0..V-1. chunk: tokens at a time, by default
-    what keeps a chunk's logits near 64 MiB. softcap: logits are softcap * tanh(logits / softcap)
+    what CHUNK_LOGITS allows (chunk_tokens). softcap: logits are softcap * tanh(logits / softcap)
     (Gemma-2). Where hidden is bfloat16, products are taken in bfloat16 and everything after them in
     float32; dunembed comes in unembed's own dtype, a master's float32. Differentiable in hidden and
     unembed. Raises ValueError for shapes or targets that do not fit.
@@ -70,13 +72,22 @@ def sweep(
     return _Sweep.apply(hidden, unembed, targets, chunks, judge, softcap)
 
 
-def cuts(sizes: list[int] | None, N: int, V: int, chunk: int | None = None) -> list[slice]:
-    """The N tokens in chunks of nearly one size, about CHUNK_LOGITS of logits (or `chunk` tokens).
+def chunk_tokens(unembed: Tensor) -> int:
+    """How many tokens have CHUNK_LOGITS of logits, on the device of unembed (V, D)."""
+    return max(16, CHUNK_LOGITS[_kind(unembed)] // len(unembed))
+
+
+def _kind(x: Tensor) -> str:
+    return "cpu" if x.device.type == "cpu" else "cuda"
+
+
+def cuts(sizes: list[int] | None, N: int, chunk: int) -> list[slice]:
+    """The N tokens in chunks of nearly one size, about `chunk` tokens.
 
     A few tokens at the end would cost as much as many. sizes: the tokens of each row, where a row
     must not be cut; then a chunk ends with the row that is nearest to its share.
     """
-    count = max(1, ceil(N / (chunk or max(16, CHUNK_LOGITS // V))))  # of chunks
+    count = max(1, ceil(N / chunk))  # of chunks
     if sizes is None:
         C = max(1, ceil(N / count))
         stops = [*range(C, N, C), N]
@@ -89,11 +100,11 @@ def cuts(sizes: list[int] | None, N: int, V: int, chunk: int | None = None) -> l
 
 def _pieces(chunk: slice, unembed: Tensor) -> list[slice]:
     """A chunk whole or, where it has more than ROW_LOGITS, in pieces of CHUNK_LOGITS."""
-    N, V = chunk.stop - chunk.start, len(unembed)
-    most = ROW_LOGITS["cpu" if unembed.device.type == "cpu" else "cuda"]
-    if N <= max(1, most // V):
+    N = chunk.stop - chunk.start
+    if N <= max(1, ROW_LOGITS[_kind(unembed)] // len(unembed)):
         return [chunk]
-    return [slice(chunk.start + i.start, chunk.start + i.stop) for i in cuts(None, N, V)]
+    parts = cuts(None, N, chunk_tokens(unembed))
+    return [slice(chunk.start + i.start, chunk.start + i.stop) for i in parts]
 
 
 class _Logits:
@@ -123,51 +134,73 @@ class _Logits:
         self.dunembed = torch.zeros_like(unembed, dtype=wide) if wanted[1] else None
 
     def read(self, i: slice) -> None:
-        """The log-probabilities of the C tokens in slice i.
-
-        The target is kept out of the sum because 1 - p = rest/Σ and, where the target is the
-        largest logit, log p = -log1p(rest) then keep their relative accuracy as p -> 1, which the
-        odds in BNF's weight live on.
-        """
-        z, y = self.buffer[: i.stop - i.start], self.targets[i, None]  # (C, V), (C, 1)
+        """The log-probabilities of the C tokens in slice i."""
+        z = self.buffer[: i.stop - i.start]  # (C, V)
         for v in self.blocks:
-            z[:, v] = product(self.hidden[i], self.unembed[v])
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_()
-            self.slope = 1 - z.square()  # dz/dx
-            z.mul_(self.softcap)
-        z_max = z.amax(1, keepdim=True)
-        z_y = (z.gather(1, y) - z_max)[:, 0]
-        self.e = z.sub_(z_max).exp_().scatter_(1, y, 0.0)  # of the target 0
-        self.rest = self.e.sum(1)
-        self.total = self.rest + z_y.exp()  # Σ
-        log_p = z_y - self.total.log()
-        self.logps[i] = torch.where(z_y == 0, -torch.log1p(self.rest), log_p)
+            product_into(z[:, v], self.hidden[i], self.unembed[v])
+        self.e, self.slope = z, _soft_capped(z, self.softcap)
+        self.logps[i], self.rest, self.total = _exponentiate(z, self.targets[i, None])
 
     def push(self, i: slice, dlogps: Tensor) -> None:
         """Add the gradients that follow from dlogps (C,) of slice i, the last one that was read.
 
-        dlogits (C, V) takes the place of e: -g p_v, and at the target g (1 - p_y) = g rest/Σ.
+        dlogits (C, V) takes the place of e.
         """
-        scale = dlogps / self.total
-        dlogits = self.e.mul_(-scale[:, None])
-        dlogits.scatter_(1, self.targets[i, None], (scale * self.rest)[:, None])
-        if self.softcap is not None:
+        dlogits = self.e
+        _differentiate(dlogits, self.targets[i, None], dlogps, self.rest, self.total)
+        if self.slope is not None:
             dlogits.mul_(self.slope)
         dh = 0.0
         for v in self.blocks:
             d = dlogits[:, v].to(self.hidden.dtype)
             dh += product(d, self.unembed[v].t()).to(dlogits.dtype)
             if self.dunembed is not None:
-                self.dunembed[v] += weight_gradient(d, self.hidden[i])
+                add_weight_gradient(self.dunembed[v], d, self.hidden[i])
         self.dhidden[i] = dh
+
+
+def _soft_capped(z: Tensor, cap: float | None) -> Tensor | None:
+    """Soft-cap the logits z in place; returns dz/dx."""
+    if cap is None:
+        return None
+    z.div_(cap).tanh_()
+    slope = 1 - z.square()
+    z.mul_(cap)
+    return slope
+
+
+@fused
+def _exponentiate(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits z (C, V) become e^(z - max), at the targets y (C, 1) 0. Returns logps, rest, Σ: (C,).
+
+    rest is the sum of what z became, and Σ the sum with the target. The target is kept out because
+    1 - p = rest/Σ and, where the target is the largest logit, log p = -log1p(rest) then keep their
+    relative accuracy as p -> 1, which the odds in BNF's weight live on.
+    """
+    z_max = z.amax(1, keepdim=True)
+    z_y = (z.gather(1, y) - z_max)[:, 0]
+    z.sub_(z_max).exp_().scatter_(1, y, 0.0)
+    rest = z.sum(1)
+    total = rest + z_y.exp()
+    return torch.where(z_y == 0, -torch.log1p(rest), z_y - total.log()), rest, total
+
+
+@fused
+def _differentiate(e: Tensor, y: Tensor, g: Tensor, rest: Tensor, total: Tensor) -> None:
+    """What _exponentiate made of the logits becomes dlogits, given g = dlogps (C,).
+
+    That is -g p_v, and at the target g (1 - p_y) = g rest/Σ.
+    """
+    scale = g / total
+    e.mul_(-scale[:, None]).scatter_(1, y, (scale * rest)[:, None])
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, unembed, targets, chunk, softcap):
         ctx.save_for_backward(hidden, unembed, targets)
-        ctx.softcap, ctx.chunks = softcap, cuts(None, len(targets), len(unembed), chunk)
+        ctx.softcap = softcap
+        ctx.chunks = cuts(None, len(targets), chunk or chunk_tokens(unembed))
         logits = _Logits(hidden, unembed, targets, softcap, ctx.chunks)
         for i in ctx.chunks:
             logits.read(i)
@@ -188,7 +221,9 @@ class _Sweep(torch.autograd.Function):
     def forward(ctx, hidden, unembed, targets, chunks, judge, softcap):
         wanted = (False, False) if judge is None else ctx.needs_input_grad
         pieces = [_pieces(chunk, unembed) for chunk in chunks]
-        logits = _Logits(hidden, unembed, targets, softcap, sum(pieces, []), wanted)
+        logits = _Logits(
+            hidden, unembed, targets, softcap, list(chain.from_iterable(pieces)), wanted
+        )
         loss, dlogps = logits.logps.new_zeros(()), torch.empty_like(logits.logps)
         for k, chunk in enumerate(chunks):
             for i in pieces[k]:

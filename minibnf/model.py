@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minibnf.attention import sights, softcap
+from minibnf.attention import BLOCK, sights, softcap
 from minibnf.files.config import Config, Rope, read_config
 from minibnf.files.disk import replacing, write_json
 from minibnf.files.safetensors import FLOATS, Stored, headers, tensors_of, write_sharded
-from minibnf.kernels import gated, linear, rotate
+from minibnf.kernels import compiling, fused, gated, linear, rotate
 
 TIED = {"model.embed_tokens.weight", "lm_head.weight"}  # one tensor in many a checkpoint
 
@@ -141,6 +141,7 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
+    @fused
     def forward(self, x, *attention):
         y = self.self_attn(self.input_layernorm(x), *attention)
         if self.gemma:
@@ -190,6 +191,12 @@ class Transformer(nn.Module):
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if groups is not None and compiling():
+            # To whole blocks, by one more group; at least to two, since a compiler makes a graph of
+            # its own for one.
+            pad = max(-tokens.shape[1] % BLOCK, 2 * BLOCK - tokens.shape[1])
+            x, positions = F.pad(x, (0, 0, 0, pad)), F.pad(positions, (0, pad))
+            groups = [*groups, (pad, [])]
         rotations = {None: None}
         for rope in {layer.rope for layer in c.layers if layer.rope}:
             rotations[rope] = rotary(positions[:, None], c.head_dim, rope, x.dtype)  # (B, 1, S, d)
@@ -203,7 +210,7 @@ class Transformer(nn.Module):
         for layer, block in zip(c.layers, self.model.layers, strict=True):
             inputs = x, rotations[layer.rope], sight_of[layer.window], cache, kept
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-        x = self.model.norm(x)
+        x = self.model.norm(x[:, : tokens.shape[1]])
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.logits(x, self.unembed) if head is None else head(x, self.unembed)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from minibnf.data import Batch, Example, pack
 from minibnf.feedback import target_logits
 from minibnf.files.safetensors import write_tensors
-from minibnf.logprob import cuts, sweep, token_logps
+from minibnf.logprob import chunk_tokens, cuts, sweep, token_logps
 from minibnf.losses import Loss
 from minibnf.machine import to_device
 from minibnf.model import Transformer
@@ -63,7 +63,7 @@ def chunks_of(batch: Batch, loss: Loss, unembed: Tensor) -> list[slice]:
     Those of a token-local loss are cut anywhere, others only between rows.
     """
     sizes = None if loss.token_local else [b - a for a, b in pairwise(batch.starts)]
-    return cuts(sizes, len(batch.targets), len(unembed))
+    return cuts(sizes, len(batch.targets), chunk_tokens(unembed))
 
 
 def responses_of(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibnf import logprob
-from minibnf.logprob import cuts, sweep, token_logps
+from minibnf.logprob import chunk_tokens, cuts, sweep, token_logps
 from minibnf.losses import bnf_potential, bnf_weight, nll_potential, nll_weight
 
 GOOD = torch.ones(2000, dtype=torch.bool)  # preferred tokens
@@ -19,7 +19,7 @@ POTENTIALS = {"bnf": (bnf_potential, bnf_weight), "nll": (nll_potential, nll_wei
 
 def swept(hidden, unembed, targets, ref, preferred, c, loss="bnf", *, chunk=None, softcap=None):
     """A sweep of Σ c Φ, which is what a token-local loss is to it."""
-    chunks = cuts(None, len(targets), len(unembed), chunk)
+    chunks = cuts(None, len(targets), chunk or chunk_tokens(unembed))
     potential, weight = POTENTIALS[loss]
 
     def judge(k, logps):
@@ -74,7 +74,7 @@ def test_a_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
     loss, logps = swept(hidden, unembed, targets, ref, GOOD[:N], c, chunk=chunk, softcap=softcap)
     assert_same(loss, (c * bnf_potential(expected_logps, ref)).sum(), (hidden, unembed))
     torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-10, atol=1e-12)
-    chunks = cuts(None, N, V, chunk)
+    chunks = cuts(None, N, chunk or chunk_tokens(unembed))
     _, without_a_loss = sweep(hidden, unembed, targets, chunks, softcap=softcap)
     assert torch.equal(without_a_loss, logps)
 
@@ -122,7 +122,7 @@ def test_rows_of_very_different_size_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("V, tokens", [(49152, 341), (2**24, 16), (1000, 16777)])
 def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
-    chunks = cuts(None, 50000, V)
+    chunks = cuts(None, 50000, chunk_tokens(torch.empty(V, 1, device="cpu")))
     sizes = [i.stop - i.start for i in chunks]
     assert len(chunks) == -(-50000 // tokens) and (chunks[0].start, chunks[-1].stop) == (0, 50000)
     assert all(a.stop == b.start for a, b in pairwise(chunks))
@@ -166,13 +166,13 @@ def test_a_loss_that_couples_the_tokens_of_a_row_gets_its_gradient_in_the_same_s
             value = value_of(logps, chunks[k])
             return value.detach(), torch.autograd.grad(value, logps)[0]
 
-    chunks = cuts(sizes, N, V, chunk)
+    chunks = cuts(sizes, N, chunk)
     ends = torch.tensor(sizes).cumsum(0).tolist()
     assert chunks[0].start == 0 and chunks[-1].stop == N
     assert all(a.stop == b.start and a.stop in ends for a, b in pairwise(chunks))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(logprob.ROW_LOGITS, "cpu", most * V)
-        patch.setattr(logprob, "CHUNK_LOGITS", 16 * V)
+        patch.setitem(logprob.CHUNK_LOGITS, "cpu", 16 * V)
         loss, logps = sweep(hidden, unembed, targets, chunks, judge)
     expected_logps = naive(hidden, unembed, targets)
     assert_same(loss, value_of(expected_logps, slice(0, N)), (hidden, unembed))

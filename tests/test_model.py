@@ -92,10 +92,10 @@ def test_attention_is_its_definition_token_by_token(window, cap, layout):
 @pytest.mark.parametrize("window", [None, 3, 200])
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_the_gpus_blocks_see_what_the_cpus_pieces_see(window, cap):
-    """flex_attention without a GPU against pieces; one group is long enough to be in several."""
+    """flex_attention without a GPU against pieces; some groups are long enough to be in several."""
     raw = CONFIG | {"num_attention_heads": 4, "num_key_value_heads": 2}
     c = replace(parse_config(raw, "t"), attention_softcap=cap)
-    layout = [(3, [2, 4]), (100, [90, 0, 110]), (2, [1]), (4, [])]
+    layout = [(3, [2, 4]), (100, [90, 0, 110]), (2, [1]), (40, []), (3, [200, 300]), (39, [130])]
     S, g = sum(p + sum(ns) for p, ns in layout), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, S, c.head_dim, generator=g) for heads in (4, 2, 2))
     found = Blocks(c, layout, window, "cpu").attend(q, k, v)
