@@ -1,6 +1,7 @@
 """What a GPU compiles, compared on a CPU with what is written.
 
-By aot_eager, which makes the same graphs and runs them with PyTorch's own kernels, and by inductor where there is a C++ compiler.
+By aot_eager, which makes the same graphs and runs them with PyTorch's own kernels, and by
+inductor where there is a C++ compiler.
 """
 
 import shutil
