@@ -20,7 +20,7 @@ A soft cap z = κ tanh(x/κ) multiplies dlogits by dz/dx = 1 - (z/κ)².
 """
 
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from math import ceil
 
 import torch
@@ -188,7 +188,7 @@ class _Sweep(torch.autograd.Function):
     def forward(ctx, hidden, unembed, targets, chunks, judge, softcap):
         wanted = (False, False) if judge is None else ctx.needs_input_grad
         pieces = [_pieces(chunk, unembed) for chunk in chunks]
-        logits = _Logits(hidden, unembed, targets, softcap, sum(pieces, []), wanted)
+        logits = _Logits(hidden, unembed, targets, softcap, chain.from_iterable(pieces), wanted)
         loss, dlogps = logits.logps.new_zeros(()), torch.empty_like(logits.logps)
         for k, chunk in enumerate(chunks):
             for i in pieces[k]:
