@@ -103,9 +103,9 @@ class _Logits:
     buffer, of the longest slice, is overwritten by each. Products go by blocks of the vocabulary
     that stay in a CPU's cache, about 8 MiB; a GPU takes it whole.
 
-    logps (N,): of what was read. dhidden, in hidden's dtype, since each row is written once, and
-    dunembed, in float32 or wider, since slices add up in it (autograd casts it at the end): where
-    `wanted`, else None.
+    logps (N,): of what was read. wanted: whether hidden and unembed need gradients. dhidden has
+    hidden's dtype, since each row is written once; dunembed is float32 or wider, since slices add
+    up in it (autograd casts it at the end), and None, its product spared, where it is not wanted.
     """
 
     def __init__(self, hidden, unembed, targets, softcap, slices, wanted=(False, False)):
