@@ -13,7 +13,6 @@ In layers with a window, a token sees only the last `window` positions, its own 
 """
 
 from functools import cache as once
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,35 +107,29 @@ class Cache:
 # -------------------------------------------------------------------------------- the three sights
 
 
-def sights(
-    c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None, precise: bool
-) -> dict:
+def sights(c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None, dtype) -> dict:
     """{window: who sees whom} for each window of the layers, in a forward of x (B, S, D).
 
-    precise: packed groups attend in float32 where x is bfloat16 on a CPU.
+    dtype: what packed groups attend in, on a CPU.
     """
-    made, S, on_cpu = {}, x.shape[1], x.device.type == "cpu"
-    for window in {layer.window for layer in c.layers}:
+
+    def sight(window: int | None):
         if cache is not None:
-            made[window] = Cached(c, cache, S, window, x.dtype)
-        elif groups is None:
-            made[window] = Causal(c, S, window, x.dtype, x.device)
-        elif on_cpu:
-            wide = precise and x.dtype == torch.bfloat16
-            made[window] = Packed(c, groups, window, torch.float32 if wide else x.dtype)
-        else:
-            made[window] = Blocks(c, groups, window, x.device)
-    return made
+            return Cached(c, cache, x.shape[1], window, x.dtype)
+        if groups is None:
+            return Causal(c, x.shape[1], window, x.dtype, x.device)
+        if x.device.type == "cpu":
+            return Packed(c, groups, window, dtype)
+        return Blocks(c, groups, window, x.device)
+
+    return {window: sight(window) for window in {layer.window for layer in c.layers}}
 
 
 class Causal:
     """Attention within each of B sequences of S positions."""
 
     def __init__(self, c: Config, S: int, window: int | None, dtype: torch.dtype, device):
-        self.c, self.mask = c, None
-        if window is not None and S > window:
-            place = torch.arange(S, device=device)
-            self.mask = additive(_within(place[:, None], place, window), dtype)
+        self.c, self.mask = c, _group_mask(c, (S, []), window, dtype, device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, self.mask, self.c)
@@ -154,37 +147,29 @@ class Cached:
         return attention(q, k, v, self.mask, self.c)
 
 
-class Piece(NamedTuple):
-    """Rows that attend together, to themselves and to the prompt that stands in another piece.
-
-    A short group is one piece; of a long one, the prompt and each response are.
-    """
-
-    rows: int
-    prompt: int | None  # the index of that other piece
-    mask: Tensor | None  # (rows, prompt's rows + rows); None for plain causality
-
-
 class Packed:
-    """Attention within packed groups, piece by piece, computed in `dtype`."""
+    """Attention within packed groups, piece by piece, computed in `dtype`.
+
+    A piece is (rows, prompt, mask): rows that attend to themselves and to those of the prompt, the
+    index of another piece or None. A short group is one piece; of a long one, the prompt and each
+    response are.
+    """
 
     def __init__(self, c: Config, groups: list[Group], window: int | None, dtype: torch.dtype):
         self.c, self.dtype, self.pieces = c, dtype, []
         for prompt, responses in groups:
-            rows = prompt + sum(responses)
+            rows, first = prompt + sum(responses), len(self.pieces)
             if len(responses) < 2 or rows < LONG or (window is not None and rows > window):
-                mask = _group_mask((prompt, responses), window, dtype)
-                self.pieces.append(Piece(rows, None, mask))
+                mask = _group_mask(c, (prompt, responses), window, dtype)
+                self.pieces.append((rows, None, mask))
                 continue
-            first = len(self.pieces)
-            self.pieces.append(Piece(prompt, None, None))
-            for n in responses:
-                if n:  # a response of one token is predicted and not read
-                    seen = torch.ones(n, prompt + n, dtype=torch.bool).tril(prompt)
-                    self.pieces.append(Piece(n, first, additive(seen, dtype)))
+            self.pieces.append((prompt, None, _group_mask(c, (prompt, []), window, dtype)))
+            for n in filter(None, responses):  # a response of one token is predicted and not read
+                seen = torch.ones(n, prompt + n, dtype=torch.bool).tril(prompt)
+                self.pieces.append((n, first, additive(seen, dtype)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = [piece.rows for piece in self.pieces]
+        rows = [n for n, _, _ in self.pieces]
         queries, keys, values = (x.to(self.dtype).split(rows, 2) for x in (q, k, v))
         outs = []
         for i, (_, prompt, mask) in enumerate(self.pieces):
@@ -228,7 +213,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, c: Config) -
     """q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
 
     mask: 0 where a row may look at a column and -inf elsewhere, broadcast to (B, H, T, S); None
-    for plain causality, T = S.
+    for plain causality, T = S, where there is no soft cap.
     """
     shared = q.shape[1] != k.shape[1]
     if shared and q.shape[2] == 1 and mask is not None:
@@ -239,9 +224,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, c: Config) -
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=c.query_scale, enable_gqa=shared
         )
-    if mask is None:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = additive(seen, q.dtype)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = softcap(q @ k.transpose(2, 3) * c.query_scale, c.attention_softcap) + mask
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -264,14 +246,15 @@ def _within(row: Tensor, column: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (column > row - window)
 
 
-def _group_mask(group: Group, window: int | None, dtype: torch.dtype) -> Tensor | None:
-    """(rows, rows): who sees whom in one group; None for plain causality."""
+def _group_mask(c: Config, group: Group, window: int | None, dtype, device="cpu") -> Tensor | None:
+    """(rows, rows): who sees whom in one group; None for plain causality without a soft cap."""
     prompt, responses = group
     rows = prompt + sum(responses)
-    if len(responses) < 2 and (window is None or rows <= window):
+    causal = len(responses) < 2 and (window is None or rows <= window)
+    if causal and c.attention_softcap is None:
         return None
-    place = torch.arange(rows)
-    return additive(_rule([group], window, "cpu")(None, None, place[:, None], place), dtype)
+    place, sees = torch.arange(rows, device=device), _rule([group], window, device)
+    return additive(sees(None, None, place[:, None], place), dtype)
 
 
 def _rule(groups: list[Group], window: int | None, device):

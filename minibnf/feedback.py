@@ -24,23 +24,16 @@ def feedback(
     closed form; kto's kl is 0 unless given. Raises ValueError as the loss does.
     """
     loss, n = LOSSES[name], len(p)
-    hyper = {"kl": 0.0} | hyper if loss.per_response else hyper
-    log_r = torch.tensor(r, dtype=p.dtype).log()
-    both = 2 if loss.needs_pairs else 1
-    logps = log_r.repeat(n, both, length)  # (n, its response and the other, tokens)
-    logps[:, 0, 0] = p.log()
-    labels = [preferred, not preferred][:both]
-    pairs = torch.empty(0, 2, dtype=torch.int64)
-    if loss.needs_pairs:
-        pairs = torch.arange(2 * n).reshape(n, 2)
-    responses = Responses(
-        logps.flatten(),
-        log_r.repeat(n * both * length),
-        torch.arange(n * both).repeat_interleave(length),
-        torch.tensor(labels).repeat(n),
-        pairs if preferred else pairs.flip(1),
-    )
-    dlogps = loss.gradient(responses, **hyper).reshape(n, both, length)[:, 0, 0]
+    hyper = {"kl": 0.0} | hyper if "kl" in loss.defaults else hyper
+    both = 2 if loss.needs_pairs else 1  # the response with the token, and after it the other one
+    ref = p.new_full((both * n, length), r).log()
+    logps = ref.clone()
+    logps[::both, 0] = p.log()
+    labels = torch.tensor([preferred, not preferred][:both]).repeat(n)
+    order = [0, 1] if preferred else [1, 0]
+    pairs = torch.arange(2 * n).view(n, 2)[:, order] if loss.needs_pairs else None
+    responses = Responses.from_padded(logps, ref, torch.ones_like(ref), labels, pairs)
+    dlogps = loss.gradient(responses, **hyper)[:: both * length]
     return n * dlogps.abs() * (1 - p)  # n: the mean over n examples undone
 
 
@@ -62,10 +55,7 @@ def gini(x: Tensor) -> float:
 
     Half the mean absolute difference over the mean: Σ_i (2i - n - 1) x_i / (n Σ x_i), x sorted, i
     from 1; 0 if all are 0. The paper measures how concentrated a method's logit shifts are by it.
-    Raises ValueError for an empty x.
     """
-    if x.numel() == 0:
-        raise ValueError("the Gini coefficient of nothing is undefined")
     x = x.detach().double().abs().flatten().sort().values
     n, total = len(x), x.sum()
     if total == 0:

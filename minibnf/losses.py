@@ -47,15 +47,16 @@ def coefficients(responses: Responses, length: str | float) -> Tensor:
     shortest response of the whole micro-batch, which makes the loss depend on how a batch was
     split; that is not followed here.
     """
-    n, paired = responses.lengths(), responses.pairs.flatten()  # (R,), (2P,)
-    if length in ("own", "shorter"):
-        pair_n = n[responses.pairs]  # (P, 2)
-        if length == "shorter":
-            pair_n = pair_n.amin(1, keepdim=True).expand(-1, 2)
-        c = (responses.unpaired() / n).index_add(0, paired, 1 / pair_n.flatten())
-    else:
-        counts = responses.unpaired().to(n.dtype).index_add(0, paired, n.new_ones(len(paired)))
-        c = counts / (n.mean() if length == "batch" else length)
+    n = responses.lengths()  # (R,)
+    if length == "batch":
+        n = n.mean().expand_as(n)
+    elif length not in ("own", "shorter"):
+        n = torch.full_like(n, length)
+    pair_n = n[responses.pairs]  # (P, 2)
+    if length == "shorter":
+        pair_n = pair_n.amin(1, keepdim=True).expand(-1, 2)
+    paired = responses.pairs.flatten()  # (2P,)
+    c = (responses.unpaired() / n).index_add(0, paired, 1 / pair_n.flatten())
     c = torch.where(responses.preferred, -c, c) / responses.examples()
     return c[responses.owner]
 
@@ -182,8 +183,9 @@ class Loss:
 
     value_of(responses, **hyper): the scalar in plain torch operations, which autograd can
     differentiate. gradient_of: the hand-derived dL/dlogps (N,). defaults: the hyper-parameters with
-    their papers' recommended values. token_local: a token's gradient depends on no other token, so
-    a trainer may cut the batch anywhere.
+    their papers' recommended values. per_response: each response is an example, also one in a pair.
+    token_local: a token's gradient depends on no other token, so a trainer may cut the batch
+    anywhere.
     Raises ValueError for an unknown, missing or impossible hyper-parameter, a missing reference, or
     missing pairs.
     """
@@ -194,15 +196,10 @@ class Loss:
     gradient_of: Callable
     needs_ref: bool = False
     needs_pairs: bool = False
+    per_response: bool = False
     token_local: bool = False
 
-    @property
-    def per_response(self) -> bool:
-        """Whether each response is an example, also one in a pair."""
-        return "kl" in self.defaults
-
     def __call__(self, responses: Responses, **hyper) -> Tensor:
-        responses, hyper = self.prepare(responses, hyper)
         return _HandDerived.apply(responses.logps, self, responses, hyper)
 
     def value(self, responses: Responses, **hyper) -> Tensor:
@@ -219,47 +216,35 @@ class Loss:
 
         Raises ValueError for what this loss does not have or allow.
         """
-        if unknown := sorted(set(given) - set(self.defaults)):
-            has = ", ".join(self.defaults) or "none"
-            raise ValueError(
-                f"loss '{self.name}' has no hyper-parameter '{unknown[0]}' (it has: {has})"
-            )
         merged = {**self.defaults, **given}
         for name, x in merged.items():
-            if name == "kl" and isinstance(x, Tensor) and x.numel() == 1:
-                continue  # a trainer leaves it on its device
-            if name == "length" and x in ("shorter", "own", "batch"):
-                continue
-            wanted = _WANTED.get(name, "a number, 0 or more")
-            number = isinstance(x, (int, float)) and not isinstance(x, bool)
-            if not number or not x < float("inf") or x < 0 or (x == 0 and "above" in wanted):
+            if name not in self.defaults:
+                has = f"hyper-parameter '{name}' (it has: {', '.join(self.defaults)})"
+                raise ValueError(f"loss '{self.name}' has no {has}")
+            if isinstance(x, (int, float)):
+                fits = 0 <= x < float("inf") and (x > 0 or name not in ("beta", "length"))
+            elif isinstance(x, Tensor):
+                fits = name == "kl"  # a trainer leaves it on its device
+            else:
+                fits = name == "length" and x in ("shorter", "own", "batch")
+            if not fits:
+                wanted = _WANTED.get(name, "a number, 0 or more")
                 raise ValueError(f"loss '{self.name}': {name}={x!r} must be {wanted}")
         return merged
 
     def prepare(self, responses: Responses, hyper: dict) -> tuple[Responses, dict]:
         """Check that the loss can be computed here; half precision becomes float32."""
-        hyper = self.hyper(hyper)
-        logps, ref = responses.logps, responses.ref_logps
-        if len(responses.preferred) == 0:
-            raise ValueError(f"loss '{self.name}': the batch holds no response")
+        ref, pairs = responses.ref_logps, responses.pairs
         if self.needs_ref and ref is None:
-            raise ValueError(
-                f"loss '{self.name}' needs ref_logps, "
-                "the reference model's log-probabilities of the tokens"
-            )
-        # fewer places in pairs than responses; exact where no two pairs share a response
-        lone = 2 * len(responses.pairs) < len(responses.preferred)
-        if self.needs_pairs and not lone and logps.device.type == "cpu":
-            lone = bool(responses.unpaired().any())
-        if self.needs_pairs and lone:
-            raise ValueError(
-                f"loss '{self.name}' needs every response in a pair; unpaired ones: bnf, kto, nll"
-            )
-        dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
-        ref = None if ref is None else ref.detach().to(dtype)
-        if logps.dtype != dtype or ref is not responses.ref_logps:
-            responses = replace(responses, logps=logps.to(dtype), ref_logps=ref)
-        return responses, hyper
+            raise ValueError(f"loss '{self.name}' needs ref_logps, those of the reference model")
+        if self.needs_pairs:
+            lone = 2 * len(pairs) < len(responses.preferred)  # what shapes tell without a wait
+            if lone or (pairs.device.type == "cpu" and responses.unpaired().any()):
+                raise ValueError(f"loss '{self.name}' needs every response in a pair; bnf does not")
+        wide = torch.promote_types(responses.logps.dtype, torch.float32)
+        ref = None if ref is None else ref.detach().to(wide)
+        responses = replace(responses, logps=responses.logps.to(wide), ref_logps=ref)
+        return responses, self.hyper(hyper)
 
 
 _WANTED = {
@@ -274,8 +259,8 @@ class _HandDerived(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logps, loss, responses, hyper):
-        ctx.save_for_backward(loss.gradient_of(responses, **hyper))
-        return loss.value_of(responses, **hyper)
+        ctx.save_for_backward(loss.gradient(responses, **hyper))
+        return loss.value(responses, **hyper)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -304,7 +289,7 @@ def token_local(name: str, potential: Callable, weight: Callable, length: str, r
 
 def _rival(name: str, ref: bool, pairs: bool = True, **defaults) -> Loss:
     value, gradient = getattr(rivals, f"{name}_value"), getattr(rivals, f"{name}_gradient")
-    return Loss(name, defaults, value, gradient, needs_ref=ref, needs_pairs=pairs)
+    return Loss(name, defaults, value, gradient, ref, needs_pairs=pairs, per_response=not pairs)
 
 
 _FAMILY = [

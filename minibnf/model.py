@@ -11,8 +11,6 @@ its responses; or new tokens after those that a `cache` holds.
 """
 
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minibnf.attention import Cache, Group, sights, softcap
+from minibnf.attention import sights, softcap
 from minibnf.files.config import Config, Rope, read_config
 from minibnf.files.disk import replacing, write_json
 from minibnf.files.safetensors import FLOATS, Stored, headers, tensors_of, write_sharded
 from minibnf.kernels import gated, linear, rotate
 
-EMBEDDING = "model.embed_tokens.weight"  # its name in a checkpoint
+TIED = {"model.embed_tokens.weight", "lm_head.weight"}  # one tensor in many a checkpoint
 
 
 class Linear(nn.Module):
@@ -174,20 +172,11 @@ class Transformer(nn.Module):
     @property
     def unembed(self) -> Tensor:
         """(V, D): turns hidden states into logits; the embedding itself where they are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        groups: list[Group] | None = None,
-        cache: Cache | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        kept: list | None = None,
-        head: Callable | None = None,
-    ):
+        self, tokens, positions=None, groups=None, cache=None, *, dtype=None, kept=None, head=None
+    ) -> Tensor:
         """tokens (B, S) -> logits (B, S, V), or head(hidden (B, S, D), unembed (V, D)).
 
         positions (B, S): by default 0..S-1. groups: the tokens are packed so, B = 1. cache: the
@@ -206,7 +195,8 @@ class Transformer(nn.Module):
             rotations[rope] = rotary(positions[:, None], c.head_dim, rope, x.dtype)  # (B, 1, S, d)
         # Training attends in float32 on a CPU, where the backward pass of bfloat16 takes up to
         # twice as long. The reference, which has no backward pass, does so too and rounds alike.
-        sight_of = sights(c, x, groups, cache, precise=kept is None)
+        wide = torch.promote_types(x.dtype, torch.float32) if kept is None else x.dtype
+        sight_of = sights(c, x, groups, cache, wide)
         if cache is not None:
             cache.begin(tokens.shape[1])
         again = self.recompute and torch.is_grad_enabled()
@@ -235,31 +225,27 @@ class Transformer(nn.Module):
                 p.fill_(0.0 if name.endswith(".bias") or self.config.gemma else 1.0)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                fresh_p = torch.empty(p.shape)
-                p.copy_(fresh_p.normal_(0, narrow if writes else 0.02, generator=generator))
+                p.normal_(0, narrow if writes else 0.02, generator=generator)
         return self
 
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-def load(
-    directory: str | os.PathLike, dtype: torch.dtype | None = None, device=None
-) -> Transformer:
+def load(directory, dtype: torch.dtype | None = None, device=None) -> Transformer:
     """A Transformer from a checkpoint directory; dtype by default as stored.
 
     Raises ValueError for a tensor that is missing, unexpected or not of config.json's shape.
     """
-    config, raw = read_config(directory)
     with torch.device("meta"):
-        model = Transformer(config, raw)
+        model = Transformer(*read_config(directory))
     stored = tensors_of(tensors_stored(directory, model))
     state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in stored}
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
-def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str, Stored]:
+def tensors_stored(directory, model: Transformer) -> dict[str, Stored]:
     """{name: Stored} of exactly the model's parameters, from the headers of the directory's files.
 
     No weights are read, but for an unembedding that config.json ties and the files hold
@@ -269,47 +255,36 @@ def tensors_stored(directory: str | os.PathLike, model: Transformer) -> dict[str
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = headers(Path(directory))
     found = {k: v for k, v in found.items() if not k.endswith(".rotary_emb.inv_freq")}
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:
-        twin = {"lm_head.weight": found.pop("lm_head.weight")}
-        _check_tied(directory, twin | {k: found[k] for k in found if k == EMBEDDING})
-    if missing := sorted(set(wanted) - set(found)):
-        lost = f"({len(missing)} of {len(wanted)} are)"
-        raise ValueError(f"{directory}: tensor '{missing[0]}' is missing {lost}")
-    if unexpected := sorted(set(found) - set(wanted)):
-        raise ValueError(
-            f"{directory}: tensor '{unexpected[0]}' is in the files but not in the model that "
-            "config.json names"
-        )
-    for name, tensor in found.items():
-        here = f"{directory}: tensor '{name}' is"
-        if tensor.shape != wanted[name]:
-            raise ValueError(f"{here} {tensor.shape}, but config.json says {wanted[name]}")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{here} {tensor.dtype}; quantised checkpoints are not supported")
+    if model.config.tie_word_embeddings and TIED <= found.keys():
+        embedding, head = (tensor for _, tensor in tensors_of({k: found[k] for k in TIED}))
+        if not torch.equal(embedding, head):
+            raise ValueError(
+                f"{directory}: config.json ties the embeddings, but lm_head.weight differs from "
+                "embed_tokens"
+            )
+        del found["lm_head.weight"]
+    missing = wanted.keys() - found.keys()
+    for name in [*sorted(missing), *sorted(found)]:
+        if name in missing:
+            problem = f"is missing ({len(missing)} of {len(wanted)} are)"
+        elif name not in wanted:
+            problem = "is in the files but not in the model that config.json names"
+        elif found[name].shape != wanted[name]:
+            problem = f"is {found[name].shape}, but config.json says {wanted[name]}"
+        elif found[name].dtype not in FLOATS:
+            problem = f"is {found[name].dtype}; quantised checkpoints are not supported"
+        else:
+            continue
+        raise ValueError(f"{directory}: tensor '{name}' {problem}")
     return found
 
 
-def _check_tied(directory, pair: dict[str, Stored]) -> None:
-    """ValueError unless pair holds the unembedding and the embedding, and they are equal."""
-    values = [tensor for _, tensor in tensors_of(pair)]
-    if len(values) < 2 or not torch.equal(*values):
-        raise ValueError(
-            f"{directory}: config.json ties the embeddings, but lm_head.weight differs from "
-            "embed_tokens"
-        )
+def fresh(directory, seed: int) -> Transformer:
+    """A Transformer with the directory's config.json and random weights, in float32."""
+    return Transformer(*read_config(directory)).init_weights(seed)
 
 
-def fresh(
-    directory: str | os.PathLike, seed: int, dtype: torch.dtype = torch.float32, device=None
-) -> Transformer:
-    """A Transformer with the directory's config.json and random weights."""
-    config, raw = read_config(directory)
-    return Transformer(config, raw).init_weights(seed).to(device=device, dtype=dtype)
-
-
-def save(
-    model: Transformer, directory: str | os.PathLike, dtype: torch.dtype | None = None
-) -> None:
+def save(model: Transformer, directory, dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors (sharded past 5 GB); other files stay.
 
     dtype: what to store, by default the parameters' own. All files are written elsewhere first and

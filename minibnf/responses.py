@@ -38,50 +38,34 @@ class Responses:
     step_examples: int | None = None
 
     def __post_init__(self):
-        N, ref = self.logps.shape, self.ref_logps
-        if self.logps.dim() != 1 or not self.logps.is_floating_point():
-            given = _describe(self.logps)
-            raise ValueError(f"logps must be a flat floating-point tensor (N,), not {given}")
-        if ref is not None and (ref.shape != N or not ref.is_floating_point()):
-            raise ValueError(f"ref_logps must be like logps {tuple(N)}, not {_describe(ref)}")
-        if self.owner.shape != N or self.owner.dtype != torch.int64:
-            given = _describe(self.owner)
-            raise ValueError(
-                f"owner must be int64 {tuple(N)}, one response index per token, not {given}"
-            )
-        if self.preferred.dim() != 1 or self.preferred.dtype != torch.bool:
-            raise ValueError(f"preferred must be bool (R,), not {_describe(self.preferred)}")
-        flat = self.pairs.dim() != 2 or self.pairs.shape[1] != 2
-        if flat or self.pairs.dtype != torch.int64:
-            given = _describe(self.pairs)
-            raise ValueError(
-                f"pairs must be int64 (P, 2), (0, 2) where nothing is paired, not {given}"
-            )
+        N, R, P = len(self.logps), len(self.preferred), len(self.pairs)
+        wanted = {
+            "logps": f"float ({N},)",
+            "ref_logps": f"float ({N},)",
+            "owner": f"int64 ({N},)",
+            "preferred": f"bool ({R},)",
+            "pairs": f"int64 ({P}, 2)",
+        }
+        for name, form in wanted.items():
+            x = getattr(self, name)
+            if x is not None and (found := _form(x)) != form:
+                raise ValueError(f"{name} must be flat, {form}, not {found}")
         if self.logps.device.type == "cpu":
             self._check_values()
 
     def _check_values(self):
         R = len(self.preferred)
-        for name in ("owner", "pairs"):
-            index = getattr(self, name)
-            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < R:
-                raise ValueError(f"{name} holds a response index outside 0..{R - 1}")
         counts = torch.bincount(self.owner, minlength=R)
-        if R and self.whole_lengths is None and not counts.all():
-            raise ValueError(
-                f"response {int(counts.argmin())} has no tokens; a loss needs at least one"
-            )
-        chosen, rejected = self.preferred[self.pairs].unbind(1)
-        if not bool(chosen.all()) or bool(rejected.any()):
-            raise ValueError(
-                "each row of pairs must be (a preferred response, a dispreferred response)"
-            )
+        if len(counts) > R:
+            raise ValueError(f"owner names response {len(counts) - 1}, but there are only {R}")
+        if self.whole_lengths is None and not counts.all():
+            raise ValueError(f"response {counts.argmin()} has no tokens; it needs at least one")
+        if (self.preferred[self.pairs] != torch.tensor([True, False])).any():
+            raise ValueError("each row of pairs must be (a preferred, a dispreferred response)")
         for name in ("logps", "ref_logps"):
             x = getattr(self, name)
-            # what is less than 1e-2 above 0 is rounding
-            if x is not None and x.numel() and float(x.detach().max()) > 1e-2:
-                largest = float(x.detach().max())
-                raise ValueError(f"{name} holds {largest:.4g}: a log-probability is at most 0")
+            if x is not None and (x > 1e-2).any():  # less than that is rounding
+                raise ValueError(f"{name} holds {x.max():.4g}: a log-probability is at most 0")
 
     @classmethod
     def from_padded(cls, logps, ref_logps, mask, preferred, pairs=None) -> "Responses":
@@ -91,19 +75,17 @@ class Responses:
         preferred (B,) bool, pairs (P, 2) int64 or None. What stands where mask is False is never
         read (it may be NaN), and its gradient is 0. Raises ValueError as the class does.
         """
-        for name, x in {"logps": logps, "ref_logps": ref_logps}.items():
-            if x is not None and (x.dim() != 2 or x.shape != mask.shape):
-                shapes = f"{tuple(x.shape)} and mask {tuple(mask.shape)}"
-                raise ValueError(f"{name} {shapes} must both be (B, T)")
-        if preferred.shape != mask.shape[:1]:
-            given, wanted = tuple(preferred.shape), mask.shape[0]
-            raise ValueError(f"preferred must be ({wanted},), one per response, not {given}")
+        B, T = mask.shape
+        wanted = {"logps": (B, T), "ref_logps": (B, T), "preferred": (B,)}
+        for (name, shape), x in zip(wanted.items(), (logps, ref_logps, preferred), strict=True):
+            if x is not None and x.shape != shape:
+                raise ValueError(f"{name} must be {shape} as mask is, not {tuple(x.shape)}")
         # where the response tokens stand; the one wait for the device
         tokens = mask.bool().flatten().nonzero()[:, 0]
         if pairs is None:
             pairs = torch.empty(0, 2, dtype=torch.int64, device=logps.device)
         ref = None if ref_logps is None else ref_logps.flatten()[tokens]
-        return cls(logps.flatten()[tokens], ref, tokens // mask.shape[1], preferred, pairs)
+        return cls(logps.flatten()[tokens], ref, tokens // T, preferred, pairs)
 
     def lengths(self) -> Tensor:
         """(R,): the number of tokens of each response, in the dtype of logps."""
@@ -130,5 +112,6 @@ class Responses:
         return losses.sum() / (self.step_examples or len(losses))
 
 
-def _describe(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+def _form(x: Tensor) -> str:
+    kind = "float" if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+    return f"{kind} {tuple(x.shape)}"

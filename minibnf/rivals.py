@@ -17,19 +17,20 @@ from minibnf.responses import Responses
 # where the number is a mean).
 
 
-def _of_pair(responses: Responses, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(R,) -> (P,), (P,): the chosen and the rejected response's."""
-    return x[responses.pairs[:, 0]], x[responses.pairs[:, 1]]
-
-
 def _sums(responses: Responses, against_reference: bool = False) -> tuple[Tensor, Tensor]:
+    """S_w and S_l (P,), of log-ratios where it is against the reference."""
     logps = responses.logps - responses.ref_logps if against_reference else responses.logps
-    return _of_pair(responses, responses.sums(logps))
+    return responses.sums(logps)[responses.pairs].unbind(1)
+
+
+def _lengths(responses: Responses) -> tuple[Tensor, Tensor]:
+    """|y_w| and |y_l| (P,)."""
+    return responses.lengths()[responses.pairs].unbind(1)
 
 
 def _means(responses: Responses, against_reference: bool = False) -> tuple[Tensor, Tensor]:
-    S_w, S_l = _sums(responses, against_reference)
-    n_w, n_l = _of_pair(responses, responses.lengths())
+    """a_w and a_l (P,)."""
+    (S_w, S_l), (n_w, n_l) = _sums(responses, against_reference), _lengths(responses)
     return S_w / n_w, S_l / n_l
 
 
@@ -96,7 +97,7 @@ def rdpo_gradient(responses: Responses, beta: float, alpha: float) -> Tensor:
 
 def _rdpo_margin(responses: Responses, beta: float, alpha: float) -> Tensor:
     S_w, S_l = _sums(responses, against_reference=True)
-    n_w, n_l = _of_pair(responses, responses.lengths())
+    n_w, n_l = _lengths(responses)
     return beta * (S_w - S_l) + alpha * (n_w - n_l)
 
 
@@ -215,9 +216,7 @@ def cpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
 # --------------------------------------------------------- and one that couples a response's own
 
 
-def kto_value(
-    responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor
-) -> Tensor:
+def kto_value(responses: Responses, beta: float, lam_d: float, lam_u: float, kl) -> Tensor:
     """The mean over responses of λ_d (1 - σ(x)) if preferred, else λ_u (1 - σ(-x)).
 
     x = β (S - S_ref - z0), z0 = kl. Ethayarajh et al. 2024, arXiv 2402.01306, equation 7. Pairs are
@@ -231,9 +230,7 @@ def kto_value(
     return responses.mean(lam * torch.sigmoid(-sign * x))
 
 
-def kto_gradient(
-    responses: Responses, beta: float, lam_d: float, lam_u: float, kl: float | Tensor
-) -> Tensor:
+def kto_gradient(responses: Responses, beta: float, lam_d: float, lam_u: float, kl) -> Tensor:
     """d/dx λ σ(-s x) = -s λ σ(x) σ(-x) and dx/dlog p = β: largest at x = 0, the reference point.
 
     Every token of a response is pushed alike, by where the whole response stands.
@@ -246,6 +243,5 @@ def kto_gradient(
 def _kto_parts(responses, beta, lam_d, lam_u, kl) -> tuple[Tensor, Tensor, Tensor]:
     """x, s and λ of each response, all (R,)."""
     x = beta * (responses.sums(responses.logps - responses.ref_logps) - kl)
-    one = torch.ones_like(x)
-    sign = torch.where(responses.preferred, one, -one)
-    return x, sign, torch.where(responses.preferred, lam_d * one, lam_u * one)
+    preferred = responses.preferred.to(x.dtype)
+    return x, 2 * preferred - 1, lam_d * preferred + lam_u * (1 - preferred)

@@ -17,23 +17,20 @@ OTHER_HALF = (
     "this half is for devices that it would wait for"
 )
 EQUIVALENT = {  # a fragment of the changed line -> why the change is none
-    "needs_input_grad[:3]": "the third input, targets, holds integers and never needs a gradient",
+    "wanted[:3]": "the third input, targets, holds integers and never needs a gradient",
     "device=None": DEFAULT_DEVICE,
-    "torch.float32, )": DEFAULT_DEVICE,
     "torch.int64, )": DEFAULT_DEVICE,
     ">= 1e-2": "where rounding ends is a convention",
     "near = a >": "both forms of log(1 - e^a) are accurate around the threshold",
-    "near, torch.log(": "only what the branch not taken is given, any finite value",
-    "ref_logps[i].to(None)": "type promotion gives the same dtype",
+    "where(near, a, -2.0)": "only what the branch not taken is given, any finite value",
+    "where(near, -2.0, a)": "only what the branch not taken is given, any finite value",
     "preferred.to(None)": "type promotion gives the same dtype",
     "logps - ref_logps, 1.0)": "only what the branch not taken is given",
     "E <= torch.finfo": "at the smallest normal number both sides agree to rounding",
     "torch.where(certain, 2.0, E)": "only what the branch not taken is given",
     "torch.where(middle, x, 2.0)": "only what the branch not taken is given",
-    "break": "the hyper-parameter that is skipped is the last one of its loss",
     "lone = None": OTHER_HALF,
     "lone = 3 *": OTHER_HALF,
-    "logps.dtype == dtype or": "converting what needs no conversion changes nothing",
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from minibnf.data import Example, pair
-from minibnf.losses import Responses
+from minibnf.losses import LOSSES, Responses
 
 # of what runs a whole model
 FEW = settings(max_examples=max(5, settings.default.max_examples // 8))
@@ -70,6 +70,25 @@ def hypers(draw, loss):
         x = draw(st.one_of(st.just(default), choices[name]))
         chosen[name] = draw(choices[name]) if x is None else x
     return chosen
+
+
+@st.composite
+def batches(draw, name, **how):
+    """A batch that the loss `name` can take, and hyper-parameters for it."""
+    paired = True if LOSSES[name].needs_pairs else None
+    return draw(responses(paired=paired, **how)), draw(hypers(LOSSES[name]))
+
+
+def one_response(**changes):
+    """A preferred response of two tokens, in no pair, but for the changes."""
+    fields = {
+        "logps": torch.tensor([-1.0, -2.0]),
+        "ref_logps": torch.tensor([-1.0, -1.0]),
+        "owner": torch.tensor([0, 0]),
+        "preferred": torch.tensor([True]),
+        "pairs": torch.empty(0, 2, dtype=torch.int64),
+    }
+    return Responses(**{**fields, **changes})
 
 
 @st.composite

@@ -106,6 +106,10 @@ def quantise(state):
     state[NORM] = state[NORM].to(torch.int8)
 
 
+def extend(state):
+    state["model.extra"] = torch.zeros(1)
+
+
 def untie(state):
     state["lm_head.weight"] = torch.zeros(672, 128)
 
@@ -125,6 +129,7 @@ OTHER_SIZE = "'model.embed_tokens.weight' is (672, 128), but config.json says (6
         (lambda d: change(d, rope_scaling=SCALED), "rotary positions"),
         (lambda d: change(d, vocab_size=600), OTHER_SIZE),
         (lambda d: edit(d, lambda s: s.pop(NORM)), f"tensor '{NORM}' is missing (1 of 38 are)"),
+        (lambda d: edit(d, extend), "tensor 'model.extra' is in the files but not in the model"),
         (lambda d: edit(d, quantise), f"tensor '{NORM}' is I8; quantised"),
         (lambda d: edit(d, untie), "lm_head.weight differs"),
     ],

@@ -13,20 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BLANKS, SOLUTIONS = ROOT / "tutorials" / "exercises", ROOT / "tests" / "exercises"
 NAMES = [file.stem for file in sorted(SOLUTIONS.glob("e[0-9][0-9].py"))]
-UNSOLVED = [
-    name
-    for name in NAMES
-    if "raise NotImplementedError" in (BLANKS / f"{name}.py").read_text(encoding="utf-8")
-]
+BLANK = "raise NotImplementedError"
+UNSOLVED = [name for name in NAMES if BLANK in (BLANKS / f"{name}.py").read_text(encoding="utf-8")]
 each = pytest.mark.parametrize("name", NAMES)
 
 
 def functions(file: Path) -> dict[str, ast.FunctionDef]:
-    return {
-        node.name: node
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef)
-    }
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def asked_for(file: Path) -> dict[str, ast.FunctionDef]:
@@ -52,7 +46,7 @@ def test_blank_and_solution_ask_for_the_same(name):
 def test_a_blank_is_blank_and_all_of_it_is_small(name):
     skip_if_solved(name)
     for f, node in asked_for(BLANKS / f"{name}.py").items():
-        assert len(node.body) == 2 and ast.unparse(node.body[1]) == "raise NotImplementedError", f
+        assert len(node.body) == 2 and ast.unparse(node.body[1]) == BLANK, f
     for f, node in functions(SOLUTIONS / f"{name}.py").items():
         assert node.end_lineno - node.lineno <= 40, f
 
@@ -61,33 +55,16 @@ def test_a_blank_is_blank_and_all_of_it_is_small(name):
 def test_every_test_fails_on_its_blank(tmp_path):
     """One run of pytest over all the blanks: each test fails, and because the blank raises
     NotImplementedError."""
-    report, files = (
-        tmp_path / "report.xml",
-        [str(SOLUTIONS / f"test_{name}.py") for name in UNSOLVED],
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *files,
-    ]
-    run = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"EXERCISES": str(BLANKS)},
-        capture_output=True,
-        text=True,
-    )
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report}", *(SOLUTIONS / f"test_{name}.py" for name in UNSOLVED)]
+    blanks = os.environ | {"EXERCISES": str(BLANKS)}
+    run = subprocess.run(command, cwd=ROOT, env=blanks, capture_output=True, text=True)
     cases = list(ElementTree.parse(report).iter("testcase"))
     assert run.returncode == 1 and len(cases) >= len(UNSOLVED), run.stdout
     for case in cases:
         failure = case.find("failure")
         where = f"{case.get('classname')}.{case.get('name')}"
         assert failure is not None, f"{where} does not fail on the blank"
-        assert "NotImplementedError" in failure.get("message"), (
-            f"{where} fails for another reason: {failure.get('message')}"
-        )
+        why = failure.get("message")
+        assert "NotImplementedError" in why, f"{where} fails for another reason: {why}"

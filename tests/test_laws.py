@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.losses import LOSSES, bnf_weight, rbnf_weight
+from minibnf.losses import LOSSES, bnf_loss, bnf_weight, rbnf_weight
 from minibnf.responses import Responses
-from tests.strategies import EXTREME, SMALL, UNCERTAIN, hypers, responses
+from tests.strategies import EXTREME, SMALL, UNCERTAIN, batches, responses
 
 close = dict(rtol=1e-9, atol=1e-12)
 
@@ -44,22 +44,15 @@ BY_HAND = {
     ),
     "nll": ({}, 1.5),
     "unlikelihood": ({}, 1.5 - 1.0),
-    "orpo": (
-        {"lam": 1.0},
-        1.5
-        + math.log(
-            1 + (math.exp(-1) / (1 - math.exp(-1))) / (math.exp(-1.5) / (1 - math.exp(-1.5)))
-        ),
-    ),
+    "orpo": ({"lam": 1.0}, 1.5 + math.log(1 + math.expm1(1.5) / math.expm1(1))),  # 1/o = e^-a - 1
 }
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_by_hand(name):
     hyper, expected = BY_HAND[name]
-    assert LOSSES[name](pair([-1.0, -2.0], [-1.0], **PAIR), **hyper).item() == pytest.approx(
-        expected, rel=1e-12
-    )
+    found = LOSSES[name](pair([-1.0, -2.0], [-1.0], **PAIR), **hyper)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
 # --------------------------------------------------------------------------------------------- laws
@@ -76,40 +69,31 @@ def test_dpo_depends_on_the_margin_only(name, batch, shift):
     )
 
 
-@given(batch=responses(paired=True), data=st.data())
-def test_rdpo_is_dpo_at_alpha_0_and_for_equal_lengths(batch, data):
-    beta = data.draw(st.sampled_from([0.1, 2.0]))
-    torch.testing.assert_close(
-        LOSSES["rdpo"](batch, beta=beta, alpha=0.0), LOSSES["dpo"](batch, beta=beta), **close
-    )
-    same_length = pair([-1.0, -2.0], [-0.5, -3.0], [-2.0, -1.0], [-1.0, -1.0])
-    torch.testing.assert_close(
-        LOSSES["rdpo"](same_length, beta=beta, alpha=9.0),
-        LOSSES["dpo"](same_length, beta=beta),
-        **close,
-    )
+@given(batch=responses(paired=True), beta=st.sampled_from([0.1, 2.0]))
+def test_rdpo_is_dpo_at_alpha_0_and_for_equal_lengths(batch, beta):
+    equal = pair([-1.0, -2.0], [-0.5, -3.0], [-2.0, -1.0], [-1.0, -1.0])
+    for x, alpha in ((batch, 0.0), (equal, 9.0)):
+        found, expected = LOSSES["rdpo"](x, beta=beta, alpha=alpha), LOSSES["dpo"](x, beta=beta)
+        torch.testing.assert_close(found, expected, **close)
 
 
-@given(
-    batch=responses(paired=True), beta=st.sampled_from([0.1, 0.5, 2.0]), nudge=st.floats(-0.2, 1)
-)
+@given(batch=responses(paired=True), beta=st.sampled_from([0.1, 0.5, 2]), nudge=st.floats(-0.2, 1))
 def test_ipo_is_least_at_its_target_and_pulls_back_beyond_it(batch, beta, nudge):
     """The reference put so that every averaged margin is 1/(2β): loss and gradient vanish; off it
-    the loss is the square."""
+    the loss is the square, and beyond it the chosen response is pushed down."""
+    is_chosen = batch.preferred[batch.owner]
 
     def with_margin(x):
-        return replace(batch, ref_logps=batch.logps - batch.preferred[batch.owner].double() * x)
+        return replace(batch, ref_logps=batch.logps - is_chosen.double() * x)
 
     at_target = with_margin(1 / (2 * beta))
     assert LOSSES["ipo"](at_target, beta=beta).item() == pytest.approx(0, abs=1e-20)
     assert LOSSES["ipo"].gradient(at_target, beta=beta).abs().max() < 1e-9
     off = with_margin(1 / (2 * beta) + nudge)
     assert LOSSES["ipo"](off, beta=beta).item() == pytest.approx(nudge**2, abs=1e-9)
-    chosen = LOSSES["ipo"].gradient(off, beta=beta)[batch.preferred[batch.owner]]
     if abs(nudge) > 1e-6:
-        assert (
-            chosen.sign() == math.copysign(1, nudge)
-        ).all()  # beyond its target the chosen response is pushed down
+        chosen = LOSSES["ipo"].gradient(off, beta=beta)[is_chosen]
+        assert (chosen.sign() == math.copysign(1, nudge)).all()
 
 
 @given(batch=responses(paired=True, max_length=3), times=st.integers(2, 4))
@@ -126,11 +110,8 @@ def test_kto_pushes_equally_both_ways_at_its_reference_point_and_less_on_either_
 
     def pushes(offset):
         shift = ((kl + offset) / batch.lengths())[batch.owner]
-        at = replace(
-            batch,
-            logps=batch.logps + shift.clamp(max=0),
-            ref_logps=batch.logps - shift.clamp(min=0),
-        )
+        down, up = shift.clamp(max=0), shift.clamp(min=0)
+        at = replace(batch, logps=batch.logps + down, ref_logps=batch.logps - up)
         g = LOSSES["kto"].gradient(at, beta=0.5, kl=kl) * len(batch.preferred)
         assert torch.equal(g < 0, batch.preferred[batch.owner])  # up if preferred, down if not
         return g.abs()
@@ -167,10 +148,8 @@ def test_slic_is_flat_beyond_its_margin(batch, extra):
     if delta >= 0:
         assert LOSSES["slic"](batch, delta=delta, lam=0.0) == 0
         assert not LOSSES["slic"].gradient(batch, delta=delta, lam=0.0).any()
-    g = LOSSES["slic"].gradient(batch, delta=1e6, lam=0.0) * len(batch.pairs)
-    assert torch.equal(
-        g, torch.where(batch.preferred[batch.owner], -1.0, 1.0).double()
-    )  # within it: one for one
+    within = LOSSES["slic"].gradient(batch, delta=1e6, lam=0.0) * len(batch.pairs)
+    assert torch.equal(within, torch.where(batch.preferred[batch.owner], -1.0, 1.0).double())
 
 
 def test_slic_at_its_margin_exactly_takes_the_flat_side():
@@ -189,10 +168,9 @@ def test_cpo_is_dpo_with_a_uniform_reference_and_likelihood(batch):
 def test_bnf_at_the_reference_is_unlikelihood_and_never_pushes_harder(batch):
     at_reference = replace(batch, ref_logps=batch.logps)
     unlikelihood = LOSSES["unlikelihood"].gradient(batch)
-    torch.testing.assert_close(
-        LOSSES["bnf"].gradient(at_reference, length="own"), unlikelihood, **close
-    )
-    assert (LOSSES["bnf"].gradient(batch, length="own").abs() <= unlikelihood.abs() + 1e-15).all()
+    peak, bnf = (LOSSES["bnf"].gradient(x, length="own") for x in (at_reference, batch))
+    torch.testing.assert_close(peak, unlikelihood, **close)
+    assert (bnf.abs() <= unlikelihood.abs() + 1e-15).all()
 
 
 @given(p=EXTREME, r=EXTREME)
@@ -207,55 +185,66 @@ def test_rbnf_retrieves_preferred_tokens_and_treats_the_others_as_bnf_does(p, r)
 @pytest.mark.parametrize("name", ["nll", "unlikelihood"])
 def test_fine_tuning_and_its_opposite(name, batch):
     """Sums over responses of their mean log-probability: with the sign of the label, or the
-    preferred ones alone."""
+    preferred ones alone; a dispreferred one still counts as an example."""
     a = batch.sums(batch.logps) / batch.lengths()
     sign = torch.where(batch.preferred, 1.0, -1.0 if name == "unlikelihood" else 0.0)
-    torch.testing.assert_close(LOSSES[name](batch), -(sign * a).sum() / batch.examples(), **close)
+    E = len(batch.preferred) - len(batch.pairs)
+    torch.testing.assert_close(LOSSES[name](batch), -(sign * a).sum() / E, **close)
 
 
 # ----------------------------------------------------------------- invariances every loss must have
 
 
+def assert_same(name, batch, other, tokens, hyper):
+    """The loss, and the gradient of other, whose token i is batch's token tokens[i]."""
+    loss = LOSSES[name]
+    torch.testing.assert_close(loss(other, **hyper), loss(batch, **hyper), **close)
+    expected = loss.gradient(batch, **hyper)[tokens]
+    torch.testing.assert_close(loss.gradient(other, **hyper), expected, **close)
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @given(data=st.data())
-def test_permuting_responses_changes_nothing(name, data):
-    batch = data.draw(responses(paired=True if LOSSES[name].needs_pairs else None))
-    hyper = data.draw(hypers(LOSSES[name]))
-    order = torch.tensor(
-        data.draw(st.permutations(range(len(batch.preferred))))
-    )  # new response j is old order[j]
+def test_permuting_tokens_and_responses_changes_nothing(name, data):
+    batch, hyper = data.draw(batches(name))
+    tokens, order = (  # new token or response i is old tokens[i] or order[i]
+        torch.tensor(data.draw(st.permutations(range(n))))
+        for n in (len(batch.logps), len(batch.preferred))
+    )
     place = order.argsort()
-    other = replace(
-        batch, owner=place[batch.owner], preferred=batch.preferred[order], pairs=place[batch.pairs]
+    other = Responses(
+        batch.logps[tokens],
+        batch.ref_logps[tokens],
+        place[batch.owner][tokens],
+        batch.preferred[order],
+        place[batch.pairs],
     )
-    torch.testing.assert_close(LOSSES[name](other, **hyper), LOSSES[name](batch, **hyper), **close)
-    torch.testing.assert_close(
-        LOSSES[name].gradient(other, **hyper), LOSSES[name].gradient(batch, **hyper), **close
-    )
+    assert_same(name, batch, other, tokens, hyper)
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @given(data=st.data())
 def test_padding_changes_nothing(name, data):
-    batch = data.draw(responses(paired=True if LOSSES[name].needs_pairs else None))
-    hyper = data.draw(hypers(LOSSES[name]))
-    R, T = len(batch.preferred), int(batch.lengths().max()) + data.draw(st.integers(0, 3))
-    logps, ref = (torch.full((R, T), -math.inf, dtype=torch.float64) for _ in range(2))
-    mask = torch.zeros(R, T, dtype=torch.bool)
-    for r in range(R):
-        start = data.draw(st.integers(0, T - int((batch.owner == r).sum())))
-        where = slice(start, start + int((batch.owner == r).sum()))
-        logps[r, where], ref[r, where], mask[r, where] = (
-            batch.logps[batch.owner == r],
-            batch.ref_logps[batch.owner == r],
-            True,
-        )
-    padded = Responses.from_padded(logps.requires_grad_(), ref, mask, batch.preferred, batch.pairs)
+    """What stands where mask is False is never read, and has the gradient 0."""
+    batch, hyper = data.draw(batches(name))
+    lengths = batch.lengths().long().tolist()
+    T = max(lengths) + data.draw(st.integers(0, 3))
+    starts = [data.draw(st.integers(0, T - n)) for n in lengths]
+    mask = torch.tensor(
+        [[a <= t < a + n for t in range(T)] for a, n in zip(starts, lengths, strict=True)]
+    )
+    logps, ref = (torch.full(mask.shape, math.nan, dtype=torch.float64) for _ in range(2))
+    logps[mask], ref[mask] = batch.logps, batch.ref_logps  # the strategy's tokens are in order
+    logps.requires_grad_()
+    padded = Responses.from_padded(logps, ref, mask, batch.preferred, batch.pairs)
+    assert_same(name, batch, padded, slice(None), hyper)
     value = LOSSES[name](padded, **hyper)
-    torch.testing.assert_close(value, LOSSES[name](batch, **hyper), **close)
     (dlogps,) = torch.autograd.grad(value, logps)
     torch.testing.assert_close(dlogps[mask], LOSSES[name].gradient(batch, **hyper), **close)
     assert not dlogps[~mask].any()
+    if name == "bnf":
+        drop_in = bnf_loss(logps, ref, mask, batch.preferred, batch.pairs)
+        assert drop_in.item() == LOSSES["bnf"](padded).item()
 
 
 # ---------------------------------------- float32 against the float64 oracle, and against the naive
@@ -278,50 +267,32 @@ def test_bnf_in_float32_loses_no_more_than_the_best_naive_expression(p, r):
     exact = bnf_weight(p.double(), r.double())
     ours, naive = ((f(p, r).double() - exact).abs() for f in (bnf_weight, naive_bnf_weight))
     epsilon, d = torch.finfo(torch.float32).eps, (p.double() - r.double()).abs()
-    assert ours <= naive + epsilon * (3 + d / 2) * exact, (
-        ours,
-        naive,
-        exact,
-    )  # three roundings, and that of log p - log r
+    # three roundings, and that of log p - log r
+    assert ours <= naive + epsilon * (3 + d / 2) * exact, (ours, naive, exact)
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @given(data=st.data())
 def test_gradients_in_float32_lose_no_more_than_autograd_of_the_value(name, data):
     """Log-probabilities from -1e4 to -1e-9, single tokens, equal pairs, one response a batch. A sum
-    near 1e4 is only known to
-
-    1e-3 in float32; both sides inherit that, so the bound is twice autograd's own error and a few
-    roundings."""
-    batch = data.draw(
-        responses(
-            values=UNCERTAIN, paired=True if LOSSES[name].needs_pairs else None, dtype=torch.float32
-        )
-    )
-    hyper = data.draw(hypers(LOSSES[name]))
+    near 1e4 is only known to 1e-3 in float32; both sides inherit that, so the bound is twice
+    autograd's own error and a few roundings."""
+    loss = LOSSES[name]
+    batch, hyper = data.draw(batches(name, values=UNCERTAIN, dtype=torch.float32))
     wide = replace(batch, logps=batch.logps.double(), ref_logps=batch.ref_logps.double())
-    exact = LOSSES[name].gradient(wide, **hyper)
+    exact, ours = loss.gradient(wide, **hyper), loss.gradient(batch, **hyper)
     logps = batch.logps.clone().requires_grad_()
-    (naive,) = torch.autograd.grad(LOSSES[name].value(replace(batch, logps=logps), **hyper), logps)
-    ours = LOSSES[name].gradient(batch, **hyper)
+    (naive,) = torch.autograd.grad(loss.value(replace(batch, logps=logps), **hyper), logps)
     assert ours.isfinite().all()
-    error, bound = (
-        (ours.double() - exact).abs(),
-        2 * (naive.double() - exact).abs().nan_to_num(nan=math.inf),
-    )
-    assert (error <= bound + 2e-6 * exact.abs().max() + 1e-30).all(), (ours, naive, exact)
+    error, naive_error = ((x.double() - exact).abs() for x in (ours, naive))
+    bound = 2 * naive_error.nan_to_num(nan=math.inf) + 2e-6 * exact.abs().max() + 1e-30
+    assert (error <= bound).all(), (ours, naive, exact)
 
 
 @given(value=SMALL)
 def test_half_precision_input_is_computed_in_float32_and_its_gradient_comes_back_in_kind(value):
     logps = torch.tensor([value, -1.0], dtype=torch.bfloat16, requires_grad=True)
-    batch = Responses(
-        logps,
-        logps.detach() - 0.5,
-        torch.tensor([0, 1]),
-        torch.tensor([True, False]),
-        torch.tensor([[0, 1]]),
-    )
+    batch = replace(pair([-1.0], [-1.0]), logps=logps, ref_logps=logps.detach() - 0.5)
     loss = LOSSES["bnf"](batch)
     loss.backward()
     assert loss.dtype == torch.float32 and logps.grad.dtype == torch.bfloat16

@@ -41,10 +41,9 @@ def test_rotary_scores_depend_on_distance_only(m, n, shift):
     q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64)
 
     def score(m, n):
-        at_m, at_n = (
-            rotary(torch.tensor([[[position]]]), 8, Rope(1e4), torch.float64) for position in (m, n)
-        )
-        return (rotate(q, *at_m) * rotate(k, *at_n)).sum()
+        places = torch.tensor([m, n])[:, None, None, None]
+        cos, sin = rotary(places, 8, Rope(1e4), torch.float64)
+        return (rotate(q, cos[0], sin[0]) * rotate(k, cos[1], sin[1])).sum()
 
     torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=1e-9, atol=1e-9)
 
@@ -205,24 +204,6 @@ def test_fields_of_another_family_are_ignored_and_named(directory, capsys):
     assert capsys.readouterr() == ("", line)
 
 
-NORM = "model.norm.weight"
-
-
-@pytest.mark.parametrize(
-    "name, tensor, message",
-    [
-        (NORM, None, "tensor 'model.norm.weight' is missing"),
-        ("model.extra", torch.zeros(1), "tensor 'model.extra' is in the files but not"),
-        (NORM, torch.zeros(3), r"'model.norm.weight' is \(3,\), but config.json says \(24,\)"),
-        (NORM, torch.zeros(24, dtype=torch.int8), "quantised"),
-    ],
-)
-def test_a_tensor_that_does_not_fit_is_named(directory, name, tensor, message):
-    change_tensors(directory, lambda s: s.pop(name) if tensor is None else s.update({name: tensor}))
-    with pytest.raises(ValueError, match=message):
-        load(directory)
-
-
 LLAMA3 = {
     "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta": 1
 }  # fmt: skip
@@ -252,18 +233,10 @@ def test_a_config_that_would_compute_something_else_is_refused(directory, fields
         load(directory)
 
 
-def test_files_that_are_not_there_or_broken(directory, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
-        load(tmp_path / "nowhere")
+def test_a_config_that_is_not_there_or_broken(directory, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty holds no config\.json"):
         load(tmp_path / "empty")
-    (directory / "model.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load(directory)
-    (directory / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
-        load(directory)
     (directory / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         load(directory)

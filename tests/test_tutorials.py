@@ -89,31 +89,19 @@ def same_figures(updating: bool):
 def outputs(source: str) -> int:
     """How many prints a block shows: lines that begin with #>, and bare strings (no docstrings),
     which stand for long ones."""
-    bare = lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    bodies = [
-        node.body
-        for node in ast.walk(ast.parse(source))
-        if isinstance(getattr(node, "body", None), list)
-    ]
-    docstrings = sum(
-        isinstance(n, ast.FunctionDef | ast.ClassDef) and bare(n.body[0])
-        for n in ast.walk(ast.parse(source))
-    )
-    return (
-        len(re.findall(r"^ *#> ?", source, re.M))
-        + sum(bare(node) for body in bodies for node in body)
-        - docstrings
-    )
+    strings = docstrings = 0
+    for node in ast.walk(ast.parse(source)):
+        strings += isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            docstrings += ast.get_docstring(node) is not None
+    return len(re.findall(r"^ *#> ?", source, re.M)) + strings - docstrings
 
 
 @each_page
 def test_the_blocks_print_what_the_page_says(page, eval_example, prompt):
     """And nothing else, and leave the working tree as it was."""
-    examples, blocks, updating = (
-        list(find_examples(page)),
-        eval_example.tmp_path,
-        eval_example.update_examples,
-    )
+    examples, blocks = list(find_examples(page)), eval_example.tmp_path
+    updating = eval_example.update_examples
     assert examples, "no python block"
     printed: list = []
 
@@ -131,10 +119,8 @@ def test_the_blocks_print_what_the_page_says(page, eval_example, prompt):
         for example in examples:
             printed.clear()
             run(example, rewrite_assertions=False)
-            shown = outputs(example.source)
-            assert shown == len(printed), (
-                f"{example}: {len(printed)} prints, {shown} outputs: take out what is left over"
-            )
+            shown, made = outputs(example.source), len(printed)
+            assert shown == made, f"{example}: {made} prints, {shown} outputs"
     assert updating or git_status() == before, "running the page changed the working tree"
 
 
@@ -144,10 +130,8 @@ def test_every_output_line_stands_under_a_print(page):
         above = ""
         for line in example.source.splitlines():
             if line.strip().startswith("#>"):
-                assert above.endswith(")"), (
-                    f"{page.name}: {line!r} stands under {above!r} "
-                    "(let a print's text be in one line)"
-                )
+                advice = f"{page.name}: {line!r} stands under {above!r}; print a text in one line"
+                assert above.endswith(")"), advice
             else:
                 above = line.strip()
 
@@ -164,50 +148,34 @@ def test_the_blocks_can_be_pasted_into_a_prompt(page):
                 if codeop.compile_command("\n".join(held), symbol="single") is not None:
                     held = []
             except SyntaxError as error:
-                pytest.fail(
-                    f"{page.name}, line {number}: a prompt stops here: {error}", pytrace=False
-                )
+                where = f"{page.name}, line {number}"
+                pytest.fail(f"{where}: a prompt stops here: {error}", pytrace=False)
         assert not any(held), f"{page.name}: the block from line {example.start_line} does not end"
 
 
 @each_page
 def test_the_page_has_its_form(page):
     text = prose(page)
-    assert re.match(r"# .+\n\n\*[^*].*", text), (
-        "a page opens with its title and a sentence in italics"
-    )
-    opening = text.split("\n## ")[0]
-    assert re.search(r"you will be able to", opening), (
-        "a page opens with what the reader will be able to do"
-    )
-    assert 2 <= len(re.findall(r"^- ", opening, re.M)) <= 4, (
-        "two to four things that the reader will be able to do"
-    )
+    opening, headings = text.split("\n## ")[0], re.findall(r"^## (.+)", text, re.M)
+    assert re.match(r"# .+\n\n\*[^*].*", text), "no title and sentence in italics"
+    assert "you will be able to" in opening, "not said what the reader will be able to do"
+    assert 2 <= len(re.findall(r"^- ", opening, re.M)) <= 4, "not two to four things to be able to"
     for heading, following in re.findall(r"^#+ (.+)\n\n?(.*(?:\n.+)*)", text, re.M):
-        assert re.fullmatch(r"\*[^*]+[.?]\*", " ".join(following.split())), (
-            f"no sentence in italics after {heading!r}"
-        )
-    assert re.findall(r"^## (.+)", text, re.M)[-1].startswith("Exercise"), (
-        "a page ends with its exercises"
-    )
+        italics = re.fullmatch(r"\*[^*]+[.?]\*", " ".join(following.split()))
+        assert italics, f"no sentence in italics after {heading!r}"
+    assert headings[-1].startswith("Exercise"), "no exercises at the end"
     found = TIMING.search(text) or CLOCK.search(page.read_text(encoding="utf-8"))
     assert not found, f"a timing: {found[0]!r}"
-    long = [
-        line
-        for example in find_examples(page)
-        for line in example.source.splitlines()
-        if len(line) > 100
-    ]
-    assert not long, f"a line of code of more than 100 columns: {long[0]}"
+    for example in find_examples(page):
+        for line in example.source.splitlines():
+            assert len(line) <= 100, f"a line of code of more than 100 columns: {line}"
 
 
 @pytest.mark.parametrize("page", [*PAGES, FOLDER / "README.md"], ids=lambda page: page.stem)
 def test_images_and_links(page):
     text = prose(page)
-    images = [
-        *IMAGE.findall(text),
-        *re.findall(r'<img(?=[^>]*alt="([^"]*)")[^>]*src="([^"]*)"', text),
-    ]
+    images = IMAGE.findall(text)
+    images += re.findall(r'<img(?=[^>]*alt="([^"]*)")[^>]*src="([^"]*)"', text)
     assert len(images) == len(re.findall(r"!\[|<img", text)), "an image without alt text or file"
     for alt, file in images:
         assert len(alt) >= 40, f"{file}: alt text states the finding"

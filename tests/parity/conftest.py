@@ -42,15 +42,9 @@ def at_most(x: float, floor: float) -> str:
     return f"1e{math.ceil(math.log10(max(x, floor)) - 1e-9)}"
 
 
-def row(
-    family: str, models: int, tokens: int, logits: float, saved: float, gradients: float
-) -> list[str]:
-    errors = (
-        at_most(logits, 1e-5),
-        f"{tokens} of {tokens}",
-        at_most(saved, 1e-5) if saved else "0",
-        at_most(gradients, 1e-5),
-    )
+def row(family: str, models: int, tokens: int, logits, saved, gradients) -> list[str]:
+    saved = at_most(saved, 1e-5) if saved else "0"
+    errors = [at_most(logits, 1e-5), f"{tokens} of {tokens}", saved, at_most(gradients, 1e-5)]
     return [family, f"`{ROWS[family][0]}`", ROWS[family][1], str(models), *errors]
 
 
@@ -73,17 +67,15 @@ def measured():
     parameters, of ‖difference of gradients‖/‖gradient‖."""
 
     def keep(family, tokens, **differences):
-        mine = found.setdefault(
-            family, {"models": 0, "tokens": 0} | dict.fromkeys(differences, 0.0)
-        )
+        nothing = {"models": 0, "tokens": 0} | dict.fromkeys(differences, 0.0)
+        mine = found.setdefault(family, nothing)
         mine["models"], mine["tokens"] = mine["models"] + 1, mine["tokens"] + tokens
         limits = promised(family)
         for name, column in (("logits", 4), ("saved", 6), ("gradients", 7)):
             mine[name] = max(mine[name], differences[name])
             limit = float(limits[column])
-            assert differences[name] <= limit, (
-                f"{family}: {name} differ by {differences[name]:.2g}, the README says {limit:g}"
-            )
+            said = f"differ by {differences[name]:.2g}, the README says {limit:g}"
+            assert differences[name] <= limit, f"{family}: {name} {said}"
 
     return keep
 
@@ -105,12 +97,9 @@ def pytest_terminal_summary(terminalreporter):
     if not found:
         return
     terminalreporter.section("the largest differences from transformers in float32, rounded up")
-    for cells in [
-        HEAD.strip("| ").split(" | "),
-        ["---"] * 8,
-        *(row(family, **mine) for family, mine in found.items()),
-    ]:
-        terminalreporter.write_line("| " + " | ".join(cells) + " |")
+    terminalreporter.write_line(f"{HEAD}\n|{'---|' * 8}")
+    for family, mine in found.items():
+        terminalreporter.write_line("| " + " | ".join(row(family, **mine)) + " |")
     for x in nats:
         terminalreporter.write_line(f"\n{NATS} {at_most(x, 1e-3)} nats")
     for family, mine in found.items():

@@ -93,9 +93,8 @@ def test_a_random_model_of_each_family(tmp_path, measured, family, seed):
     assert generate(ours, prompts.tolist(), max_new_tokens=NEW, temperature=0) == expected.tolist()
 
     save(ours, tmp_path / "ours")
-    again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", attn_implementation="eager"
-    )
+    of_theirs = transformers.AutoModelForCausalLM
+    again = of_theirs.from_pretrained(tmp_path / "ours", attn_implementation="eager")
     with torch.no_grad():
         expected = theirs(tokens).logits
         logits = float((ours(tokens) - expected).abs().max())
@@ -186,9 +185,7 @@ def test_each_field_of_a_config_counts_as_in_transformers_or_is_refused(tmp_path
     fixed = dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
     base = config_of(family, 0, **fixed, **(UPPER if family == "SmolLM3" else {}))
     kind, base = type(base), json.loads(json.dumps(base.to_dict()))
-    old = {}
-    if family != "Llama 3":
-        old = {"rope_theta": 1e4, "rope_scaling": None}
+    old = {} if family == "Llama 3" else {"rope_theta": 1e4, "rope_scaling": None}
     if family == "Gemma-3":
         old["rope_local_base_freq"] = 1e4
     parse_config(base, "as transformers writes it, with every default")

@@ -18,9 +18,8 @@ from minibnf.losses import LOSSES, Responses  # noqa: E402
 
 P, T, D, V = 5, 9, 16, 53  # pairs, positions, width, vocabulary
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
-chunks = pytest.mark.parametrize(
-    "chunk_size", [1, 2, 5]
-)  # pairs (kto: responses) that Liger takes at a time
+# pairs (kto: responses) that Liger takes at a time
+chunks = pytest.mark.parametrize("chunk_size", [1, 2, 5])
 
 
 class Case:
@@ -29,9 +28,8 @@ class Case:
 
     def __init__(self, seed: int):
         torch.manual_seed(seed)
-        self.hidden, self.unembed = (
-            torch.randn(*shape, requires_grad=True) for shape in ((2 * P, T, D), (V, D))
-        )
+        self.hidden = torch.randn(2 * P, T, D, requires_grad=True)
+        self.unembed = torch.randn(V, D, requires_grad=True)
         self.ref_hidden, self.ref_unembed = torch.randn(2 * P, T, D), torch.randn(V, D)
         begin, length = torch.randint(0, 4, (2 * P, 1)), torch.randint(1, 6, (2 * P, 1))
         length[0] = length[P + 1] = 1
@@ -48,18 +46,15 @@ class Case:
 
     def ours(self, *terms):
         """Σ weight * loss over terms (weight, name, hyper-parameters, which pairs)."""
-        logps, ref = (
-            self.logps(self.hidden, self.unembed),
-            self.logps(self.ref_hidden, self.ref_unembed),
-        )
+        logps = self.logps(self.hidden, self.unembed)
+        ref = self.logps(self.ref_hidden, self.ref_unembed)
         total = 0.0
         for weight, name, hyper, which in terms:
             n = len(which)
             rows = torch.tensor([*which, *(P + i for i in which)])
             pairs, preferred = torch.arange(2 * n).view(2, n).T, torch.arange(2 * n) < n
-            responses = Responses.from_padded(
-                logps[rows], ref[rows], self.mask[rows], preferred, pairs
-            )
+            padded = logps[rows], ref[rows], self.mask[rows]
+            responses = Responses.from_padded(*padded, preferred, pairs)
             total = total + weight * LOSSES[name](responses, **hyper)
         return total
 
@@ -71,9 +66,8 @@ class Case:
     def assert_same(self, ours, theirs):
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
         inputs = self.hidden, self.unembed
-        for g, expected in zip(
-            torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True
-        ):
+        gradients = (torch.autograd.grad(loss, inputs) for loss in (ours, theirs))
+        for g, expected in zip(*gradients, strict=True):
             assert (g - expected).norm() <= 3e-6 * expected.norm()
 
 
@@ -100,21 +94,14 @@ def test_with_nll(seed, chunk_size, name, beta, weight):
     of each response's mean. So pair i has a λ of its own, alpha |y_w,i| / mean |y_w|.
     """
     case = Case(seed)
-    options = {
-        "beta": beta,
-        "alpha": weight,
-        "compute_nll_loss": True,
-        "compiled": False,
-        "chunk_size": chunk_size,
-    }
-    judge = getattr(chunked_loss, f"LigerFusedLinear{name.upper()}Loss")(**options)
-    theirs, _ = judge(
-        case.unembed, case.hidden, case.targets, **(case.reference if name == "dpo" else {})
-    )
+    options = {"beta": beta, "alpha": weight, "compute_nll_loss": True}
+    kind = getattr(chunked_loss, f"LigerFusedLinear{name.upper()}Loss")
+    judge = kind(**options, compiled=False, chunk_size=chunk_size)
+    reference = case.reference if name == "dpo" else {}
+    theirs, _ = judge(case.unembed, case.hidden, case.targets, **reference)
     lams = [weight * case.token_share(i) for i in ALL]
-    case.assert_same(
-        case.ours(*((1 / P, name, {"beta": beta, "lam": lams[i]}, [i]) for i in ALL)), theirs
-    )
+    terms = [(1 / P, name, {"beta": beta, "lam": lams[i]}, [i]) for i in ALL]
+    case.assert_same(case.ours(*terms), theirs)
 
 
 @seeds
@@ -123,16 +110,10 @@ def test_with_nll(seed, chunk_size, name, beta, weight):
 def test_simpo(seed, chunk_size, beta, gamma):
     """The same function without the NLL that Liger adds by default."""
     case = Case(seed)
-    options = {
-        "beta": beta,
-        "gamma": gamma,
-        "compute_nll_loss": False,
-        "compiled": False,
-        "chunk_size": chunk_size,
-    }
-    theirs, _ = chunked_loss.LigerFusedLinearSimPOLoss(**options)(
-        case.unembed, case.hidden, case.targets
-    )
+    options = {"beta": beta, "gamma": gamma, "compute_nll_loss": False}
+    kind = chunked_loss.LigerFusedLinearSimPOLoss
+    judge = kind(**options, compiled=False, chunk_size=chunk_size)
+    theirs, _ = judge(case.unembed, case.hidden, case.targets)
     case.assert_same(case.ours((1.0, "simpo", {"beta": beta, "gamma": gamma}, ALL)), theirs)
 
 

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="the parity extra is not installed: make parity")
-transformers = pytest.importorskip(
-    "transformers", reason="the parity extra is not installed: make parity"
-)
-datasets = pytest.importorskip("datasets", reason="the parity extra is not installed: make parity")
+MISSING = "the parity extra is not installed: make parity"
+pytest.importorskip("trl", reason=MISSING)
+transformers = pytest.importorskip("transformers", reason=MISSING)
+datasets = pytest.importorskip("datasets", reason=MISSING)
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
@@ -33,9 +32,8 @@ from tests.parity.bnf_in_trl import BNFTrainer  # noqa: E402
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning"
-)  # transformers' about names that TRL still uses
+# transformers' warn of names that TRL still uses
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 WORDS = [f"w{i}" for i in range(40)]
 seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 
@@ -56,22 +54,14 @@ def words() -> transformers.PreTrainedTokenizerFast:
 def llama(folder, seed: int) -> transformers.LlamaForCausalLM:
     """A random tiny one, also saved to folder; its unembedding is tied for even seeds."""
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=3 + len(WORDS),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-            tie_word_embeddings=seed % 2 == 0,
-            pad_token_id=1,
-            eos_token_id=2,
-            bos_token_id=None,
-        )
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    words = {"vocab_size": 3 + len(WORDS), "tie_word_embeddings": seed % 2 == 0}
+    special = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": None}
+    config = transformers.LlamaConfig(
+        **size, **heads, **words, **special, max_position_embeddings=64, initializer_range=0.2
     )
+    model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return model
 
@@ -107,19 +97,11 @@ def preferences(seed: int, pairs: int = 5) -> list[dict]:
 
 
 def trainer_of(kind, config, tmp_path, model, rows, reference=None, batch_size=None, **options):
-    args = config(
-        output_dir=str(tmp_path / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        max_length=None if reference else 64,
-        per_device_train_batch_size=batch_size or len(rows),
-        **options,
-    )
+    options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    options |= {"train_sampling_strategy": "sequential", "max_length": None if reference else 64}
+    options["per_device_train_batch_size"] = batch_size or len(rows)
+    args = config(output_dir=str(tmp_path / "trl"), **options)
     given = {} if reference is None else {"ref_model": reference}
     data = datasets.Dataset.from_list(rows)
     return kind(model=model, args=args, train_dataset=data, processing_class=words(), **given)
@@ -207,9 +189,7 @@ def assert_same(one: tuple, other: tuple, loss: float = 2e-6, gradient: float = 
     assert value == pytest.approx(expected, rel=loss)
     for name, g in expected_grads.items():
         assert g.norm() > 0, name
-        assert (grads[name] - g).norm() <= gradient * g.norm(), (
-            f"{name}: {((grads[name] - g).norm() / g.norm()).item():.2g}"
-        )
+        assert (error := (grads[name] - g).norm() / g.norm()) <= gradient, (name, error)
 
 
 def assert_same_metrics(trainer, found: dict):
@@ -218,14 +198,20 @@ def assert_same_metrics(trainer, found: dict):
     assert found == pytest.approx(kept, rel=1e-5, abs=1e-5)
 
 
-def by_tokens(pairs: list[Example], weight: float) -> list[float]:
-    """TRL averages its NLL over all chosen tokens of the batch, minibnf over each response and then
+def by_tokens(pairs: list[Example], name: str, weight: float, **hyper) -> list[tuple]:
+    """Terms for Ours, one per pair: the loss `name` with TRL's weight of its NLL.
+
+    TRL averages its NLL over all chosen tokens of the batch, minibnf over each response and then
     over pairs. So TRL's weight w is a λ of its own for each pair i, λ_i = w |y_w,i| / mean |y_w|:
 
         (1/P) Σ λ_i S_w,i / |y_w,i| = w Σ S_w,i / Σ |y_w,i|
     """
     lengths = [len(pair.responses[0]) for pair in pairs]
-    return [weight * n * len(pairs) / sum(lengths) for n in lengths]
+    lams = [weight * n * len(pairs) / sum(lengths) for n in lengths]
+    return [
+        (1 / len(pairs), name, hyper | {"lam": lam}, [one])
+        for one, lam in zip(pairs, lams, strict=True)
+    ]
 
 
 # --------------------------------------------------------------------------- with a reference model
@@ -241,15 +227,9 @@ def test_dpo_and_ipo(models_of, tmp_path, seed, beta, name, loss_type):
     The metrics that have the same names are the same numbers too.
     """
     policy, frozen, folders = models_of(seed)
+    options = {"loss_type": [loss_type], "beta": beta}
     trainer = trainer_of(
-        DPOTrainer,
-        DPOConfig,
-        tmp_path,
-        policy,
-        preferences(seed),
-        frozen,
-        loss_type=[loss_type],
-        beta=beta,
+        DPOTrainer, DPOConfig, tmp_path, policy, preferences(seed), frozen, **options
     )
     batch = batch_of(trainer)
     expected, pairs = theirs(trainer, batch), pairs_of(rows_of(batch))
@@ -274,17 +254,10 @@ def test_dpo_with_nll(models_of, tmp_path, seed, equally_long, beta, weight):
     trainer = trainer_of(DPOTrainer, DPOConfig, tmp_path, policy, rows, frozen, **options)
     batch = batch_of(trainer)
     expected, pairs, ours = theirs(trainer, batch), pairs_of(rows_of(batch)), Ours(folders)
-    if equally_long:
-        found = ours((1.0, "dpo", {"beta": beta, "lam": weight}, pairs))
-    else:
-        lams = by_tokens(pairs, weight)
-        found = ours(
-            *(
-                (1 / len(pairs), "dpo", {"beta": beta, "lam": lam}, [p])
-                for p, lam in zip(pairs, lams, strict=True)
-            )
-        )
-    assert_same(found, expected)
+    terms = [(1.0, "dpo", {"beta": beta, "lam": weight}, pairs)]
+    if not equally_long:
+        terms = by_tokens(pairs, "dpo", weight, beta=beta)
+    assert_same(ours(*terms), expected)
 
 
 @seeds
@@ -314,14 +287,8 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
     batch = batch_of(trainer)
     expected, ours = theirs(trainer, batch), Ours(folders)
     rotated = alone(rows_of(batch, "KL_"), batch["label"])
-    kl = kl_estimate(
-        ours.model,
-        ours.reference(rotated),
-        ours.batches(rotated),
-        LOSSES["kto"],
-        torch.float32,
-        "cpu",
-    )
+    rotated_ref, batches = ours.reference(rotated), ours.batches(rotated)
+    kl = kl_estimate(ours.model, rotated_ref, batches, LOSSES["kto"], torch.float32, "cpu")
     assert kl.item() == pytest.approx(trainer._metrics["train"]["kl"][-1], abs=1e-5)
     assert (kl > 0) == swapped
     examples = alone(rows_of(batch), batch["label"])
@@ -368,12 +335,8 @@ def test_orpo(models_of, tmp_path, seed, lam):
     whole = alone([(x[:1], x[1:] + y) for x, y in chosen], [True] * len(chosen))
     N = [len(example.responses[0]) for example in whole]
     terms = [(n / sum(N), "nll", {}, [example]) for n, example in zip(N, whole, strict=True)]
-    found = Ours(folders)(
-        (1.0, "orpo", {"lam": lam}, pairs),
-        (-1.0, "nll", {}, alone(chosen, [True] * len(chosen))),
-        *terms,
-    )
-    assert_same(found, expected)
+    terms.append((-1.0, "nll", {}, alone(chosen, [True] * len(chosen))))
+    assert_same(Ours(folders)((1.0, "orpo", {"lam": lam}, pairs), *terms), expected)
 
 
 @seeds
@@ -381,17 +344,11 @@ def test_orpo(models_of, tmp_path, seed, lam):
 def test_cpo(models_of, tmp_path, seed, beta, weight):
     """cpo_alpha weighs an NLL that is a mean over all chosen tokens of the batch: see by_tokens."""
     policy, _, folders = models_of(seed)
-    trainer = trainer_of(
-        CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), beta=beta, cpo_alpha=weight
-    )
+    options = {"beta": beta, "cpo_alpha": weight}
+    trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), **options)
     batch = batch_of(trainer)
     expected, pairs = theirs(trainer, batch), pairs_of(rows_of(batch, "chosen_", "rejected_"))
-    lams = by_tokens(pairs, weight)
-    terms = [
-        (1 / len(pairs), "cpo", {"beta": beta, "lam": lam}, [p])
-        for p, lam in zip(pairs, lams, strict=True)
-    ]
-    assert_same(Ours(folders)(*terms), expected)
+    assert_same(Ours(folders)(*by_tokens(pairs, "cpo", weight, beta=beta)), expected)
 
 
 @seeds
@@ -414,9 +371,9 @@ class Table(torch.nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         torch.manual_seed(seed)
-        self.embed, self.unembed = (
-            torch.nn.Parameter(torch.randn(3 + len(WORDS), 16).double()) for _ in range(2)
-        )
+        shape = 3 + len(WORDS), 16
+        self.embed = torch.nn.Parameter(torch.randn(shape).double())
+        self.unembed = torch.nn.Parameter(torch.randn(shape).double())
 
     def forward(self, input_ids, **_):
         return SimpleNamespace(logits=self.embed[input_ids] @ self.unembed.T)
@@ -431,9 +388,8 @@ def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
     """CPO's trainer keeps float64 from the logits on (the others go to float32), so there equality
     is to its precision."""
     policy, _, _ = models_of(seed)
-    trainer = trainer_of(
-        CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), cpo_alpha=0.0, **options
-    )
+    options = options | {"cpo_alpha": 0.0}
+    trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), **options)
     batch, model = batch_of(trainer), Table(seed)
     loss = trainer.compute_loss(model, batch)
     rows = rows_of(batch, "chosen_", "rejected_")
@@ -441,9 +397,8 @@ def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
     hidden = model.embed[torch.tensor([t for x, y in rows for t in (x[-1], *y[:-1])])]
     logps = token_logps(hidden, model.unembed, torch.tensor([t for _, y in rows for t in y]))
     owner = torch.tensor([i for i, (_, y) in enumerate(rows) for _ in y])
-    ours = LOSSES[name](
-        Responses(logps, None, owner, torch.arange(R) < P, torch.arange(R).view(2, P).T), **hyper
-    )
+    responses = Responses(logps, None, owner, torch.arange(R) < P, torch.arange(R).view(2, P).T)
+    ours = LOSSES[name](responses, **hyper)
     assert ours.item() == pytest.approx(loss.item(), rel=1e-13)
     expected, found = (torch.autograd.grad(x, list(model.parameters())) for x in (loss, ours))
     for g, g_theirs in zip(found, expected, strict=True):
@@ -457,9 +412,8 @@ def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
 def test_bnf_in_trl(models_of, tmp_path, seed):
     """One step of BNFTrainer is one step of minibnf's own trainer."""
     policy, frozen, folders = models_of(seed)
-    trainer = trainer_of(
-        BNFTrainer, DPOConfig, tmp_path, policy, preferences(seed), frozen, beta=1.0
-    )
+    rows = preferences(seed)
+    trainer = trainer_of(BNFTrainer, DPOConfig, tmp_path, policy, rows, frozen, beta=1.0)
     batch = batch_of(trainer)
     expected = theirs(trainer, batch)
     found = Ours(folders)((1.0, "bnf", {}, pairs_of(rows_of(batch))))
@@ -474,18 +428,11 @@ def test_training_with_bnf_in_trl(models_of, tmp_path):
     loads: plain gradient descent goes the way that minibnf's gradients of the same pairs go, and
     .evaluate() then gives the same loss."""
     _, _, folders = models_of(1)
-    policy, rows = (
-        transformers.AutoModelForCausalLM.from_pretrained(folders[0]),
-        preferences(1, pairs=12),
-    )
-    options = {
-        "batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "optim": "sgd",
-        "learning_rate": 0.3,
-    }
-    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
+    policy = transformers.AutoModelForCausalLM.from_pretrained(folders[0])
+    rows = preferences(1, pairs=12)
+    options = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    options |= {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
+    options |= {"lr_scheduler_type": "constant", "logging_steps": 1}
     trainer = trainer_of(BNFTrainer, DPOConfig, tmp_path, policy, rows, **options)
     pairs = [pair for batch in trainer.get_train_dataloader() for pair in pairs_of(rows_of(batch))]
     trainer.train()
@@ -497,13 +444,11 @@ def test_training_with_bnf_in_trl(models_of, tmp_path):
         with torch.no_grad():
             for name, p in ours.model.named_parameters():
                 p -= 0.3 * grads[name]
-    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == pytest.approx(
-        losses, rel=1e-5
-    )
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == pytest.approx(losses, rel=1e-5)
     for name, p in trainer.model.named_parameters():
         moved, expected = p - start[name], ours.model.get_parameter(name) - start[name]
         assert (moved - expected).norm() <= 3e-5 * expected.norm(), name
     after, *_ = ours((1.0, "bnf", {}, pairs))
-    assert trainer.evaluate(datasets.Dataset.from_list(rows))["eval_loss"] == pytest.approx(
-        after, rel=1e-4
-    )
+    evaluated = trainer.evaluate(datasets.Dataset.from_list(rows))
+    assert evaluated["eval_loss"] == pytest.approx(after, rel=1e-4)
