@@ -181,7 +181,7 @@ def test_preference_by_hand():
         "accuracy by log-likelihood": 0.75,  # won and tied
         "accuracy by log-likelihood / token": 0.5,  # -2 against -1, -2 against -4
         "accuracy by shift against the base": 0.5,  # -1 against 0, 1 against 0
-        "chosen less rejected (nats)": 0.5,
+        "chosen minus rejected (nats)": 0.5,
         "log-likelihood, chosen (nats)": -3,
         "log-likelihood, chosen (nats / token)": pytest.approx(-6 / 3),
         "log-likelihood, rejected (nats)": pytest.approx(-14 / 3),
