@@ -330,11 +330,11 @@ def report(args: argparse.Namespace) -> None:
     if args.out:
         check_out(args)
     task, examples = read_rows(args)
+    measured, where = measure_folder(args.model, examples, args)
     base, of_base = None, {}
     if args.base:
         base, _ = measure_folder(args.base, examples, args)
         of_base = figures(task, examples, base)
-    measured, where = measure_folder(args.model, examples, args)
     table = table_of(figures(task, examples, measured, base), of_base)
 
     rows = f"{len(examples)} row{'s' if len(examples) > 1 else ''}"
