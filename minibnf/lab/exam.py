@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minibnf.data import Example, pack, pairs_of, read_examples
+from minibnf.data import Example, pairs_of, read_examples
 from minibnf.evaluate import wins
 from minibnf.feedback import gini
 from minibnf.files.config import announce_ignored
@@ -155,52 +155,6 @@ def small_world(model: Transformer, tokenizer, exam: Exam) -> Figures:
         mine = torch.tensor([p.family == family for p in exam.chains])
         found[f"accuracy/{family}"] = mean_and_error(right[mine])
     return found | shifts(held_out(model, exam.held.examples), exam.held)
-
-
-# ---- The weights of real tokens ----
-
-
-def token_weights(
-    base: Transformer, model: Transformer, examples: list[Example], loss, hyper: dict
-) -> dict[str, list]:
-    """{"chosen": [(x, w), ...], "rejected": ...}: how hard a loss pushes each response token.
-
-    x = log o(p) - log o(r), with p the token's probability under the model and r under the base.
-    w is the push on the token's logit, over 1 - p, and over what that is at the base. Autograd
-    finds the push through the soft-max and the loss. For BNF w = min(1, o(p)/o(r)) (theory.md,
-    identity 1).
-    """
-    (batch,) = pack(examples, list(range(len(examples))), sum(e.tokens for e in examples))
-
-    @torch.no_grad()
-    def logits_of(net: Transformer) -> Tensor:
-        def head(hidden: Tensor, unembed: Tensor) -> Tensor:
-            return net.logits(hidden[0, batch.predictors], unembed)
-
-        return net(batch.tokens, batch.positions, batch.layout, head=head).double()
-
-    def logps_of(logits: Tensor) -> Tensor:
-        return logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
-
-    base_logps = logps_of(logits_of(base))
-
-    def odds_and_push(logits: Tensor) -> tuple[Tensor, Tensor]:
-        logps = logps_of(logits.requires_grad_())
-        loss.value(batch.responses(logps, base_logps), **hyper).backward()
-        push = logits.grad.gather(-1, batch.targets[:, None])[:, 0].abs()
-        logps = logps.detach()
-        return torch.logit(logps.exp()), push / -torch.expm1(logps)
-
-    odds, push = odds_and_push(logits_of(model))
-    base_odds, base_push = odds_and_push(logits_of(base))
-    odds, weight = odds - base_odds, push / base_push
-    # Where the base gives no gradient there is nothing to compare.
-    usable = torch.isfinite(odds) & torch.isfinite(weight)
-    good, points = batch.preferred[batch.owner], torch.stack([odds, weight], -1)
-    return {
-        "chosen": points[good & usable].tolist(),
-        "rejected": points[~good & usable].tolist(),
-    }
 
 
 # ---- The command ----
