@@ -58,9 +58,9 @@ FIELDS = {  # of a spec, a method and a set: what each must have, and what it ma
 
 def check_fields(given: dict, what: str, name: str = "") -> None:
     must, may = FIELDS[what]
-    for field in sorted((must ^ set(given)) - may):
-        wrong = "missing" if field in must else "unknown"
-        raise ValueError(f"{what}{name}: field '{field}' is {wrong}")
+    if wrong := (must ^ set(given)) - may:
+        how = "missing" if min(wrong) in must else "unknown"
+        raise ValueError(f"{what}{name}: field '{min(wrong)}' is {how}")
 
 
 def check(spec: dict) -> None:
@@ -77,10 +77,12 @@ def check(spec: dict) -> None:
         check_fields(given, "method", f" '{name}'")
         usual = customary(spec, name)
         if not any("lr" in x and usual.items() <= x.items() for x in settings(given)):
-            raise ValueError(f"method '{name}': its grid must hold an 'lr' and {usual}")
+            raise ValueError(
+                f"method '{name}': its grid must hold an 'lr', and the customary {usual}"
+            )
     for name, methods in spec["on"].items():
-        for unknown in ({name} - set(spec["sets"])) | (set(methods) - set(spec["methods"])):
-            raise ValueError(f"spec: 'on' names '{unknown}', no set or method of it")
+        if unknown := ({name} - set(spec["sets"])) | (set(methods) - set(spec["methods"])):
+            raise ValueError(f"spec: 'on' names '{min(unknown)}', no set or method of it")
     for job in sweep(spec):
         words = trials.arguments(spec, job, "data", "out")
         try:

@@ -2,8 +2,8 @@
 
     python -m minibnf.lab.exam --base DIR --model DIR --pairs FILE      # before against after
 
-    asked = exam(base, tokenizer, read_examples("held-out.jsonl", ...)[0], split="test")
-    small_world(model, tokenizer, asked)    # {"win_rate": (0.654, 0.017), "accuracy": ...}
+    exam = Exam(base, tokenizer, read_examples("held-out.jsonl", ...)[0], split="test")
+    exam.grade(model)    # {"win_rate": (0.654, 0.017), "accuracy": ...}
 
 A figure is (mean, standard error).
 
@@ -111,55 +111,47 @@ def on_files(model: Transformer, base: HeldOut, solutions: list[Example]) -> Fig
 # ---- The exam ----
 
 
-class Exam(NamedTuple):
-    """What models are asked in the small world, and what the base made of it."""
+class Exam:
+    """What models are asked in the small world, and what the base made of it.
 
-    questions: list[Problem]
-    chains: list[Problem]
-    samples: int  # answers drawn to each question
-    seed: int
-    base_scores: Tensor  # (questions, samples)
-    held: HeldOut  # preference rows
-
-
-def exam(base, tokenizer, examples, *, split="test", samples=16, count=100, seed=0) -> Exam:
-    """40 questions of a split ("test", "validation") and `count` problems per reasoning family.
-
-    The base draws `samples` answers to each question. The shifts are measured on the preference
+    40 questions of a split ("test", "validation") and `count` problems per reasoning family. Each
+    model draws `samples` answers to each question. The shifts are measured on the preference
     examples, a list of data.Example.
     """
-    questions = problems(QA, split, 40, seed)
-    chains = problems(REASONING, split, count * len(REASONING), seed)
-    base_scores = scores_of(sampler(base, tokenizer), questions, samples, seed)
-    return Exam(questions, chains, samples, seed, base_scores, held_out(base, examples))
 
+    def __init__(self, base, tokenizer, examples, *, split="test", samples=16, count=100, seed=0):
+        self.tokenizer, self.samples, self.seed = tokenizer, samples, seed
+        self.questions = problems(QA, split, 40, seed)
+        self.chains = problems(REASONING, split, count * len(REASONING), seed)
+        self.base_scores = scores_of(sampler(base, tokenizer), self.questions, samples, seed)
+        self.held = held_out(base, examples)
 
-def small_world(model: Transformer, tokenizer, exam: Exam) -> Figures:
-    """What a model scores in an exam.
+    def grade(self, model: Transformer) -> Figures:
+        """What a model scores.
 
-    win_rate, judge_score and degenerate: of sampled answers to QA, the error over its questions.
-    accuracy, accuracy/add and so on: of greedy answers to reasoning. shift/chosen and
-    shift/rejected, in nats per response, and gini (its error is nan).
-    """
-    # With the base's seed, a model equal to the base would answer as the base did and tie always.
-    scores = scores_of(sampler(model, tokenizer), exam.questions, exam.samples, exam.seed + 1)
-    greedy = sampler(model, tokenizer, temperature=0)
-    right = scores_of(greedy, exam.chains, 1, exam.seed)[:, 0]
-    found = {
-        "win_rate": mean_and_error(win_rates(scores, exam.base_scores)),
-        "judge_score": mean_and_error(scores.mean(1)),
-        "degenerate": mean_and_error((scores == 0).float().mean(1)),
-        "accuracy": mean_and_error(right),
-    }
-    for family in REASONING:
-        mine = torch.tensor([p.family == family for p in exam.chains])
-        found[f"accuracy/{family}"] = mean_and_error(right[mine])
-    return found | shifts(held_out(model, exam.held.examples), exam.held)
+        win_rate, judge_score and degenerate: of sampled answers to QA, the error over its
+        questions. accuracy, accuracy/add and so on: of greedy answers to reasoning. shift/chosen
+        and shift/rejected, in nats per response, and gini (its error is nan).
+        """
+        # From the base's seed, a model equal to it would answer as it did and tie always.
+        drawn, greedy = (sampler(model, self.tokenizer, temperature=t) for t in (1.0, 0.0))
+        scores = scores_of(drawn, self.questions, self.samples, self.seed + 1)
+        right = scores_of(greedy, self.chains, 1, self.seed)[:, 0]
+        found = {
+            "win_rate": mean_and_error(win_rates(scores, self.base_scores)),
+            "judge_score": mean_and_error(scores.mean(1)),
+            "degenerate": mean_and_error((scores == 0).float().mean(1)),
+            "accuracy": mean_and_error(right),
+        }
+        for family in REASONING:
+            mine = torch.tensor([p.family == family for p in self.chains])
+            found[f"accuracy/{family}"] = mean_and_error(right[mine])
+        return found | shifts(held_out(model, self.held.examples), self.held)
 
 
 # ---- The command ----
 
-LABELS = {  # what the names of small_world() are called in a table
+LABELS = {  # what the names of a grade are called in a table
     "win_rate": "QA win rate against the base",
     "judge_score": "QA judge score, 0 to 5",
     "degenerate": "QA degenerate answers",
@@ -178,14 +170,14 @@ def before_and_after(args: argparse.Namespace) -> None:
     announce_ignored(args.model, aligned.raw)
     examples, _ = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)
     how = {name: getattr(args, name) for name in ("split", "samples", "count", "seed")}
-    asked = exam(base, tokenizer, examples, **how)
-    before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))
+    exam = Exam(base, tokenizer, examples, **how)
+    before, after = exam.grade(base), exam.grade(aligned)
     print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
     for name, (value, error) in after.items():
         shown = f"  ± {error:.3f}" if error == error else ""
         print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}{shown}")
     greedy = [sampler(model, tokenizer, temperature=0) for model in (base, aligned)]
-    for what, some in {"questions": asked.questions, "problems": asked.chains}.items():
+    for what, some in {"questions": exam.questions, "problems": exam.chains}.items():
         prompts = prompts_of(some)
         old, new = (sample(prompts, 1, args.seed) for sample in greedy)
         changed = [row for row in zip(prompts, old, new, strict=True) if row[1] != row[2]]

@@ -4,7 +4,6 @@ Needs matplotlib (extra `plots`); draws without a display.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -15,8 +14,7 @@ from matplotlib import pyplot as plt
 
 from minibnf.feedback import feedback
 from minibnf.lab.plan import best_by_rate, customary, select, with_setting
-from minibnf.lab.tables import tests
-from minibnf.run import BAD, GOOD, PLAIN, smooth
+from minibnf.run import BAD, GOOD, PLAIN
 
 PLAIN_STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -88,16 +86,17 @@ BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor
 
 
 def comparison(results: dict, folder: Path) -> list[Path]:
-    """Every figure of a results.json, three for each set.
+    """The frontier of each set, and its sensitivity to the learning rate.
 
-    They are the frontier, the sensitivity to the learning rate, and the likelihoods against the
-    step. A set of which every run broke off has none.
+    A set of which every run broke off has none.
     """
-    drawings = {"frontier": _frontier, "rates": _rates, "likelihoods": _likelihoods}
+    drawings = {"frontier": _frontier, "rates": _rates}
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with plt.rc_context(STYLE):
-        for name in filter(partial(_tried, results), results["spec"]["on"]):
+        for name in results["spec"]["on"]:
+            if not _tried(results, name):
+                continue
             for what, draw in drawings.items():
                 figure = draw(results, name)
                 files.append(folder / f"{name}-{what}.svg")
@@ -106,11 +105,11 @@ def comparison(results: dict, folder: Path) -> list[Path]:
     return files
 
 
-def _look(method: str, **more) -> dict:
+def _look(method: str) -> dict:
     """How a method's line is drawn."""
     colour, marker = LINES.get(method, ("#bbbbbb", "."))
     width = 2.4 if method == "bnf" else 1.2
-    return {"color": colour, "marker": marker, "linewidth": width, "label": method} | more
+    return {"color": colour, "marker": marker, "linewidth": width, "label": method}
 
 
 def _tried(results: dict, name: str) -> dict[str, list[dict]]:
@@ -143,10 +142,10 @@ def _frontier(results: dict, name: str):
     shown = [base]
     for method, runs in tried.items():
         points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
-        faint = {"alpha": 0.25, "markersize": 4, "linestyle": "", "label": None}
-        axis.plot(*zip(*points, strict=True), **_look(method, **faint))
+        faint = {"alpha": 0.25, "linestyle": "", "label": None}
+        axis.plot(*zip(*points, strict=True), markersize=4, **_look(method) | faint)
         best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
-        axis.plot(*zip(*best, strict=True), **_look(method, markersize=5))
+        axis.plot(*zip(*best, strict=True), markersize=5, **_look(method))
         shown += best
     # Settings worse than all of these are out of sight.
     axis.set(xlim=(min(p[0] for p in shown) - 0.02, None))
@@ -168,32 +167,13 @@ def _rates(results: dict, name: str):
         usual = with_setting(runs, customary(results["spec"], method))
         for axis, some in zip(axes, (usual, runs), strict=True):
             top = best_by_rate(some)
-            axis.plot(list(top), list(top.values()), **_look(method, markersize=4))
+            axis.plot(list(top), list(top.values()), markersize=4, **_look(method))
     titles = ("customary hyper-parameters", "the best hyper-parameters at each rate")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xscale="log", xlabel="learning rate")
         _title(axis, f"{name}: {title}")
     axes[0].set_ylabel("objective on validation prompts")
     axes[1].legend(**BESIDE)
-    return figure
-
-
-def _likelihoods(results: dict, name: str):
-    """Log-likelihoods of chosen and rejected in training against the step, at the best settings."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
-    sides = dict(zip(("chosen", "rejected"), axes, strict=True))
-    for method in results["spec"]["on"][name]:
-        traces = (r.get("trace") for r in tests(results, name, method, "best"))
-        trace = next(filter(None, traces), {})
-        for side, axis in sides.items():
-            if logps := trace.get(f"logps/{side}"):
-                y = smooth([a - logps[0] for a in logps])
-                axis.plot(trace["step"], y, **_look(method, marker=""))
-    for side, axis in sides.items():
-        axis.set(xlabel="step", ylabel="nats a response, from the first step")
-        _title(axis, f"{name}: log-likelihood of {side} responses, best settings")
-    if axes[0].lines:
-        axes[0].legend(frameon=False, fontsize=7, ncols=2)
     return figure
 
 

@@ -64,9 +64,7 @@ def show(x: tuple[float, float], digits: int = 3) -> str:
 
 
 def setting_text(setting: dict) -> str:
-    return " ".join(
-        f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in setting.items()
-    )
+    return " ".join(f"{name}={value}" for name, value in setting.items())
 
 
 # ---- The table of a set ----
@@ -83,32 +81,26 @@ def table(results: dict, name: str) -> str:
     columns = [c for c in NAMES if c in base]
     lines = []  # (rank, line)
     for method in results["spec"]["on"][name]:
-        if tests(results, name, method, "best"):  # else a method of the first stage alone
-            lines += lines_of_a_method(results, name, method, columns)
+        tried = plan.select(runs, method=method, split="validation")
+        lost = f"{sum(map(plan.collapsed, tried))} of {len(tried)}"
+        best, usual = chosen(results, name, method).values()
+        labels = {"best": "best", "customary": "customary"}
+        if best == usual:
+            labels = {"best": "best, customary"}
+        for which, label in labels.items():
+            tested = tests(results, name, method, which)
+            if not tested:
+                continue  # a method of the first stage alone
+            figures = {c: figure(results, name, method, which, c) for c in columns}
+            cells = [show(x, 2 if c.startswith("shift") else 3) for c, x in figures.items()]
+            setting = setting_text(tested[0]["setting"])
+            line = row([method, label, setting, *cells, lost])
+            lines.append((mean(map(plan.objective, tested)), line))
     lines.sort(key=lambda line: -line[0])
     head = ["method", "setting", "", *(NAMES[c] for c in columns), "settings collapsed"]
     own = [f"{base[c][0]:.3f}" for c in columns]
     first = [row(head), "|---" * len(head) + "|", f"| base | | | {' | '.join(own)} | |"]
     return "\n".join(first + [line for _, line in lines])
-
-
-def lines_of_a_method(
-    results: dict, name: str, method: str, columns: list[str]
-) -> list[tuple[float, str]]:
-    """(plan.objective, line) of the best setting, and of the customary one where it is another."""
-    tried = plan.select(results["runs"], set=name, method=method, split="validation")
-    lost = f"{sum(map(plan.collapsed, tried))} of {len(tried)}"
-    settings = chosen(results, name, method)
-    labels = {which: which for which in settings}
-    if settings["best"] == settings["customary"]:
-        labels = {"best": "best, customary"}
-    lines = []
-    for which, label in labels.items():
-        figures = {c: figure(results, name, method, which, c) for c in columns}
-        cells = [show(x, 2 if c.startswith("shift") else 3) for c, x in figures.items()]
-        rank = mean(map(plan.objective, tests(results, name, method, which)))
-        lines.append((rank, row([method, label, setting_text(settings[which]), *cells, lost])))
-    return lines
 
 
 # ---- Learning rates ----

@@ -27,11 +27,9 @@ from minibnf.files.config import read_config
 from minibnf.files.disk import read_json, write_json
 from minibnf.files.rows import read_rows, scan_rows
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.lab.exam import exam, held_out, on_files, small_world
+from minibnf.lab.exam import Exam, held_out, on_files
 from minibnf.lab.smallworld import pairs, sampler, unpaired, write_rows
 from minibnf.model import Transformer, load
-
-TRACE_POINTS = 32  # of a run's metrics that its result keeps
 
 # ---- A set's files ----
 
@@ -75,18 +73,16 @@ def drawn_parts(base: str, given: dict) -> list[list[dict]]:
 
 def slug(job: dict) -> str:
     """A job's name, which its files have."""
-    setting = "-".join(
-        f"{k}{v:g}" if isinstance(v, float | int) else f"{k}_{v}" for k, v in job["setting"].items()
-    )
+    setting = "-".join(f"{name}{value}" for name, value in job["setting"].items())
     return f"{job['set']}-{job['method']}-{setting}-{job['split']}-{job['seed']}".replace(" ", "_")
 
 
 def arguments(spec: dict, job: dict, data, out) -> list[str]:
     """The trainer's command line."""
     method = spec["methods"][job["method"]]
-    flags = {"model": spec["base"], "data": data, "out": out, "loss": method["loss"]}
+    flags = {"model": spec["base"], "data": data, "out": out}
     flags |= spec.get("train", {}) | spec["sets"][job["set"]].get("train", {})
-    flags |= {"lr": job["setting"]["lr"], "seed": job["seed"]}
+    flags |= {"loss": method["loss"], "lr": job["setting"]["lr"], "seed": job["seed"]}
     hyper = method.get("fixed", {}) | job["setting"]
     words = ["--overwrite", "--loss-args", *(f"{k}={v}" for k, v in hyper.items() if k != "lr")]
     for name, value in flags.items():
@@ -119,35 +115,20 @@ def run_job(spec: dict, job: dict, folder: Path) -> None:
     began = time.perf_counter()
     whole = trained(arguments(spec, job, files["train"], out), out)
     seconds = round(time.perf_counter() - began, 1)
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    steps = len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     kind = spec["sets"][job["set"]].get("kind", "files")
     for split in ("validation", "test") if kind == "files" else [job["split"]]:
-        run = job | {"split": split, "kind": kind, "steps": len(rows), "train_seconds": seconds}
+        run = job | {"split": split, "kind": kind, "steps": steps, "train_seconds": seconds}
         run |= {"result": {}, "revision": revision()}
         examine, run["base"] = examination(json.dumps(spec), job["set"], split, folder)
         if whole:
             run["result"] = examine(load(out / "model"))
-            if split == "test" and job["seed"] == spec["seeds"][0]:
-                run["trace"] = trace(rows)
         write_json(folder / "results" / f"{slug(run)}.json", run)
     shutil.rmtree(out)
 
 
 def rounded(x: float) -> float | None:
     return float(f"{x:.5g}") if x == x else None
-
-
-def trace(rows: list[dict]) -> dict[str, list]:
-    """The mean log-likelihoods of chosen and rejected at TRACE_POINTS steps, or all there are.
-
-    Of unpaired rows a step may hold one kind alone; such steps are left out.
-    """
-    names = [k for k in ("step", "logps/chosen", "logps/rejected") if any(k in row for row in rows)]
-    rows = [row for row in rows if all(k in row for k in names)]
-    count = min(TRACE_POINTS, len(rows))
-    keep = [rows[i * (len(rows) - 1) // max(1, count - 1)] for i in range(count)]
-    return {k: [rounded(row[k]) for row in keep] for k in names}
 
 
 def examples_of(spec: dict, file: Path) -> list[Example]:
@@ -165,8 +146,7 @@ def examination(text: str, name: str, split: str, folder: Path) -> tuple[Callabl
     given, base, tokenizer = spec["sets"][name], load(spec["base"]), load_tokenizer(spec["base"])
     examples = examples_of(spec, prepare(spec, name, folder / "data")[split])
     if "kind" in given:
-        asked = exam(base, tokenizer, examples, split=split, **spec.get("exam", {}))
-        measure = partial(small_world, tokenizer=tokenizer, exam=asked)
+        measure = Exam(base, tokenizer, examples, split=split, **spec.get("exam", {})).grade
     else:
         solutions = []
         if "solutions" in given:

@@ -6,6 +6,7 @@ claim says least, half or most, figures are compared as they are.
 """
 
 import math
+from collections.abc import Callable
 from statistics import mean, median
 
 from minibnf.lab import tables
@@ -25,9 +26,22 @@ def either(at_best: bool, at_customary: bool) -> str:
     return REPRODUCED if at_best else CUSTOMARY if at_customary else NOT
 
 
-# ---- The rules: (results, names of sets) -> (verdict, numbers) ----
+# ---- The claims, each with its rule: (results, names of sets) -> (verdict, numbers) ----
+
+CLAIMS = []  # (claim, rule, needs)
 
 
+def claim(text: str, **needs: list[str]) -> Callable:
+    """Makes a function the rule of a claim; needs: {set: methods that it judges}."""
+
+    def register(rule: Callable) -> Callable:
+        CLAIMS.append((text, rule, needs))
+        return rule
+
+    return register
+
+
+@claim("aligns as well as the best method on QA", qa=["bnf"])
 def aligns(results: dict, qa: str) -> tuple[str, str]:
     def best_rival(which: str) -> tuple[tuple[float, float], str]:
         return max((figure(results, qa, m, which, "win_rate"), m) for m in rivals(results, qa))
@@ -41,6 +55,7 @@ def aligns(results: dict, qa: str) -> tuple[str, str]:
     return either(within(mine, top), within(mine, usual)), numbers
 
 
+@claim("costs far less reasoning: at most half of what rivals lose", qa=["bnf"])
 def costs(results: dict, qa: str) -> tuple[str, str]:
     base = select(results["runs"], set=qa, split="test")[0]["base"]["accuracy"][0]
 
@@ -59,6 +74,7 @@ def costs(results: dict, qa: str) -> tuple[str, str]:
     return either(at_best, at_customary), numbers
 
 
+@claim("works on unpaired data: gains, and no less than KTO", qa=["bnf"], unpaired=["bnf", "kto"])
 def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
     mine = figure(results, lone, "bnf", "best", "win_rate")
     paired = figure(results, qa, "bnf", "best", "win_rate")
@@ -72,6 +88,7 @@ def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
     return REPRODUCED if gains and within(mine, kto) else NOT, numbers
 
 
+@claim("is stable on mathematical pairs, where its rivals are not", math=["bnf"])
 def stable(results: dict, maths: str) -> tuple[str, str]:
     """By the share of settings, of learning rates that all tried, that keep the base's reasoning.
 
@@ -105,6 +122,7 @@ def stable(results: dict, maths: str) -> tuple[str, str]:
     return either(at_best, at_customary), numbers
 
 
+@claim("shifts likelihoods least, and its logit shifts are the least concentrated", qa=["bnf"])
 def shifts(results: dict, qa: str) -> tuple[str, str]:
     def best(method: str, what: str) -> float:
         return figure(results, qa, method, "best", what)[0]
@@ -124,6 +142,7 @@ def shifts(results: dict, qa: str) -> tuple[str, str]:
     return REPRODUCED if both else NOT, numbers
 
 
+@claim("needs no tuning beyond what fine-tuning needs", qa=["bnf", "nll"])
 def tuning(results: dict, qa: str) -> tuple[str, str]:
     def decades(method: str) -> float:
         usual = customary(results["spec"], method)
@@ -140,6 +159,11 @@ def tuning(results: dict, qa: str) -> tuple[str, str]:
     return REPRODUCED if bnf >= nll else NOT, numbers
 
 
+@claim(
+    "(not the paper's: rbnf matches the best of DPO's sweep)",
+    qa=["bnf", "rbnf", "dpo"],
+    math=["bnf", "rbnf", "dpo"],
+)
 def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
     """rbnf against the best of DPO's sweep: win rate on QA, reasoning on mathematical pairs."""
     texts, as_good = [], []
@@ -151,39 +175,16 @@ def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
     return REPRODUCED if all(as_good) else NOT, "; ".join(texts)
 
 
-# ---- The claims ----
-
-# (claim, rule, {set: methods that the rule needs}); the sets are the rule's arguments.
-CLAIMS = [
-    ("aligns as well as the best method on QA", aligns, {"qa": ["bnf"]}),
-    ("costs far less reasoning: at most half of what rivals lose", costs, {"qa": ["bnf"]}),
-    (
-        "works on unpaired data: gains, and no less than KTO",
-        unpaired,
-        {"qa": ["bnf"], "unpaired": ["bnf", "kto"]},
-    ),
-    ("is stable on mathematical pairs, where its rivals are not", stable, {"math": ["bnf"]}),
-    (
-        "shifts likelihoods least, and its logit shifts are the least concentrated",
-        shifts,
-        {"qa": ["bnf"]},
-    ),
-    ("needs no tuning beyond what fine-tuning needs", tuning, {"qa": ["bnf", "nll"]}),
-    (
-        "(not the paper's: rbnf matches the best of DPO's sweep)",
-        retrieval,
-        {"qa": ["bnf", "rbnf", "dpo"], "math": ["bnf", "rbnf", "dpo"]},
-    ),
-]
+# ---- The report ----
 
 
 def verdicts(results: dict) -> list[tuple[str, str, str]]:
     """(claim, verdict, numbers) of each claim whose sets and methods the results hold."""
     on, found = results["spec"]["on"], []
-    for claim, rule, needs in CLAIMS:
+    for text, rule, needs in CLAIMS:
         has_methods = all(set(methods) <= set(on.get(name, [])) for name, methods in needs.items())
         if has_methods and all(rivals(results, name) for name in needs):
-            found.append((claim, *rule(results, *needs)))
+            found.append((text, *rule(results, *needs)))
     return found
 
 
