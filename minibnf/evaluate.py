@@ -170,10 +170,6 @@ class Figure(NamedTuple):
     share: bool = False
 
 
-def share(rows) -> Figure:
-    return Figure(torch.as_tensor(rows).double(), share=True)
-
-
 def wins(x: Tensor, y: Tensor) -> Tensor:
     """1 where x exceeds y, a half where they tie, else 0."""
     return (x > y) + 0.5 * (x == y)
@@ -191,9 +187,17 @@ def figures(
     """Every figure of a task by its name in the table."""
     sums, lengths = measured
     preferred = torch.tensor([p for e in examples for p in e.preferred])
-    table, sides = {}, {"given answer": preferred}
+    pairs, table = pairs_of(examples), {}
+    if len(pairs):
+        scores = {"log-likelihood": sums, "log-likelihood / token": sums / lengths}
+        if base:
+            scores["shift against the base"] = sums - base.sums
+        for name, x in scores.items():
+            won = wins(*x[pairs].unbind(1))
+            table[f"accuracy by {name}"] = Figure(won.double(), share=True)
+        table["chosen minus rejected (nats)"] = Figure(sums[pairs[:, 0]] - sums[pairs[:, 1]])
+    sides = {"given answer": preferred}
     if task == "preference":
-        table = figures_of_pairs(pairs_of(examples), measured, base)
         sides = {"chosen": preferred, "rejected": ~preferred}
     for name, which in sides.items():
         if which.any():
@@ -203,21 +207,6 @@ def figures(
         rate = per_token(sums, lengths).rows
         table["perplexity"] = Figure((-rate.mean()).exp() * (1 - rate + rate.mean()))
     return table
-
-
-def figures_of_pairs(pairs: Tensor, measured: Measured, base: Measured | None) -> dict[str, Figure]:
-    """How often, and by how much, the chosen response is ahead in pairs (P, 2)."""
-    sums, lengths = measured
-    chosen, rejected = sums[pairs].unbind(1)
-    table = {
-        "accuracy by log-likelihood": share(wins(chosen, rejected)),
-        "accuracy by log-likelihood / token": share(wins(*(sums / lengths)[pairs].unbind(1))),
-        "chosen minus rejected (nats)": Figure(chosen - rejected),
-    }
-    if base:
-        shifts = (sums - base.sums)[pairs]
-        table["accuracy by shift against the base"] = share(wins(*shifts.unbind(1)))
-    return table if len(pairs) else {}
 
 
 # --------------------------------------------------------------------------------------- intervals

@@ -156,32 +156,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run what the arguments ask for, or read what was measured; print the report, draw figures."""
+@in_one_line
+def main(argv: list[str] | None = None) -> None:
+    """Run what is asked for, or read what was measured; print the report, draw the figures."""
+    args = parse(argv)
     from minibnf.lab import figures  # needs matplotlib; known before hours of runs
 
     given = read_json(Path(args.tables or args.spec))
-    results = given if args.tables else compare(given, Path(args.out), args.workers)
+    try:
+        results = given if args.tables else compare(given, Path(args.out), args.workers)
+    except KeyboardInterrupt:
+        said = f"the same command goes on with what {args.out} holds"
+        raise KeyboardInterrupt(said) from None
     if not {"spec", "facts", "runs"} <= set(results):
         raise ValueError(f"{args.tables} is no results.json of minibnf compare")
     text = report(results)
     print(text)
+    folder = args.figures
     if args.out:
         write_text(Path(args.out) / "report.md", text + "\n")
-    folder = args.figures or (Path(args.out) / "figures" if args.out else None)
+        folder = folder or Path(args.out) / "figures"
     if folder:
         for file in figures.comparison(results, Path(folder)):
             print(f"figure  {file}")
-
-
-@in_one_line
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        said = f"the same command goes on with what {args.out} holds"
-        raise KeyboardInterrupt(said) from None
 
 
 if __name__ == "__main__":

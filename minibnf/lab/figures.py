@@ -90,14 +90,13 @@ def comparison(results: dict, folder: Path) -> list[Path]:
 
     A set of which every run broke off has none.
     """
-    drawings = {"frontier": _frontier, "rates": _rates}
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with plt.rc_context(STYLE):
         for name in results["spec"]["on"]:
             if not _tried(results, name):
                 continue
-            for what, draw in drawings.items():
+            for what, draw in {"frontier": _frontier, "rates": _rates}.items():
                 figure = draw(results, name)
                 files.append(folder / f"{name}-{what}.svg")
                 figure.savefig(files[-1], metadata={"Date": None})

@@ -84,9 +84,8 @@ def table(results: dict, name: str) -> str:
         tried = plan.select(runs, method=method, split="validation")
         lost = f"{sum(map(plan.collapsed, tried))} of {len(tried)}"
         best, usual = chosen(results, name, method).values()
-        labels = {"best": "best", "customary": "customary"}
-        if best == usual:
-            labels = {"best": "best, customary"}
+        both = {"best": "best", "customary": "customary"}
+        labels = {"best": "best, customary"} if best == usual else both
         for which, label in labels.items():
             tested = tests(results, name, method, which)
             if not tested:

@@ -181,14 +181,10 @@ def revision() -> str:
 # ---- All runs ----
 
 
-def finished(folder: Path) -> dict[str, dict]:
-    return {file.stem: read_json(file) for file in sorted((folder / "results").glob("*.json"))}
-
-
 def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[dict]:
     """The results of the jobs, in their order; those that are there already are not run again."""
-    done = finished(folder)
-    todo = [job for job in jobs if slug(job) not in done]
+    files = [folder / "results" / f"{slug(job)}.json" for job in jobs]
+    todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
     for name in {job["set"] for job in todo}:
         prepare(spec, name, folder / "data")
     ready, stage = len(jobs) - len(todo), jobs[0]["split"]
@@ -202,8 +198,7 @@ def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[di
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    done = finished(folder)
-    return [done[slug(job)] for job in jobs]
+    return [read_json(file) for file in files]
 
 
 def response_tokens(spec: dict, name: str, folder: Path) -> float:
