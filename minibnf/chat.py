@@ -47,10 +47,8 @@ class Side:
         asked = [*self.history, {"role": "user", "content": message}]
         ids, ends = self.encode(asked), self.tokenizer.end_ids
         if len(ids) >= context:
-            yield (
-                f"[the conversation has {len(ids)} tokens and the model reads {context}: "
-                "/reset starts a new one]"
-            )
+            full = f"the conversation has {len(ids)} tokens and the model reads {context}"
+            yield f"[{full}: /reset starts a new one]"
             return
         limit = min(a.max_new_tokens, context - len(ids))
         tokens = stream(
@@ -127,6 +125,7 @@ def converse(sides: list[Side]) -> None:
     while True:
         try:
             message = input("> ").strip()
+            message.encode()  # ValueError: it is no UTF-8
             if message == "/quit":
                 return
             respond(sides, message)
@@ -137,7 +136,7 @@ def converse(sides: list[Side]) -> None:
             # Perhaps a moment too late to stop an answer: no reason to lose the conversation.
             print(f"\n{HELP}")
         except (ValueError, MemoryError) as error:
-            # What was typed is no UTF-8, or the template refuses two messages of one role in a row.
+            # A chat template, for one, may refuse two messages of one role in a row.
             print(printable(f"error: {error}\n"))
 
 

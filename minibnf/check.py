@@ -56,7 +56,7 @@ def layer_bytes(c: Config, width: int) -> int:
     return width * (norms * c.hidden_size + 2 * c.intermediate_size) + 4 * heads * c.head_dim
 
 
-def report(directory, max_tokens: int = 2048, values: bool = False, recompute: bool = False) -> str:
+def report(directory, max_tokens=2048, values=False, recompute=False) -> str:
     """What main prints; announces the fields of config.json that are ignored.
 
     Raises ValueError, OSError or ImportError where train could not use the directory.
@@ -95,8 +95,8 @@ def report(directory, max_tokens: int = 2048, values: bool = False, recompute: b
 def check_values(stored: dict[str, Stored]) -> None:
     for name, tensor in tensors_of(stored):
         if not tensor.isfinite().all():
-            file = stored[name].file
-            raise ValueError(f"{file}: tensor '{name}' holds a number that is not finite")
+            where = f"{stored[name].file}: tensor '{name}'"
+            raise ValueError(f"{where} holds a number that is not finite")
 
 
 def files_of(stored: dict[str, Stored]) -> str:

@@ -84,9 +84,8 @@ def task_of(row: dict, where) -> str:
         raise ValueError(f"{where}: lm-eval measures multiple choice; --help shows how")
     if {"question", "answer"} <= set(row) or {"prompt", "completion"} <= set(row):
         return "likelihood"
-    raise ValueError(
-        f"{where}: its fields {', '.join(map(repr, row))} belong to no task; --help says which do"
-    )
+    fields = ", ".join(map(repr, row))
+    raise ValueError(f"{where}: its fields {fields} belong to no task; --help says which do")
 
 
 def record_for(task: str, row: dict, where, tokenizer: Tokenizer) -> Record:
@@ -148,10 +147,7 @@ def measure(model, examples: list[Example], max_tokens: int | None = None) -> Me
     for e in examples:
         needed = len(e.prompt) + max(map(len, e.responses))
         if needed > context:
-            raise ValueError(
-                f"{e.place} of the data: prompt and answer need {needed} tokens, "
-                f"and the model reads {context}"
-            )
+            raise ValueError(f"{e.place}: it has {needed} tokens, and the model reads {context}")
     if not max_tokens:
         enough = 2048 if model.unembed.device.type == "cpu" else 16384
         max_tokens = max(enough, *(e.tokens for e in examples))
@@ -276,10 +272,8 @@ def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
         tokenizer_of_base = load_tokenizer(args.base)
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
         if digest(examples) != digest(tokenised(scanned, tokenizer_of_base, task)[1]):
-            raise ValueError(
-                f"the tokenizers of {args.base} and {args.model} make different tokens "
-                f"of {args.data}"
-            )
+            both = f"{args.base} and {args.model}"
+            raise ValueError(f"the tokenizers of {both} make different tokens of {args.data}")
     return task, examples
 
 
@@ -325,11 +319,8 @@ def report(args: argparse.Namespace) -> None:
         base, _ = measure_folder(args.base, examples, args)
         of_base = figures(task, examples, base)
     table = table_of(figures(task, examples, measured, base), of_base)
-
     rows = f"{len(examples)} row{'s' if len(examples) > 1 else ''}"
-    title = f"{args.data}: {rows} of {task}, {where['device']}, {where['dtype']}"
-    equal = sum(len(set(e.responses)) < len(e.responses) for e in examples)
-    print(title + (f", {equal} with equal responses" if equal else ""))
+    print(f"{args.data}: {rows} of {task}, {where['device']}, {where['dtype']}")
     print_table(table, base is not None)
     if len(examples) < 30:
         print("\nWith fewer than about 30 rows the intervals of means are too narrow")

@@ -161,21 +161,14 @@ def examination(text: str, name: str, split: str, folder: Path) -> tuple[Callabl
 
 
 def revision() -> str:
-    """The git revision of this code; "unknown" outside git.
-
-    "+changes" follows where the package's files differ from it.
-    """
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parents[1]
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
+    """The git revision of this code, "+changes" where tracked files differ; "unknown" elsewhere."""
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        changes = git("status", "--porcelain", "--", ".")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+        here = Path(__file__).parent
+        done = subprocess.run(words, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 # ---- All runs ----
