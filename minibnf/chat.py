@@ -28,6 +28,7 @@ class Side:
     def __init__(self, directory: str, args: argparse.Namespace):
         self.name, self.args = directory, args
         self.model, self.tokenizer = load_for_sampling(directory, args.device, args.dtype)
+        self.how = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}
         self.reset()
         self.encode([*self.history, {"role": "user", "content": "?"}])  # a template is there
 
@@ -43,23 +44,20 @@ class Side:
 
         What was said is kept in the history, also when the answer is stopped.
         """
-        a, context = self.args, self.model.config.max_position_embeddings
+        context, most = self.model.config.max_position_embeddings, self.args.max_new_tokens
         asked = [*self.history, {"role": "user", "content": message}]
         ids, ends = self.encode(asked), self.tokenizer.end_ids
         if len(ids) >= context:
             full = f"the conversation has {len(ids)} tokens and the model reads {context}"
             yield f"[{full}: /reset starts a new one]"
             return
-        limit = min(a.max_new_tokens, context - len(ids))
-        tokens = stream(
-            self.reader, ids, max_new_tokens=limit, temperature=a.temperature, top_p=a.top_p,
-            top_k=a.top_k, seed=a.seed, row=self.turn, stop_ids=ends,
-            vocab_size=self.tokenizer.vocab_size,
-        )  # fmt: skip
+        limit = min(most, context - len(ids))
+        how = {"max_new_tokens": limit, "row": self.turn, "stop_ids": ends}
+        how |= self.how | {"vocab_size": self.tokenizer.vocab_size}
         drawn, said = [], ""
 
         def until_the_end() -> Iterator[int]:
-            for token in tokens:
+            for token in stream(self.reader, ids, **how):
                 drawn.append(token)
                 if token not in ends:
                     yield token
@@ -72,7 +70,7 @@ class Side:
             self.history = [*asked, self.answer(said)]
             self.turn += 1
         if not set(drawn) & set(ends):
-            reason = "--max-new-tokens" if limit == a.max_new_tokens else "the context is full"
+            reason = "--max-new-tokens" if limit == most else "the context is full"
             yield f" [stopped after {limit} tokens: {reason}]"
 
     def answer(self, said: str) -> dict:
@@ -156,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     with memory_advice(ADVICE):
-        sides = [Side(args.model, args)]
-        if args.compare:
-            sides.append(Side(args.compare, args))
+        sides = [Side(folder, args) for folder in (args.model, args.compare) if folder]
     with suppress(ImportError):  # arrow keys and a history of what was typed
         import readline  # noqa: F401
     print(HELP)

@@ -145,9 +145,11 @@ def measure(model, examples: list[Example], max_tokens: int | None = None) -> Me
     """
     context = model.config.max_position_embeddings
     for e in examples:
-        needed = len(e.prompt) + max(map(len, e.responses))
-        if needed > context:
-            raise ValueError(f"{e.place}: it has {needed} tokens, and the model reads {context}")
+        size = len(e.prompt) + max(map(len, e.responses))
+        if size > context:
+            raise ValueError(
+                f"{e.place} of the data has {size} tokens, and the model reads {context}"
+            )
     if not max_tokens:
         enough = 2048 if model.unembed.device.type == "cpu" else 16384
         max_tokens = max(enough, *(e.tokens for e in examples))

@@ -302,8 +302,7 @@ def test_an_error_joins_seeds_and_prompts():
 
 def test_within_two_errors():
     """0.1 apart: sqrt(.03² + .05²) > .05 > sqrt(2) .03."""
-    assert within((0.5, 0.03), (0.6, 0.05))
-    assert not within((0.5, 0.03), (0.6, 0.03))
+    assert within((0.5, 0.03), (0.6, 0.05)) and not within((0.5, 0.03), (0.6, 0.03))
 
 
 def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():

@@ -47,9 +47,7 @@ def test_what_is_read_of_a_preference_file_is_what_the_plain_forward_gives(model
     read, _ = read_examples(write(tmp_path / "pairs.jsonl", rows(3)), tokenizer, 256)
     logps = read_responses(net, read, max_tokens=60)
     logits = read_responses(net, read, read=target_logits)
-    sides = []
-    for row in rows(3):
-        sides += [(row["prompt"], row["chosen"]), (row["prompt"], row["rejected"])]
+    sides = [(row["prompt"], row[side]) for row in rows(3) for side in ("chosen", "rejected")]
     for (prompt, response), logp, logit in zip(sides, logps, logits, strict=True):
         prompt, response = tokenizer.encode_response(prompt, response)
         z = net(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].detach()
@@ -130,8 +128,8 @@ def test_rows_of_a_ratio_and_of_a_perplexity_are_their_derivatives_in_each_rows_
     [
         ("He has 3 apples and 4 pears.", "4"), ("#### 42\nThe answer is: 42.", "42"),
         ("none", None), ("", None), ("-", None), ("$", None), ("٣", None), ("7 and ...", "7"),
-        ("1,234", "1234"), ("1,234,567.50", "1234567.5"), ("12,34", "34"), ("1,2345", "2345"),
-        ("0.50", ".5"), (".5", "0.5"), ("5.", "5"), ("5. So", "5"), ("-0", "0"), ("-4", "-4"),
+        ("1,234,567.50", "1234567.5"), ("12,34", "34"), ("1,2345", "2345"),
+        ("0.50", ".5"), (".5", "0.5"), ("5. So", "5"), ("-0", "0"), ("-4", "-4"),
         ("x=-4", "-4"), ("is -4.5!", "-4.5"), ("−4", "-4"), ("10-9", "9"), ("10 - 9", "9"),
         ("(2)-1", "1"), ("a-1", "1"), ("$5", "5"), ("-$5.20", "-5.2"), ("$-5", "-5"),
         ("3-$5", "5"), ("€1,000", "1000"), ("**-7**", "-7"), ("\\boxed{-12}", "-12"),
@@ -278,12 +276,9 @@ def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
         (CHOICE, "auto", "lm-eval measures multiple choice"),
         (QUESTION | {"question": ""}, "auto", "'question'"),
         (QUESTION | {"answer": 42}, "auto", "'answer'"),
-        ({**GIVEN, "completion": ""}, "auto", "'completion'"),
         ({**GIVEN, "completion": None}, "likelihood", "'completion'"),
-        ({**GIVEN, "prompt": ""}, "auto", "'prompt'"),
         (GIVEN, "preference", "'label'"),
         ({"chosen": "a"}, "auto", "'rejected'"),
-        ({"question": "a" * 300, "answer": "b"}, "auto", "and the model reads 256"),
         ({"question": "a", "answer": "b" * 900}, "auto", "and the model reads 256"),
     ],
 )
@@ -296,26 +291,18 @@ def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, sa
     assert f"line {2 if good else 1}" in error and says in error
 
 
-@pytest.mark.parametrize(
-    "more, says",
-    [
-        (["--base", "x", "--limit", "3"], "required: --data"),
-        (["--data", "x", "--limit", "0"], "--limit: must be 1 or more, not 0"),
-        (["--data", "x", "--max-tokens", "0"], "--max-tokens: must be 1 or more"),
-    ],
-)
-def test_options_that_would_do_nothing_are_refused(more, says, capsys):
+@pytest.mark.parametrize("option", ["--limit", "--max-tokens"])
+def test_what_counts_something_is_1_or_more(option, capsys):
     with pytest.raises(SystemExit):
-        main(["--model", "x", *more])
-    assert says in capsys.readouterr().err
+        main(["--model", "x", "--data", "x", option, "0"])
+    assert f"{option}: must be 1 or more, not 0" in capsys.readouterr().err
 
 
 def test_max_tokens_bounds_what_is_read_at_once_and_one_row_has_no_interval(
     model, tmp_path, capsys
 ):
     file, out = write(tmp_path / "rows.jsonl", [GIVEN]), tmp_path / "o.json"
-    command = ["--model", str(model), "--data", str(file), "--out", str(out)]
-    command += ["--device", "cpu"]
+    command = ["--model", str(model), "--data", str(file), "--out", str(out), "--device", "cpu"]
     assert main([*command, "--max-tokens", "3"]) == 1
     assert "pass --max-tokens" in capsys.readouterr().err
     assert main(command) == 0
@@ -323,17 +310,10 @@ def test_max_tokens_bounds_what_is_read_at_once_and_one_row_has_no_interval(
     assert found["perplexity"]["low"] is None and found["perplexity"]["value"] > 1
 
 
-def test_what_cannot_be_written_or_read_is_known_at_once(model, tmp_path, capsys):
-    command = ["--data", str(write(tmp_path / "rows.jsonl", [GIVEN]))]
-    assert main(["--model", str(model), *command, "--out", str(tmp_path)]) == 1
-    assert "is a folder" in capsys.readouterr().err
-
-
 def test_a_base_that_reads_other_tokens_is_refused(model, tmp_path, capsys):
     write_base(tmp_path / "other", seed=1)
     save(fresh(tmp_path / "other", seed=0), tmp_path / "other")
     file = write(tmp_path / "pairs.jsonl", rows(2))
-    command = ["--model", str(model), "--base", str(tmp_path / "other"), "--data", str(file)]
-    command += ["--device", "cpu"]
-    assert main(command) == 1
+    command = ["--model", model, "--base", tmp_path / "other", "--data", file, "--device", "cpu"]
+    assert main(list(map(str, command))) == 1
     assert "make different tokens of" in capsys.readouterr().err
