@@ -74,12 +74,6 @@ def test_wilsons_interval_holds_the_shares_that_the_score_test_does_not_reject(c
         assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-9)
 
 
-def test_wilsons_interval_by_hand():
-    """5 of 10: (.5 + .19208 ± 1.96 sqrt(.025 + .009604)) / 1.38416; 0 of 10: .38416 / 1.38416."""
-    assert interval(share([1.0, 0.0] * 5)) == pytest.approx((0.23659, 0.76341), abs=1e-5)
-    assert interval(share([0.0] * 10)) == pytest.approx((0, 0.27754), abs=1e-5)
-
-
 def test_the_interval_of_a_mean_by_hand():
     """(1, 3): 2 ± 1.96 sqrt(2) / sqrt(2); of one row nothing is known."""
     assert interval(Figure(torch.tensor([1.0, 3.0]))) == pytest.approx((0.04, 3.96))

@@ -15,8 +15,10 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab import language
 from minibnf.lab import smallworld as sw
+from minibnf.model import load
 
 seeds = st.integers(0, 2**32)
 a_few = settings(max_examples=30, deadline=None)
@@ -332,27 +334,13 @@ def test_the_base_folder(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text and min(tokenizer.encode(text)) >= 7
 
 
-def test_the_sampler_keeps_the_order(monkeypatch):
-    """A fake tokenizer spells characters; a fake model answers with the prompt backwards."""
-    calls = []
-
-    class Tokenizer:
-        end_ids, vocab_size = (0,), 128
-
-        def encode_chat(self, messages, add_generation_prompt):
-            return [ord(c) for c in messages[0]["content"]]
-
-        def decode(self, ids, skip_special):
-            return "".join(map(chr, ids))
-
-    def generate(model, prompts, *, max_new_tokens, temperature, top_p, seed, stop_ids, vocab_size):
-        calls.append((len(prompts), seed, temperature, stop_ids, vocab_size))
-        return [[*prompt[::-1], 0] for prompt in prompts]
-
-    monkeypatch.setattr(sw, "generate", generate)
-    sample = sw.sampler(None, Tokenizer())
-    assert sample(["ab", "abc", "abcd"], 2, 7) == [["ba"] * 2, ["cba"] * 2, ["dcba"] * 2]
-    assert calls == [(6, 7, 1.0, [0], 128)]
+def test_the_sampler_keeps_the_order():
+    model, tokenizer = load("weights/tiny"), load_tokenizer("weights/tiny")
+    sample = sw.sampler(model, tokenizer, temperature=0)
+    prompts = ["How old is Zoe?", "Add 475 and 447.", "Which colour does Mira like best?"]
+    alone = [sample([prompt], 1, 0)[0][0] for prompt in prompts]
+    assert sample(prompts, 2, 0) == [[answer, answer] for answer in alone]
+    assert len(set(alone)) == 3 and not any("<" in answer for answer in alone)
 
 
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def stable(results: dict, maths: str) -> tuple[str, str]:
 
     A run that broke off keeps nothing.
     """
-    rates = tables.common_rates(results, maths)
+    rates, others = tables.common_rates(results, maths), rivals(results, maths)
 
     def keeps(run: dict) -> bool:
         lowest = run["base"]["accuracy"][0] - TOLERANCE
@@ -110,7 +110,6 @@ def stable(results: dict, maths: str) -> tuple[str, str]:
         text = f"bnf {own:.0%}, rivals' median {middle:.0%}, most {most} {theirs[most]:.0%}"
         return own >= theirs[most] and own > middle, text
 
-    others = rivals(results, maths)
     usual = {m: customary(results["spec"], m) for m in ("bnf", *others)}
     at_best, numbers_at_best = steadier({m: {} for m in usual})
     at_customary, numbers_at_customary = steadier(usual)
