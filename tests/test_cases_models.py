@@ -116,7 +116,7 @@ def test_every_command_takes_it_and_names_what_is_ignored_once(folder, tmp_path,
         announced()
         succeeds(evaluate.main, "--model", model, "--data", questions, *cpu)
         announced()
-    assert sampler(load(folder), load_tokenizer(folder), max_new_tokens=20)(["Hi?"], 3, 0)
+    assert sampler(load(folder), load_tokenizer(folder))(["Hi?"], 3, 0)
     side = chat.Side(str(folder), chat.parse(["--model", str(folder), *cpu]))
     announced()
     assert "".join(side.ask("Which city is Will's home?"))
