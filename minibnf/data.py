@@ -310,12 +310,6 @@ def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[B
     return [_flatten(examples, groups) for groups in batches]
 
 
-def pack_in_order(examples: list[Example], max_tokens: int) -> Iterator[list[Batch]]:
-    """All examples, 512 at a time: pack looks for room in every micro-batch that it has begun."""
-    for at in range(0, len(examples), 512):
-        yield pack(examples, list(range(len(examples)))[at : at + 512], max_tokens)
-
-
 def _tokens(examples: list[Example], group: list[int]) -> int:
     """How many tokens examples that share a prompt have together."""
     prompt = len(examples[group[0]].prompt)

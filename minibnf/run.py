@@ -68,8 +68,6 @@ def check_folder(args: argparse.Namespace, out: Path) -> dict | None:
     Raises ValueError where the run would write over another's, or over what no run wrote.
     """
     inputs = {"--model": args.model, "--data": args.data, "--eval-data": args.eval_data}
-    if args.config and Path(args.config).resolve() != (out / "config.json").resolve():
-        inputs["--config"] = args.config
     for flag, path in inputs.items():
         if path is not None and inside(Path(path), out):
             raise ValueError(f"{flag} {path} lies in --out {out}; name another folder for the run")
@@ -188,15 +186,9 @@ class Log:
         self.read_at = 0.0  # when numbers were last read
         kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] <= step]
         write_text(self.file, "".join(kept if step else []))
-        self.bar = tqdm(
-            total=run.steps, initial=step, desc=run.loss.name, unit="step", disable=None
-        )
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
+        name, total = run.loss.name, run.steps
+        self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None)
+        self.close = self.bar.close
 
     def write(self, row: dict) -> None:
         with open(self.file, "a", encoding="utf-8") as lines:

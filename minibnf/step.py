@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.data import Batch, Example, pack_in_order
+from minibnf.data import Batch, Example, pack
 from minibnf.feedback import target_logits
 from minibnf.files.safetensors import write_tensors
 from minibnf.logprob import cuts, sweep, token_logps
@@ -175,24 +175,22 @@ class Reference:
 
 
 def reference(
-    model, examples: list[Example], steps: Iterable[list[Batch]], file: Path, key: str, loss, dtype
+    model, examples: list[Example], steps: Iterable[list[Batch]], file: Path, loss, dtype
 ) -> Reference:
     """The log-probabilities of all examples, computed once and cached in file.
 
     steps: the examples as training will meet them, lists of packed batches. A product of other
     sizes may round otherwise, so only where the reference is read in the same packs and chunks do
-    policy and reference agree before the first step. key names the model, the tokens, the dtype and
-    the packing; a cache under another key, or one that is damaged, is made again.
+    policy and reference agree before the first step. A cache that is damaged is made again.
     """
     with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as cached:
-        if (cached.metadata() or {}).get("key") == key:
-            return Reference(examples, cached.get_tensor("logps"))
+        return Reference(examples, cached.get_tensor("logps"))
 
     def read(batch: Batch) -> Tensor:
         return batch_logps(model, batch, loss, dtype)
 
     logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
-    write_tensors(file, {"logps": logps}, {"key": key})
+    write_tensors(file, {"logps": logps})
     return Reference(examples, logps)
 
 
@@ -222,7 +220,8 @@ def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logp
 
         return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 
-    steps = pack_in_order(examples, max_tokens)
+    places = list(range(len(examples)))
+    steps = (pack(examples, places[at : at + 512], max_tokens) for at in places[::512])
     return read_all(model, examples, steps, read_batch, "reading")
 
 

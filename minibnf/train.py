@@ -24,17 +24,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 from minibnf.arguments import WIDTH, default_rate, less_memory, loss_hyper, parse
-from minibnf.data import (
-    Batch, digest, mismatched, order_of_epoch, pack, pack_in_order, read_examples,
-)  # fmt: skip
+from minibnf.data import Batch, digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import replacing
 from minibnf.files.rows import Notes
@@ -181,7 +178,7 @@ def train(run: Run) -> None:
     step, tokens = load_training(run.out, model, optims) if args.resume else (0, 0)
     if step:
         print(f"resumed  after step {step}", flush=True)
-    with interruptions() as interrupted, Log(run, step) as log:
+    with interruptions() as interrupted, closing(Log(run, step)) as log:
         if step == 0:
             evaluate(run, refs, log, step)
         while step < run.steps and not interrupted:
@@ -229,24 +226,19 @@ def batches_of(run: Run, split: str, rows: list[int]) -> dict[str, list[Batch]]:
     return {name: pack(run.sets[name], rows, run.max_tokens) for name in names}
 
 
-def first_packs(run: Run, name: str) -> Iterator[list[Batch]]:
-    """A set as training first meets it: step by step of the first epoch, or all held-out rows."""
-    examples = run.sets[name]
-    if name.startswith("eval"):
-        return pack_in_order(examples, run.max_tokens)
-    steps = (rows_of_step(run, step) for step in range(run.steps_per_epoch))
-    return (pack(examples, rows, run.max_tokens) for rows in steps)
-
-
 def references(run: Run) -> dict:
-    """{name of a set: its Reference}, None where the loss needs none."""
-    refs, f = dict.fromkeys(run.sets), run.facts
+    """{name of a set: its Reference}, None where the loss needs none.
+
+    It is read as training first meets a set: the first epoch's steps, or all held-out rows at once.
+    """
+    refs = dict.fromkeys(run.sets)
     for name, examples in run.sets.items() if run.loss.needs_ref else ():
+        steps = [list(range(len(examples)))]
+        if name.startswith("train"):
+            steps = [rows_of_step(run, step) for step in range(run.steps_per_epoch)]
+        packed = (pack(examples, rows, run.max_tokens) for rows in steps)
         file = run.out / f"reference-{name}.safetensors"
-        packing = f"{run.args.seed} {run.args.batch_size} {run.max_tokens}"
-        key = f"{f['model_sha256']} {f['data_sha256'][name]} {run.dtype} {packing}"
-        steps = first_packs(run, name)
-        refs[name] = reference(run.model, examples, steps, file, key, run.loss, run.dtype)
+        refs[name] = reference(run.model, examples, packed, file, run.loss, run.dtype)
     return refs
 
 
@@ -266,8 +258,7 @@ def evaluate(run: Run, refs: dict, log: Log, step: int) -> None:
     if "eval" not in run.sets:
         return
     log.settle()
-    names = [name for name in run.sets if name.startswith("eval")]
-    batches = {name: list(chain.from_iterable(first_packs(run, name))) for name in names}
+    batches = batches_of(run, "eval", list(range(len(run.sets["eval"]))))
     loss, sums = run_step(run, "eval", batches, refs, backward=False)
     found = metrics(batches["eval"], sums.cpu(), run.hyper.get("beta", 1.0))
     found = {"loss": loss.item()} | found

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from minibnf.data import (
     Example,
-    _first_fit,
     digest,
     mismatched,
     order_of_epoch,
@@ -120,11 +119,11 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ),
         (
             {"prompt": "a" * 60, "chosen": "b" * 60, "rejected": "c"},
-            "line 2: prompt and response together have 121 tokens",
+            "line 2: the prompt has 60 tokens and 121 with its response",
         ),
         (
             {"prompt": "a" * 100, "chosen": "b", "rejected": "c"},
-            "line 2: the prompt alone has 100 tokens, and the model reads 100",
+            "line 2: the prompt has 100 tokens",
         ),
     ],
 )
@@ -142,7 +141,7 @@ def test_overlong_rows_are_cut_or_left_out_only_when_asked_and_counted(tmp_path)
     assert [e.line for e in found] == [1] and counts == {"skipped": 1}
     with pytest.raises(ValueError, match="no rows left: all 1 are too long"):
         read(tmp_path, long, overlong="skip")
-    with pytest.raises(ValueError, match="prompt alone"):
+    with pytest.raises(ValueError, match="the prompt has 100 tokens"):
         read(tmp_path, {"prompt": "a" * 100, "chosen": "b", "rejected": "c"}, overlong="truncate")
 
 

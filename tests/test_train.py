@@ -28,7 +28,9 @@ from minibnf.lab.language import QUESTIONS, grammar
 from minibnf.lab.smallworld import write_base
 from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import fresh, load, save
-from minibnf.step import batch_logps, fingerprint, kl_estimate, metrics, reference, run_batches
+from minibnf.step import (
+    Reference, batch_logps, fingerprint, kl_estimate, metrics, reference, run_batches,
+)  # fmt: skip
 from minibnf.arguments import default_rate, loss_hyper
 from minibnf.run import AHEAD
 from minibnf.train import learning_rate, main, optimizers
@@ -128,7 +130,7 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
     ref = reference(tiny, found, [all_packed(found)], file, "key", loss, torch.float64)
-    ref.logps = ref.logps.double().sub_(0.1).mul_(0.9)  # so that it is not the policy itself
+    ref = Reference(found, ref.logps.double().sub(0.1).mul(0.9))  # so that it is not the policy itself
     smallest = max(e.tokens for e in found)
 
     def step(max_tokens):
@@ -381,7 +383,7 @@ def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(
         rtol=1e-5,
         atol=1e-5,
     )
-    monkeypatch.setattr("minibnf.step.read_batches", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("minibnf.step.read_all", lambda *a, **k: pytest.fail("computed again"))
     assert torch.equal(
         reference(model, examples, steps, file, "key", LOSSES["bnf"], torch.float32).logps,
         ref.logps,
