@@ -187,7 +187,7 @@ def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-LOOK = 100  # how many rows are looked through for another response, before an equal one is taken
+LOOK = 30  # how many rows are looked through for another response, before an equal one is taken
 
 
 def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Example], int]:

@@ -135,8 +135,8 @@ def read_sets(args, loss: Loss, tokenizer: Tokenizer, context: int) -> tuple[dic
         lone = [e.place for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
             raise ValueError(
-                f"{file}: loss '{loss.name}' needs pairs, and {counted(len(lone), 'row')} is none, "
-                f"first {lone[0]}; --loss bnf needs none"
+                f"{file}, {lone[0]}: loss '{loss.name}' needs pairs, and this row is none (one of "
+                f"{len(lone)}); --loss bnf needs none"
             )
         if "kl" in loss.defaults:
             sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
