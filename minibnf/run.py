@@ -246,23 +246,22 @@ Look at those rows, or start anew (--overwrite) with a lower --lr. What went bef
 def model_card(run: Run, title: str, table: dict) -> str:
     """README.md of a trained model. table: {metric: (before, after)}; title: of what."""
     f, args, base = run.facts, run.args, Path(run.args.model).absolute().name
-    rows = "\n".join(f"| {k} | {old:.4f} | {new:.4f} |" for k, (old, new) in table.items())
+    rows = "".join(f"| {k} | {old:.4f} | {new:.4f} |\n" for k, (old, new) in table.items())
+    data = f"{counted(f['pairs'], 'pair')} and {counted(f['unpaired'], 'unpaired response')}"
+    steps = f"{counted(f['steps'], 'step')} of {counted(f['batch'], 'example')}"
     return f"""---
 base_model: {base}
 tags: [minibnf, {args.loss}, preference-alignment]
 ---
 # {base}, trained with {args.loss}
 
-Loss: {args.loss} {run.hyper_text}. Data: {Path(args.data).name}, {counted(f["pairs"], "pair")} and
-{counted(f["unpaired"], "unpaired response")}. {counted(f["steps"], "step")} of \
-{counted(f["batch"], "example")}, peak learning rate {f["lr"]:.3g},
-{args.optimizer}, seed {args.seed}, computed in {f["dtype"]}.
+Loss: {args.loss} {run.hyper_text}. Data: {Path(args.data).name}, {data}. {steps}, seed {args.seed},
+{args.optimizer}, peak learning rate {f["lr"]:.3g}, computed in {f["dtype"]}.
 Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
 
 | {title} | before | after |
 |---|---|---|
-{rows}
-"""
+{rows}"""
 
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
@@ -287,22 +286,21 @@ def training_curves(rows: list[dict], file: Path, title: str) -> None:
 
     logged = {name for row in rows for name in row}
     panels = {label: lines for label, lines in PANELS.items() if logged.intersection(lines)}
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        size = (4.2 * len(panels), 3.2)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-        for axis, (label, lines) in zip(axes, panels.items(), strict=True):
-            for name, colour in lines.items():
-                x, y = points(rows, name)
-                axis.plot(x, y, ".", color=colour, alpha=0.3, markersize=3)
-                axis.plot(x, smooth(y), color=colour, label=name.split("/")[-1])
-                axis.plot(*points(rows, f"eval_{name}"), "o", color=colour, markersize=4)
-            axis.set_xlabel("step")
-            axis.set_title(label, fontsize=9, loc="left")
-            axis.legend(frameon=False, fontsize=8)
-        figure.suptitle(f"{title} (dots: held-out rows)", fontsize=10)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-        plt.close(figure)
+    size = (4.2 * len(panels), 3.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+        for name, colour in lines.items():
+            x, y = points(rows, name)
+            axis.plot(x, y, ".", color=colour, alpha=0.3, markersize=3)
+            axis.plot(x, smooth(y), color=colour, label=name)
+            axis.plot(*points(rows, f"eval_{name}"), "o", color=colour)
+        axis.set_title(label, fontsize="medium")
+        axis.set_xlabel("step")
+        axis.legend()
+    figure.suptitle(f"{title} (dots: held-out rows)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def points(rows: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -27,13 +27,7 @@ from minibnf.responses import Responses
 
 
 def batch_loss(
-    model: Transformer,
-    batch: Batch,
-    loss: Loss,
-    hyper: dict,
-    ref_logps: Tensor | None,
-    E: int,
-    dtype,
+    model, batch: Batch, loss: Loss, hyper: dict, ref_logps: Tensor | None, E: int, dtype
 ) -> tuple[Tensor, Tensor]:
     """A micro-batch's share of the step's loss, a scalar, and logps (N,), detached.
 
@@ -41,8 +35,17 @@ def batch_loss(
     dtype: what to compute in. Call backward on the loss as it is.
     """
 
-    def judge(tokens: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
-        part = responses_of(batch, loss, tokens, logps, ref_logps, E)
+    def judge(i: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss makes of the tokens in slice i, of which logps are given."""
+        owner, preferred = batch.owner[i], batch.preferred
+        pairs, lengths = batch.pairs, batch.lengths
+        if not loss.token_local:  # of these rows alone
+            first, first_pair = batch.starts[i.start]
+            end, end_pair = batch.starts[i.stop]
+            owner, preferred, lengths = owner - first, preferred[first:end], lengths[first:end]
+            pairs = pairs[first_pair:end_pair] - first
+        refs = None if ref_logps is None else ref_logps[i]
+        part = Responses(logps, refs, owner, preferred, pairs, lengths, E)
         return loss.value(part, **hyper), loss.gradient(part, **hyper)
 
     return _sweep(model, batch, loss, dtype, judge)
@@ -71,21 +74,6 @@ def _sweep(model, batch: Batch, loss: Loss, dtype, judge=None) -> tuple[Tensor, 
         return sweep(x[0, batch.predictors], unembed, batch.targets, chunks, of_chunk, softcap=cap)
 
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
-
-
-def responses_of(
-    batch: Batch, loss: Loss, i: slice, logps: Tensor, ref_logps: Tensor | None, E: int
-) -> Responses:
-    """What the loss is to see of the tokens in slice i, of which logps are given."""
-    owner, preferred = batch.owner[i], batch.preferred
-    pairs, lengths = batch.pairs, batch.lengths
-    if not loss.token_local:  # of these rows alone
-        first, first_pair = batch.starts[i.start]
-        end, end_pair = batch.starts[i.stop]
-        owner, preferred, lengths = owner - first, preferred[first:end], lengths[first:end]
-        pairs = pairs[first_pair:end_pair] - first
-    ref_logps = None if ref_logps is None else ref_logps[i]
-    return Responses(logps, ref_logps, owner, preferred, pairs, lengths, E)
 
 
 def run_batches(

@@ -271,18 +271,15 @@ def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimize
     Muon's step is scaled to AdamW's size. Only the layers' matrices decay: norms, biases and
     embeddings have a size that means something.
     """
-    matrices, rest = [], []
-    for name, p in model.named_parameters():
-        is_matrix = p.dim() == 2 and name.startswith("model.layers.")
-        (matrices if is_matrix else rest).append(p)
-    decay = {"params": matrices, "lr": lr, "weight_decay": args.weight_decay}
-    groups = [{"params": rest, "weight_decay": 0.0}]
-    if args.optimizer == "adamw":
-        groups.append(decay)
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    if args.optimizer == "adamw":
-        return [adamw]
-    return [adamw, torch.optim.Muon([decay], adjust_lr_fn="match_rms_adamw")]
+    named = dict(model.named_parameters())
+    matrices = {k: p for k, p in named.items() if p.dim() == 2 and k.startswith("model.layers.")}
+    decaying = {"params": list(matrices.values()), "lr": lr, "weight_decay": args.weight_decay}
+    others = {"params": [p for k, p in named.items() if k not in matrices], "weight_decay": 0.0}
+    groups = [others] if args.optimizer == "muon" else [others, decaying]
+    optims = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    if args.optimizer == "muon":
+        optims.append(torch.optim.Muon([decaying], adjust_lr_fn="match_rms_adamw"))
+    return optims
 
 
 def learning_rate(step: int, total: int, lr: float, args) -> float:
