@@ -249,7 +249,6 @@ class Batch:
     owner (N,), preferred (R,), pairs (P, 2): as in responses.Responses.  lengths (R,).
     order (R,): which responses these are, as (index of the example, index in it).
     starts: {token in N: (response, pair)}: where each row begins, and at last where all end.
-    lines: the lines of the file that the rows come from.
     examples: how many a loss sees, pairs and responses in no pair.
     """
 
@@ -264,7 +263,6 @@ class Batch:
     lengths: Tensor
     order: list[tuple[int, int]]
     starts: dict[int, tuple[int, int]]
-    lines: list[int]
     examples: int
 
     def responses(self, logps: Tensor, ref_logps: Tensor | None) -> Responses:
@@ -354,6 +352,5 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         lengths=lengths,
         order=[(i, k) for i in rows for k in range(len(examples[i].responses))],
         starts=starts,
-        lines=[e.line for e in packed],
         examples=sum(e.count for e in packed),
     )

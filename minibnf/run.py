@@ -194,8 +194,9 @@ class Log:
         with open(self.file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def step(self, began: float, row: dict, batches: list[Batch], numbers: Tensor) -> None:
-        """numbers: the step's loss, its gradient's norm, and run_batches' sums, one by one."""
+    def step(self, began: float, row: dict, batches: list[Batch], loss, norm, sums) -> None:
+        """A step was launched. loss and sums: as run_batches gives them; norm: the gradient's."""
+        numbers = torch.cat([torch.stack([loss, norm]), sums.flatten()])
         numbers, made = numbers.to("cpu", non_blocking=True), None
         if self.run.device.type == "cuda":
             made = torch.cuda.current_stream().record_event()
@@ -233,9 +234,10 @@ def _whole_lines(file: Path) -> list[str]:
 
 
 def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
-    lines = ", ".join(map(str, sorted(line for b in batches for line in b.lines)))
+    examples = run.sets["train"]
+    lines = sorted({examples[i].line for b in batches for i, _ in b.order})
     return f"""stopped at step {step}: {what}; nothing of it was saved.
-Its batch: {run.sets["train"][0].unit}s {lines} of {run.args.data}.
+Its batch: {examples[0].unit}s {", ".join(map(str, lines))} of {run.args.data}.
 Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: \
 {run.out / "metrics.jsonl"}"""
 
@@ -245,7 +247,7 @@ Look at those rows, or start anew (--overwrite) with a lower --lr. What went bef
 
 def model_card(run: Run, title: str, table: dict) -> str:
     """README.md of a trained model. table: {metric: (before, after)}; title: of what."""
-    f, args, base = run.facts, run.args, Path(run.args.model).absolute().name
+    f, args, base = run.facts, run.args, name_of(run.args.model)
     rows = "".join(f"| {k} | {old:.4f} | {new:.4f} |\n" for k, (old, new) in table.items())
     data = f"{counted(f['pairs'], 'pair')} and {counted(f['unpaired'], 'unpaired response')}"
     steps = f"{counted(f['steps'], 'step')} of {counted(f['batch'], 'example')}"
@@ -262,6 +264,14 @@ Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2
 | {title} | before | after |
 |---|---|---|
 {rows}"""
+
+
+def name_of(directory) -> str:
+    """A model's name: org/name in a hub's cache (models--org--name/snapshots/*), or its folder."""
+    *_, repository, snapshots, _ = (".", ".", *Path(directory).resolve().parts)
+    if snapshots == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return Path(directory).absolute().name
 
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else

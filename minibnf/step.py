@@ -224,7 +224,7 @@ def read_all(model, examples: list[Example], steps, read, desc: str) -> list[Ten
         for batch in chain.from_iterable(steps):
             x = read(batch.to(model.unembed.device)).cpu()
             found.update(zip(batch.order, x.split(batch.lengths.tolist()), strict=True))
-            bar.update(len(batch.lines))
+            bar.update(len({i for i, _ in batch.order}))
     return [found[place] for place in sorted(found)]
 
 

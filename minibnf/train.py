@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from minibnf.arguments import WIDTH, default_rate, less_memory, loss_hyper, parse
-from minibnf.data import Batch, digest, mismatched, order_of_epoch, pack, read_examples
+from minibnf.data import digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import replacing
 from minibnf.files.rows import Notes
@@ -183,8 +183,8 @@ def train(run: Run) -> None:
             evaluate(run, refs, log, step)
         while step < run.steps and not interrupted:
             began = time.perf_counter()
-            batches = batches_of(run, "train", rows_of_step(run, step))
-            loss, sums = run_step(run, "train", batches, refs, backward=True)
+            rows = rows_of_step(run, step)
+            batches, loss, sums = run_step(run, "train", rows, refs, backward=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
             rate = learning_rate(step, run.steps, run.facts["lr"], args)
             for optim in optims:
@@ -194,10 +194,10 @@ def train(run: Run) -> None:
                 optim.zero_grad(set_to_none=True)
 
             step += 1
-            tokens += sum(b.tokens.numel() for b in batches["train"])
-            epoch, numbers = step / run.steps_per_epoch, [torch.stack([loss, norm]), sums.flatten()]
+            tokens += sum(b.tokens.numel() for b in batches)
+            epoch = step / run.steps_per_epoch
             row = {"step": step, "epoch": epoch, "learning_rate": rate, "num_tokens": tokens}
-            log.step(began, row, batches["train"], torch.cat(numbers))
+            log.step(began, row, batches, loss, norm, sums)
             at_end = step == run.steps
             if at_end or (args.eval_every and step % args.eval_every == 0):
                 evaluate(run, refs, log, step)
@@ -205,10 +205,10 @@ def train(run: Run) -> None:
                 log.settle()
                 if not all(p.isfinite().all() for p in model.parameters()):
                     what = "the weights after it are not finite"
-                    raise FloatingPointError(not_finite(run, step, batches["train"], what))
+                    raise FloatingPointError(not_finite(run, step, batches, what))
                 save_training(run.out, step, tokens, model, optims)
     if step < run.steps:
-        print(f"interrupted after step {step} of {run.steps}" + ", and saved" * bool(step))
+        print(f"interrupted after step {step} of {run.steps}{', and saved' if step else ''}")
         raise KeyboardInterrupt
     finish(run)
 
@@ -218,12 +218,6 @@ def rows_of_step(run: Run, step: int) -> list[int]:
     epoch, k = divmod(step, run.steps_per_epoch)
     order, size = order_of_epoch(len(run.sets["train"]), run.args.seed, epoch), run.args.batch_size
     return order[k * size : (k + 1) * size]
-
-
-def batches_of(run: Run, split: str, rows: list[int]) -> dict[str, list[Batch]]:
-    """The micro-batches of these rows, for kto the mismatched ones too."""
-    names = [name for name in (split, f"{split}-kl") if name in run.sets]
-    return {name: pack(run.sets[name], rows, run.max_tokens) for name in names}
 
 
 def references(run: Run) -> dict:
@@ -242,14 +236,15 @@ def references(run: Run) -> dict:
     return refs
 
 
-def run_step(run: Run, split: str, batches: dict, refs: dict, backward: bool) -> tuple:
-    """run_batches; for kto with the reference point that its mismatched batches give."""
+def run_step(run: Run, split: str, rows: list[int], refs: dict, backward: bool) -> tuple:
+    """The micro-batches of these rows, and what run_batches makes of them."""
     hyper, where, kl = run.hyper, (run.dtype, run.device), f"{split}-kl"
-    if kl in batches:
-        estimate = kl_estimate(run.model, refs[kl], batches[kl], run.loss, *where)
-        hyper = hyper | {"kl": estimate}
-    return run_batches(
-        run.model, batches[split], run.loss, hyper, refs[split], *where, backward=backward
+    if kl in run.sets:  # kto's reference point comes from mismatched responses
+        others = pack(run.sets[kl], rows, run.max_tokens)
+        hyper = hyper | {"kl": kl_estimate(run.model, refs[kl], others, run.loss, *where)}
+    batches, ref = pack(run.sets[split], rows, run.max_tokens), refs[split]
+    return batches, *run_batches(
+        run.model, batches, run.loss, hyper, ref, *where, backward=backward
     )
 
 
@@ -258,9 +253,9 @@ def evaluate(run: Run, refs: dict, log: Log, step: int) -> None:
     if "eval" not in run.sets:
         return
     log.settle()
-    batches = batches_of(run, "eval", list(range(len(run.sets["eval"]))))
-    loss, sums = run_step(run, "eval", batches, refs, backward=False)
-    found = metrics(batches["eval"], sums.cpu(), run.hyper.get("beta", 1.0))
+    rows = list(range(len(run.sets["eval"])))
+    batches, loss, sums = run_step(run, "eval", rows, refs, backward=False)
+    found = metrics(batches, sums.cpu(), run.hyper.get("beta", 1.0))
     found = {"loss": loss.item()} | found
     log.write({"step": step} | {f"eval_{k}": v for k, v in found.items()})
 
