@@ -111,8 +111,6 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
     Older ones go once it is there.
     """
     directory = out / "checkpoints" / f"step-{step:07d}"
-    if directory.exists():  # nothing has changed since it was made
-        return
     with replacing(directory) as temporary:
         parameters = {name: p.detach().cpu() for name, p in model.named_parameters()}
         write_tensors(temporary / "model.safetensors", parameters)
@@ -180,12 +178,13 @@ class Log:
     """
 
     def __init__(self, run: Run, step: int):
-        """step: the last one of the checkpoint; what was logged past it is dropped."""
+        """step: the last one of the checkpoint. What a killed run logged past it is dropped."""
         self.run, self.file = run, run.out / "metrics.jsonl"
         self.launched: list[tuple] = []  # steps whose numbers have not been read
         self.read_at = 0.0  # when numbers were last read
-        kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] <= step]
-        write_text(self.file, "".join(kept if step else []))
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
+        write_text(self.file, "".join(line for line in whole if json.loads(line)["step"] <= step))
         name, total = run.loss.name, run.steps
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None)
         self.close = self.bar.close
@@ -225,12 +224,6 @@ class Log:
             shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """The lines of a file, less a last one that a kill has torn."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [line for line in lines if line.endswith("\n")]
 
 
 def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:

@@ -4,8 +4,9 @@ Shapes: N response tokens and R responses of a batch, P pairs, D width, V vocabu
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
@@ -57,21 +58,30 @@ def batch_logps(model: Transformer, batch: Batch, loss: Loss, dtype) -> Tensor:
 
 
 def _sweep(model, batch: Batch, loss: Loss, dtype, judge=None) -> tuple[Tensor, Tensor]:
-    """The model over a batch, then the vocabulary in chunks that the loss can judge.
+    """One pass over the vocabulary, in chunks that the loss can judge.
 
     A token-local loss may be cut anywhere, others only between rows. judge(slice of the response
     tokens, their logps) -> value and dlogps; without it there are only logps.
     """
 
-    def head(x, unembed):
+    def read(hidden, unembed, targets, softcap):
         sizes = None if loss.token_local else [b - a for a, b in pairwise(batch.starts)]
-        chunks = cuts(sizes, len(batch.targets), len(unembed))
+        chunks = cuts(sizes, len(targets), len(unembed))
 
         def judge_chunk(k: int, logps: Tensor) -> tuple[Tensor, Tensor]:
             return judge(chunks[k], logps)
 
-        of_chunk, cap = judge and judge_chunk, model.config.final_softcap
-        return sweep(x[0, batch.predictors], unembed, batch.targets, chunks, of_chunk, softcap=cap)
+        return sweep(hidden, unembed, targets, chunks, judge and judge_chunk, softcap=softcap)
+
+    return predict(model, batch, dtype, read)
+
+
+def predict(model: Transformer, batch: Batch, dtype, read: Callable):
+    """read(hidden, unembed, targets, softcap=) of what predicts a batch's response tokens."""
+
+    def head(x, unembed):
+        cap = model.config.final_softcap
+        return read(x[0, batch.predictors], unembed, batch.targets, softcap=cap)
 
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
 
@@ -174,9 +184,7 @@ def reference(
     with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as cached:
         return Reference(examples, cached.get_tensor("logps"))
 
-    def read(batch: Batch) -> Tensor:
-        return batch_logps(model, batch, loss, dtype)
-
+    read = partial(batch_logps, model, loss=loss, dtype=dtype)
     logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
     write_tensors(file, {"logps": logps})
     return Reference(examples, logps)
@@ -200,16 +208,9 @@ def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logp
     read(hidden, unembed, targets, softcap=): its log-probability (token_logps), its logit
     (target_logits) or both (logps_and_logits). dtype: what to compute in.
     """
-    cap = model.config.final_softcap
-
-    def read_batch(batch: Batch) -> Tensor:
-        def head(x, unembed):
-            return read(x[0, batch.predictors], unembed, batch.targets, softcap=cap)
-
-        return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
-
     places = list(range(len(examples)))
     steps = (pack(examples, places[at : at + 512], max_tokens) for at in places[::512])
+    read_batch = partial(predict, model, dtype=dtype, read=read)
     return read_all(model, examples, steps, read_batch, "reading")
 
 

@@ -255,8 +255,7 @@ def evaluate(run: Run, refs: dict, log: Log, step: int) -> None:
     log.settle()
     rows = list(range(len(run.sets["eval"])))
     batches, loss, sums = run_step(run, "eval", rows, refs, backward=False)
-    found = metrics(batches, sums.cpu(), run.hyper.get("beta", 1.0))
-    found = {"loss": loss.item()} | found
+    found = {"loss": loss.item()} | metrics(batches, sums.cpu(), run.hyper.get("beta", 1.0))
     log.write({"step": step} | {f"eval_{k}": v for k, v in found.items()})
 
 
