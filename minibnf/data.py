@@ -332,13 +332,12 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
                 positions += range(len(prompt), len(prompt) + len(read))
                 reads.append(len(read))
         layout.append((len(prompt), reads))
-    token = response = pair = 0
-    starts = {0: (0, 0)}
+    starts, N, R, P = {0: (0, 0)}, 0, 0, 0
     for example in packed:
-        token += sum(map(len, example.responses))
-        response += len(example.responses)
-        pair += len(example.pairs)
-        starts[token] = response, pair
+        N += sum(map(len, example.responses))
+        R += len(example.responses)
+        P += len(example.pairs)
+        starts[N] = R, P
     lengths = torch.tensor([len(response) for e in packed for response in e.responses])
     return Batch(
         tokens=torch.tensor([tokens]),

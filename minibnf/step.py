@@ -45,8 +45,8 @@ def batch_loss(
             end, end_pair = batch.starts[i.stop]
             owner, preferred, lengths = owner - first, preferred[first:end], lengths[first:end]
             pairs = pairs[first_pair:end_pair] - first
-        refs = None if ref_logps is None else ref_logps[i]
-        part = Responses(logps, refs, owner, preferred, pairs, lengths, E)
+        ref_part = None if ref_logps is None else ref_logps[i]
+        part = Responses(logps, ref_part, owner, preferred, pairs, lengths, E)
         return loss.value(part, **hyper), loss.gradient(part, **hyper)
 
     return _sweep(model, batch, loss, dtype, judge)
