@@ -300,7 +300,7 @@ def training_curves(rows: list[dict], file: Path, title: str) -> None:
         axis.set_title(label, fontsize="medium")
         axis.set_xlabel("step")
         axis.legend()
-    figure.suptitle(f"{title} (dots: held-out rows)")
+    figure.suptitle(f"{title} (large dots: held-out rows)")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
