@@ -58,3 +58,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
     return value
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose usage errors are one line: argparse would print all options above it."""
+
+    def error(self, message: str):
+        self.exit(2, printable(f"error: {message} ({self.prog} --help lists the options)\n"))
+
+
+def counted(n: int | str, noun: str) -> str:
+    """1, "epoch" -> "1 epoch"; 3, "epoch" -> "3 epochs"."""
+    return f"{n} {noun}" if str(n) == "1" else f"{n} {noun}s"
