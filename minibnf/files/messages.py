@@ -30,19 +30,15 @@ def text_or_messages(value, where, name: str) -> str | list[dict]:
 
 
 def _message(message, where: str) -> dict:
-    if isinstance(message, dict) and {"from", "value"} <= set(message):
-        raise ValueError(
-            f"{where}: 'from' and 'value' are ShareGPT's keys; "
-            "write 'role' (system, user, assistant) and 'content'"
-        )
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: needs text in 'role' and 'content'")
-    content = message.get("content")
-    if isinstance(content, list):
-        message = {**message, "content": "".join(_part(part, where) for part in content)}
-    elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-        raise ValueError(f"{where}: needs text in 'role' and 'content'")
-    return message
+    if isinstance(message, dict) and isinstance(message.get("role"), str):
+        content = message.get("content")
+        if isinstance(content, list):
+            return {**message, "content": "".join(_part(part, where) for part in content)}
+        if isinstance(content, str) or (content is None and message.get("tool_calls")):
+            return message
+    raise ValueError(
+        f"{where}: needs text in 'role' and 'content' (ShareGPT has 'from' and 'value' there)"
+    )
 
 
 def _part(part, where: str) -> str:
