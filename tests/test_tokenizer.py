@@ -153,7 +153,7 @@ fragments = st.sampled_from([
     "user", "assistant", "\ue000", "\ue0002;", "2;", "naïve",
 ])  # fmt: skip
 # without ▁, which is how sentencepiece writes a space
-letters = st.characters(exclude_characters="▁", exclude_categories=["Cs"])
+letters = st.characters(exclude_characters="▁\ufdd0", exclude_categories=["Cs"])
 contents = st.lists(fragments | st.text(letters, max_size=4), max_size=5).map("".join)
 plain = st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)
 roles = st.sampled_from(["system", "user", "assistant"])

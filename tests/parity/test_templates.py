@@ -314,7 +314,7 @@ def both(tmp_path_factory):
 each = pytest.mark.parametrize("family", SETTINGS)
 SAID = ["<think>\nhm\n</think>\n\nyes", "a</think>", "Hi /think", "/no_think", "/system_override"]
 marked_up = st.text() | st.sampled_from([*SAID, "\n", " "])
-plain = st.text(st.characters(exclude_characters="<|>[]/", exclude_categories=["Cs"]))
+plain = st.text(st.characters(exclude_characters="<|>[]/\ufdd0", exclude_categories=["Cs"]))
 
 
 def chats(contents):
