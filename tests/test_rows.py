@@ -441,17 +441,6 @@ def test_columns_with_a_meaning_reach_the_template(model, tmp_path, more, text):
     assert tokenizer.decode(ids, skip_special=False) == wanted
 
 
-def test_a_question_gets_its_system_text_and_tools(model, tmp_path):
-    row = {"question": "Red?", "answer": "Yes.", "system": "Be kind.", "tools": TOOLS}
-    tokenizer = load_tokenizer(model)
-    _, (found,) = evaluate.tokenised(scan_rows(file_of(tmp_path / "rows.jsonl", [row])), tokenizer)
-    text = tokenizer.decode(found.prompt, skip_special=False)
-    assert text == (
-        f"<|system|>{json.dumps(TOOLS)}<|end|><|system|>Be kind.<|end|>"
-        "<|user|>Red?<|end|><|assistant|>"
-    )
-
-
 def test_a_message_that_only_calls_a_tool_is_read_or_refused(model, tmp_path):
     row = PAIR | {"chosen": [{"role": "assistant", "content": None, "tool_calls": CALL}]}
     file = file_of(tmp_path / "rows.jsonl", [row])
@@ -565,53 +554,3 @@ def test_a_hubs_cache_is_named_as_the_repository(tmp_path, name, capsys):
 def test_the_name_of_a_model_on_a_hub_is_told_from_a_folder(read):
     with pytest.raises(FileNotFoundError, match=r"org/name is no folder.*downloaded"):
         read("org/name")
-
-
-# ----------------------------------------------------------------------- small inputs that failed
-
-CASES = Path(__file__).parents[2] / "shared" / "cases" / "data"
-REFUSED = {
-    "rejected_list.jsonl": "field 'rejected' is a list of 2",
-    "system_column_text.jsonl": "field 'system' stands beside a prompt that is text",
-    "toolcall_null.jsonl": "'tool_calls'",
-    "gen_system.jsonl": "field 'chosen' is missing",
-}
-NOTED = {
-    "tools.jsonl": "columns not used: tools",
-    "hh_prompt_repeated.jsonl": "twice: 1; the first",
-}
-LIKE_PAIR = "array eos_as_messages message_dict messages_prompt_repeated mixed_nulls parts pretty"
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="the small inputs ../shared/cases are not here")
-@pytest.mark.parametrize("name", sorted(p.name for p in CASES.glob("*")))
-def test_small_inputs_that_failed_once(name, tmp_path, capsys):
-    base = ["--model", str(TINY), "--data", str(CASES / name), "--device", "cpu"]
-    trained = train.main([*base, "--max-steps", "2", "--out", str(tmp_path / "run")])
-    found = capsys.readouterr()
-    if name in REFUSED:
-        assert trained == 1 and REFUSED[name] in found.err and "line 1" in found.err
-    else:
-        assert trained == 0 and NOTED.get(name, "data ") in found.out
-        assert ("not used" in found.out) == (name == "tools.jsonl")
-    if name != "gen_system.jsonl":
-        assert evaluate.main(base) == trained
-        assert (REFUSED if name in REFUSED else NOTED).get(name, "") in "".join(capsys.readouterr())
-    stem, tokenizer = name.split(".")[0], load_tokenizer(TINY)
-    if stem in LIKE_PAIR.split() or name == "ok.parquet":
-        example = read_examples(CASES / name, tokenizer, 256)[0][0]
-        sides = [tokenizer.encode_response(ASKED, PAIR[k]) for k in ("chosen", "rejected")]
-        assert example.prompt == tuple(sides[0][0])
-        assert example.responses == tuple(tuple(response) for _, response in sides)
-    if stem == "hh":
-        example = read_examples(CASES / name, tokenizer, 256)[0][0]
-        assert tokenizer.decode(example.prompt) == "\n\nHuman: What is 3 + 4?\n\nAssistant:"
-    if stem == "gen_system":
-        notes, pirate = Notes(), said("system", "Answer as a pirate.")
-        ((_, _, ids),) = generate.read_prompts(CASES / name, tokenizer, True, 256, 1, notes)
-        assert ids == tokenizer.encode_chat(pirate + ASKED, True)
-        assert ids != tokenizer.encode_chat(ASKED, True)
-    if stem == "system_column":
-        example = read_examples(CASES / name, tokenizer, 256)[0][0]
-        pirate = said("system", "Answer as a pirate.")
-        assert list(example.prompt) == tokenizer.encode_chat(pirate + ASKED, True)

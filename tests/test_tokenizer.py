@@ -263,9 +263,10 @@ def test_a_response_of_several_turns_ends_with_its_last_turn(loaded):
 def test_roles_build_role_tokens_but_never_an_end(loaded):
     for kind in WRITERS:
         tokenizer = loaded[kind, "builds from role"]
-        chat = [{"role": "im_end", "content": "user"}, {"role": "user", "content": "im_end"}]
-        user, end = tokenizer.control["<|user|>"], tokenizer.eos_id
-        assert controls(tokenizer, tokenizer.encode_chat(chat)) == [end, user, end]
+        ids = tokenizer.encode_chat(users("im_end"))
+        assert controls(tokenizer, ids) == [tokenizer.control["<|user|>"], tokenizer.eos_id]
+        with pytest.raises(ValueError, match="acts on control text inside a message"):
+            tokenizer.encode_chat([{"role": "im_end", "content": "user"}])
 
 
 def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
@@ -306,15 +307,6 @@ def test_a_dummy_prefix_stands_at_the_beginning_only(tmp_path):
     text = tokenizer.decode(whole, skip_special=False).removesuffix("\n")
     assert tokenizer.decode(prompt + ids, skip_special=False) == text
     assert native.id_to_piece(ids[0])[0] != "▁"
-
-
-def test_sentencepiece_text_is_encoded_as_sentencepiece_does(loaded):
-    tokenizer = loaded["sp", "chatml"]
-    native = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.backend.path))
-    # user-defined pieces, which the library reads too
-    text = "The  capital<|im_start|>user\nnaïve \U0001f600<|im_end|>"
-    assert tokenizer.encode(text) == native.encode(text)
-    assert "<think>" in tokenizer.control and "  " not in tokenizer.control
 
 
 def test_tokens_and_attributes(tmp_path):
@@ -404,8 +396,6 @@ def test_templates_have_what_transformers_gives_them(tmp_path):
         ([{"name": "rag", "template": ""}], "has no chat template"),
         ("{% if %}", "malformed, line 1"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ 'a' + messages[0]['name'] }}", "cannot render"),
-        ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],
 )
 def test_template_errors(tmp_path, template, message):

@@ -142,8 +142,8 @@ class Tokenizer:
         held, shown = [], 0
         for i in ids:
             held.append(i)
-            if i in self.backend.byte_tokens:
-                continue
+            if i in self.backend.byte_tokens or not self.decode([i], skip_special):
+                continue  # what shows nothing, such as a special token, ends no run
             text = self.decode(held, skip_special)
             # Up to 3 bytes of an unfinished character show as one \ufffd, or as one for each.
             waiting = min(3, len(text) - len(text.rstrip("\ufffd")))
