@@ -137,13 +137,14 @@ class Tokenizer:
         Joined, the pieces are decode(ids). ids: any iterable, such as a generator. A character
         that is spread over several tokens is shown when it is whole. Where a tokenizer.json spells
         bytes by tokens like <0xE4>, a run of these is shown when it ends, since one wrong byte
-        spoils all of it.
+        spoils all of it; a special token that is left out does not end it.
         """
+        silent = {self.control[t] for t in self.backend.special_texts if skip_special}
         held, shown = [], 0
         for i in ids:
             held.append(i)
-            if i in self.backend.byte_tokens or not self.decode([i], skip_special):
-                continue  # what shows nothing, such as a special token, ends no run
+            if i in self.backend.byte_tokens or i in silent:
+                continue
             text = self.decode(held, skip_special)
             # Up to 3 bytes of an unfinished character show as one \ufffd, or as one for each.
             waiting = min(3, len(text) - len(text.rstrip("\ufffd")))
