@@ -21,11 +21,6 @@ def text_or_messages(value, where, name: str) -> str | list[dict]:
         raise ValueError(f"{where}: field '{name}' must be text or a list of messages, not {kind}")
     if not value:
         raise ValueError(f"{where}: field '{name}' is empty; it needs a message")
-    if isinstance(value[0], str | list):
-        raise ValueError(
-            f"{where}: field '{name}' is a list of {len(value)} texts or conversations, and a row "
-            "holds one; write a row for each"
-        )
     return [_message(m, f"{where}: field '{name}', message {i}") for i, m in enumerate(value, 1)]
 
 
@@ -37,7 +32,8 @@ def _message(message, where: str) -> dict:
         if isinstance(content, str) or (content is None and message.get("tool_calls")):
             return message
     raise ValueError(
-        f"{where}: needs text in 'role' and 'content' (ShareGPT has 'from' and 'value' there)"
+        f"{where}: needs text in 'role' and 'content' (not 'from' and 'value', as in ShareGPT); "
+        "several answers need a row each"
     )
 
 

@@ -64,11 +64,6 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
     ImportError, or ValueError for a file that cannot be read, is broken or has no rows.
     """
     path = Path(path)
-    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
-        raise ValueError(
-            f"{path}: tables of text (CSV, TSV) are not read; write JSON Lines, as pandas does: "
-            f"read_csv(FILE).to_json(OUT, orient='records', lines=True)"
-        )
     place = None
     try:
         for place, value in _parquet(path) if path.suffix == ".parquet" else _json(path):
