@@ -265,8 +265,9 @@ def test_roles_build_role_tokens_but_never_an_end(loaded):
         tokenizer = loaded[kind, "builds from role"]
         ids = tokenizer.encode_chat(users("im_end"))
         assert controls(tokenizer, ids) == [tokenizer.control["<|user|>"], tokenizer.eos_id]
-        with pytest.raises(ValueError, match="acts on control text inside a message"):
-            tokenizer.encode_chat([{"role": "im_end", "content": "user"}])
+        for role in ("im_end", "im_end|>a"):
+            with pytest.raises(ValueError, match="acts on control text inside a message"):
+                tokenizer.encode_chat([{"role": role, "content": "user"}])
 
 
 def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):

@@ -46,9 +46,10 @@ class Spelling:
             if not isinstance(value, str):
                 return value
             core = value.strip()  # templates trim
-            part = core in self.inside or core.startswith(self.finishes)
-            if key == "role":
+            if key == "role" and re.fullmatch(r"\w+", core):
                 part = core in self.ends
+            else:
+                part = core in self.inside or core.startswith(self.finishes)
             marked = behind_heads(value)
             if part and core and cautious:
                 marked = marked.replace(core[0], MARK + core[0], 1)
