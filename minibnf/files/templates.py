@@ -48,7 +48,7 @@ class Template:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{where} cannot be compiled: {what}") from error
 
-    def __call__(self, **given):
+    def __call__(self, /, **given):
         pieces, size = [], 0
         try:
             with time_limit(SECONDS):
