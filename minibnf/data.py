@@ -295,17 +295,32 @@ def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[B
         else:
             newest[example.prompt] = [i]
             groups.append(newest[example.prompt])
-    batches: list[list[list[int]]] = []
-    room: list[int] = []  # in each micro-batch
-    for group in sorted(groups, key=lambda group: -_tokens(examples, group)):
-        size = _tokens(examples, group)
-        place = next((b for b, free in enumerate(room) if free >= size), len(room))
-        if place == len(room):
-            batches.append([])
-            room.append(max_tokens)
-        batches[place].append(group)
-        room[place] -= size
-    return [_flatten(examples, groups) for groups in batches]
+    groups.sort(key=lambda group: -_tokens(examples, group))
+    batches: dict[int, list[list[int]]] = {}
+    places = _first_fit([_tokens(examples, group) for group in groups], max_tokens)
+    for place, group in zip(places, groups, strict=True):
+        batches.setdefault(place, []).append(group)
+    return [_flatten(examples, groups) for groups in batches.values()]
+
+
+def _first_fit(sizes: list[int], capacity: int) -> list[int]:
+    """For each size the first bin with room for it, bins being filled in this order.
+
+    The bins are the leaves of a binary tree whose nodes hold the most room of any bin below: the
+    first bin with room is found from the root down, in log n steps where a scan takes n.
+    """
+    leaves = 1 << max(0, len(sizes) - 1).bit_length()
+    room, bins = [capacity] * (2 * leaves), []  # node k has the children 2k and 2k + 1
+    for size in sizes:
+        k = 1
+        while k < leaves:
+            k = 2 * k if room[2 * k] >= size else 2 * k + 1
+        bins.append(k - leaves)
+        room[k] -= size
+        while k > 1:
+            k //= 2
+            room[k] = max(room[2 * k], room[2 * k + 1])
+    return bins
 
 
 def _tokens(examples: list[Example], group: list[int]) -> int:

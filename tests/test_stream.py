@@ -103,27 +103,6 @@ def test_whole_characters_come_at_once(loaded, kind):
     assert "".join(shown) == tokenizer.decode(ids) and len(shown) > 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_decoding_is_linear(loaded, kind, monkeypatch):
-    """Each id costs a bounded number of decoded ids, even among bytes that spell nothing."""
-    tokenizer, decoded = loaded[kind], []
-    decode = tokenizer.backend.decode
-
-    def counted(ids, skip):
-        decoded.append(len(ids))
-        return decode(ids, skip)
-
-    monkeypatch.setattr(tokenizer.backend, "decode", counted)
-    for text in ("The capital 😀 of France é is Paris. ", "\ufffd", "  ", "你"):
-        ids = [i for i in tokenizer.encode(text * 400) for _ in range(1 + (text == "你"))]
-        list(tokenizer.stream(ids[:1]))
-        start = sum(decoded)  # includes the search for an ordinary token
-        decoded.clear()
-        list(tokenizer.stream(ids))
-        assert sum(decoded) - start < 30 * len(ids)
-        decoded.clear()
-
-
 def test_ids_that_do_not_exist_are_told(loaded):
     with pytest.raises(ValueError, match="is no id of"):
         list(loaded["sp"].stream([10**6]))
