@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from minibnf.files.disk import read_json
+from minibnf.files.terminal import ArgumentParser
 from minibnf.losses import LOSSES, Loss
 
 # The default learning rates are for this hidden size; Adam's steps must shrink as layers widen.
@@ -17,12 +18,12 @@ def default_rate(loss: str) -> float:
     return RATES.get(loss, 2e-5)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     rates = ", ".join(f"{name} {default_rate(name):g}" for name in LOSSES)
     known = {n: [f"{k}={v}" for k, v in x.defaults.items() if k != "kl"] for n, x in LOSSES.items()}
     hypers = "; ".join(f"{name} {' '.join(values)}" for name, values in known.items())
-    what = "Align a checkpoint on preference data."
-    p = argparse.ArgumentParser("minibnf train", description=what, allow_abbrev=False)
+    p = ArgumentParser("minibnf train", allow_abbrev=False)
+    p.description = "Align a checkpoint on preference data."
     # fmt: off
     a = p.add_argument_group("what to train").add_argument
     a("--model", metavar="DIR",
@@ -41,10 +42,12 @@ def parser() -> argparse.ArgumentParser:
     a("--loss", choices=list(LOSSES), default="bnf", help="default: bnf")
     a("--loss-args", nargs="*", default=[], metavar="NAME=X",
       help=f"hyper-parameters of the loss, by default {hypers}")
-    a = p.add_argument_group("how long and how fast").add_argument
+    group = p.add_argument_group("how long and how fast")
+    a = group.add_mutually_exclusive_group().add_argument
     a("--epochs", type=int, metavar="N", help="passes over the data; default 1")
     a("--max-steps", type=int, metavar="N",
       help="stop after N steps instead, repeating the data if need be")
+    a = group.add_argument
     a("--batch-size", type=int, default=32, metavar="N",
       help="examples (pairs, unpaired responses) per step; default 32")
     a("--lr", type=float,
@@ -76,9 +79,12 @@ def parser() -> argparse.ArgumentParser:
       help="steps between checkpoints; default 200")
     a("--save-dtype", choices=["float32", "bfloat16"], default="float32",
       help="of OUT/model; default float32")
-    a = p.add_argument_group("a folder that holds a run").add_argument
+    group = p.add_argument_group("a folder that holds a run")
+    a = group.add_mutually_exclusive_group().add_argument
     a("--resume", action="store_true", help="go on from its newest checkpoint")
-    a("--overwrite", action="store_true", help="delete what that run wrote and start anew")
+    a("--overwrite", action="store_true",
+      help="delete that run, with all that lies in its model/ and checkpoints/, and start anew")
+    a = group.add_argument
     a("--config", metavar="FILE",
       help="take arguments from the config.json of an earlier run; flags override it")
     # fmt: on
@@ -88,36 +94,37 @@ def parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = parser()
     args = p.parse_args(argv)
-    config = args.config
-    if args.resume and args.out and not config and (Path(args.out) / "config.json").is_file():
-        config = Path(args.out) / "config.json"
-    if config:
-        earlier = read_json(Path(config))
-        earlier = earlier.get("arguments") if isinstance(earlier, dict) else None
-        if not isinstance(earlier, dict) or set(earlier) - set(vars(args)):
-            raise ValueError(f"{config}: not the config.json that a run of this version wrote")
-        if args.epochs is not None or args.max_steps is not None:
-            # a flag overrides its alternative too
-            earlier |= {"epochs": None, "max_steps": None}
-        p.set_defaults(**earlier)
+    file = args.config
+    if args.resume and args.out and not file:
+        file = Path(args.out) / "config.json"
+    earlier = config_of(Path(file)) if file else None
+    if earlier and set(earlier["arguments"]) <= set(vars(args)):
+        if args.epochs or args.max_steps:  # a flag overrides its alternative too
+            earlier["arguments"] |= {"epochs": None, "max_steps": None}
+        p.set_defaults(**earlier["arguments"])
         args = p.parse_args(argv)
-    if args.resume and args.out and not config:
-        if not (args.model and args.data):
-            raise ValueError(f"{args.out} holds no run to go on with")
+    elif earlier or args.config:
+        raise ValueError(f"{file}: not the config.json that a run of this version wrote")
+    elif args.resume:
         print(f"{args.out} holds no run to go on with: starting one")
     check_arguments(p, args)
     return args
 
 
-def check_arguments(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with a usage error where an argument is missing, impossible or at odds with another."""
+def config_of(file: Path) -> dict | None:
+    """The config.json that a run wrote; None where there is none, or it is something else's."""
+    try:
+        found = read_json(file)
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"arguments", "facts"} <= set(found) else None
+
+
+def check_arguments(p: ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error where an argument is missing, impossible or of no use."""
     for name in ("model", "data", "out"):
         if getattr(args, name) is None:
             p.error(f"--{name} is required")
-    if args.resume and args.overwrite:
-        p.error("--resume and --overwrite exclude each other")
-    if args.epochs is not None and args.max_steps is not None:
-        p.error("--epochs and --max-steps exclude each other")
     positive = "epochs max_steps batch_size lr max_tokens save_every grad_clip"
     for name in positive.split():
         x = getattr(args, name)
@@ -139,20 +146,13 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
     given = {"kl": 0.0} if "kl" in loss.defaults else {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if name == "kl":
-            raise ValueError(f"--loss-args {text}: kl is computed")
-        if not equals:
-            raise ValueError(f"--loss-args {text}: write NAME=VALUE, e.g. beta=0.1")
-        if name in given:
-            raise ValueError(f"--loss-args {text}: {name} is given twice")
-        try:
-            given[name] = float(value)
-        except ValueError:
-            given[name] = value
+        if not equals or name in given:
+            raise ValueError(f"--loss-args {text}: write NAME=X, e.g. beta=0.1, each name once")
+        given[name] = value if value.isalpha() else float(value)
     return loss.hyper(given)
 
 
-def less_memory(args: argparse.Namespace, max_tokens: int | None) -> str:
+def less_memory(args: argparse.Namespace) -> str:
     """What to do where memory does not suffice."""
-    advice = f"lower --max-tokens (now {max_tokens or 'its default'})"
-    return advice + " or pass --gradient-checkpointing" * (not args.gradient_checkpointing)
+    advice = f"lower --max-tokens (now {args.max_tokens or 'its default'})"
+    return advice if args.gradient_checkpointing else f"{advice} or pass --gradient-checkpointing"

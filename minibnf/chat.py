@@ -29,53 +29,49 @@ class Side:
     def __init__(self, directory: str, args: argparse.Namespace):
         self.name, self.args = directory, args
         self.model, self.tokenizer = load_for_sampling(directory, args.device, args.dtype)
+        self.how = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}
         self.reset()
-        self.tokenizer.encode_chat(
-            [*self.history, {"role": "user", "content": "?"}], add_generation_prompt=True
-        )
+        self.encode([*self.history, {"role": "user", "content": "?"}])  # a template is there
 
     def reset(self) -> None:
         self.history = [{"role": "system", "content": self.args.system}] if self.args.system else []
         self.reader, self.turn = Reader(self.model), 0
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        return self.tokenizer.encode_chat(messages, add_generation_prompt=True)
 
     def ask(self, message: str) -> Iterator[str]:
         """The answer, printable, in pieces as they come.
 
         What was said is kept in the history, also when the answer is stopped.
         """
-        a, context = self.args, self.model.config.max_position_embeddings
+        context, most = self.model.config.max_position_embeddings, self.args.max_new_tokens
         asked = [*self.history, {"role": "user", "content": message}]
-        ids = self.tokenizer.encode_chat(asked, add_generation_prompt=True)
+        ids, ends = self.encode(asked), self.tokenizer.end_ids
         if len(ids) >= context:
-            yield (
-                f"[the conversation has {len(ids)} tokens and the model reads {context}: "
-                "/reset starts a new one]"
-            )
+            full = f"the conversation has {len(ids)} tokens and the model reads {context}"
+            yield f"[{full}: /reset starts a new one]"
             return
-        limit = min(a.max_new_tokens, context - len(ids))
-        how = {
-            "temperature": a.temperature, "top_p": a.top_p, "top_k": a.top_k, "seed": a.seed,
-            "row": self.turn, "stop_ids": self.tokenizer.end_ids,
-            "vocab_size": self.tokenizer.vocab_size,
-        }  # fmt: skip
-        ended, said = False, ""
+        limit = min(most, context - len(ids))
+        how = {"max_new_tokens": limit, "row": self.turn, "stop_ids": ends}
+        how |= self.how | {"vocab_size": self.tokenizer.vocab_size}
+        drawn, said = [], ""
 
-        def answer_ids() -> Iterator[int]:
-            nonlocal ended
-            for token in stream(self.reader, ids, max_new_tokens=limit, **how):
-                ended = token in self.tokenizer.end_ids
-                if not ended:
+        def until_the_end() -> Iterator[int]:
+            for token in stream(self.reader, ids, **how):
+                drawn.append(token)
+                if token not in ends:
                     yield token
 
         try:
-            for piece in self.tokenizer.stream(answer_ids(), skip_special=False):
+            for piece in self.tokenizer.stream(until_the_end(), skip_special=False):
                 said += piece
                 yield printable(piece)
         finally:
             self.history = [*asked, self.answer(said)]
             self.turn += 1
-        if not ended:
-            reason = "--max-new-tokens" if limit == a.max_new_tokens else "the context is full"
+        if not set(drawn) & set(ends):
+            reason = "--max-new-tokens" if limit == most else "the context is full"
             yield f" [stopped after {limit} tokens: {reason}]"
 
     def answer(self, said: str) -> dict:
@@ -87,9 +83,8 @@ class Side:
         if not end or end not in self.tokenizer.control:
             return {"role": "assistant", "content": said}
         thought = thought.partition("<think>")[2] or thought
-        return {
-            "role": "assistant", "reasoning_content": thought.strip(), "content": rest.lstrip(),
-        }  # fmt: skip
+        answer = {"role": "assistant", "reasoning_content": thought.strip()}
+        return answer | {"content": rest.lstrip()}
 
 
 def show(sides: list[Side], message: str) -> None:
@@ -120,12 +115,8 @@ def respond(sides: list[Side], message: str) -> None:
     elif message.startswith("/"):
         print(f"no such command: {HELP}\n")
     elif message:
-        try:
-            with memory_advice(ADVICE):
-                show(sides, message)
-        except (ValueError, MemoryError) as error:
-            # A chat template may refuse two messages of one role in a row.
-            print(printable(f"error: {error}\n"))
+        with memory_advice(ADVICE):
+            show(sides, message)
 
 
 def converse(sides: list[Side]) -> None:
@@ -133,7 +124,7 @@ def converse(sides: list[Side]) -> None:
     while True:
         try:
             message = input("> ").strip()
-            message.encode()
+            message.encode()  # ValueError: it is no UTF-8
             if message == "/quit":
                 return
             respond(sides, message)
@@ -143,8 +134,9 @@ def converse(sides: list[Side]) -> None:
         except KeyboardInterrupt:
             # Perhaps a moment too late to stop an answer: no reason to lose the conversation.
             print(f"\n{HELP}")
-        except UnicodeError:
-            print("error: what was typed is not valid UTF-8\n")
+        except (ValueError, MemoryError) as error:
+            # A chat template, for one, may refuse two messages of one role in a row.
+            print(printable(f"error: {error}\n"))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -163,9 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     with memory_advice(ADVICE):
-        sides = [Side(args.model, args)]
-        if args.compare:
-            sides.append(Side(args.compare, args))
+        sides = [Side(folder, args) for folder in (args.model, args.compare) if folder]
     with suppress(ImportError):  # arrow keys and a history of what was typed
         import readline  # noqa: F401
     print(HELP)

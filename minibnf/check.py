@@ -2,8 +2,8 @@
 
     python -m minibnf.check DIR [--max-tokens N] [--gradient-checkpointing] [--values]
 
-Of the weights' files the headers alone are read (--values reads all). What is wrong is reported as
-train would report it.
+DIR may also be a run's folder: then its model/ is meant. Of the weights' files the headers alone
+are read (--values reads all). What is wrong is reported as train would report it.
 """
 
 import argparse
@@ -14,11 +14,9 @@ import torch
 
 from minibnf.files.config import Config, announce_ignored, read_config
 from minibnf.files.safetensors import FLOATS, Stored, tensors_of
-from minibnf.files.terminal import in_one_line
+from minibnf.files.terminal import in_one_line, positive
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.model import Transformer, tensors_stored
-
-MAX_TOKENS = 2048  # train's default on a CPU
 
 
 def memory(
@@ -58,9 +56,7 @@ def layer_bytes(c: Config, width: int) -> int:
     return width * (norms * c.hidden_size + 2 * c.intermediate_size) + 4 * heads * c.head_dim
 
 
-def report(
-    directory, max_tokens: int = MAX_TOKENS, values: bool = False, recompute: bool = False
-) -> str:
+def report(directory, max_tokens=2048, values=False, recompute=False) -> str:
     """What main prints; announces the fields of config.json that are ignored.
 
     Raises ValueError, OSError or ImportError where train could not use the directory.
@@ -78,7 +74,6 @@ def report(
     tied = "tied" if c.tie_word_embeddings else "not tied"
     finite = ", every number finite" if values else ""
     windows = [layer.window for layer in c.layers if layer.window is not None]
-    window = f"; {len(windows)} layers see {windows[0]} tokens back" if windows else ""
     lines = {
         "model": f"{directory}: {c.family}",
         "parameters": f"{parameters:,}, {embeddings:,} of them embeddings, {tied}",
@@ -86,21 +81,22 @@ def report(
         "tensors": f"{len(stored)}, as config.json says{finite}",
         "layers": f"{c.num_hidden_layers} of width {c.hidden_size}, {c.num_attention_heads} heads "
         f"of {c.head_dim} on {c.num_key_value_heads} of keys and values, MLP {c.intermediate_size}",
-        "context": f"{c.max_position_embeddings} tokens{window}",
+        "context": f"{c.max_position_embeddings} tokens"
+        + (f"; {len(windows)} layers see {windows[0]} tokens back" if windows else ""),
         "vocabulary": vocabulary_of(c, tokenizer),
         "chat": chat_of(tokenizer),
     }
-    text = "\n".join(f"{name:12}{value}" for name, value in lines.items())
+    text = [f"{name:12}{value}" for name, value in lines.items()]
     if tokenizer.closing_warning:
-        text += f"\n{tokenizer.closing_warning}"
-    return f"{text}\n\n{memory_table(c, parameters, max_tokens, recompute)}"
+        text.append(tokenizer.closing_warning)
+    return "\n".join([*text, "", *memory_table(c, parameters, max_tokens, recompute)])
 
 
 def check_values(stored: dict[str, Stored]) -> None:
     for name, tensor in tensors_of(stored):
         if not tensor.isfinite().all():
-            file = stored[name].file
-            raise ValueError(f"{file}: tensor '{name}' holds a number that is not finite")
+            where = f"{stored[name].file}: tensor '{name}'"
+            raise ValueError(f"{where} holds a number that is not finite")
 
 
 def files_of(stored: dict[str, Stored]) -> str:
@@ -127,15 +123,15 @@ def chat_of(tokenizer: Tokenizer) -> str:
     return f"{chat}; a turn ends at {ends}"
 
 
-def memory_table(c: Config, parameters: int, max_tokens: int, recompute: bool) -> str:
+def memory_table(c: Config, parameters: int, max_tokens: int, recompute: bool) -> list[str]:
     wide = memory(c, parameters, max_tokens, "float32", recompute)
     half = memory(c, parameters, max_tokens, "bfloat16", recompute)
-    title = f"GB to train on a CPU, {max_tokens} tokens a micro-batch"
-    rows = [(name, wide[name], half[name]) for name in wide]
-    rows.append(("together, at least", sum(wide.values()), sum(half.values())))
-    lines = [f"{title:48}{'float32':>8}{'bfloat16':>10}"]
-    lines += [f"  {name:46}{x / 1e9:8.2f}{y / 1e9:10.2f}" for name, x, y in rows]
-    return "\n".join(lines)
+    for table in (wide, half):
+        table["together, at least"] = sum(table.values())
+    unit, size = ("GB", 1e9) if wide["together, at least"] >= 1e9 else ("MB", 1e6)
+    title = f"{unit} to train on a CPU, {max_tokens} tokens a micro-batch"
+    lines = [f"  {name:46}{wide[name] / size:8.2f}{half[name] / size:10.2f}" for name in wide]
+    return [f"{title:48}{'float32':>8}{'bfloat16':>10}", *lines]
 
 
 @in_one_line
@@ -144,24 +140,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.description = "What a checkpoint is, and the memory to train it."
     add = parser.add_argument
     # fmt: off
-    add("directory", metavar="DIR", help="a checkpoint in Hugging Face layout")
-    add("--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
-        help=f"tokens a micro-batch, as in train; default {MAX_TOKENS}")
+    add("directory", type=Path, metavar="DIR", help="a checkpoint in Hugging Face layout")
+    add("--max-tokens", type=positive, default=2048, metavar="N",
+        help="tokens a micro-batch, as in train; default 2048, as on a CPU")
     add("--gradient-checkpointing", action="store_true", help="as in train")
     add("--values", action="store_true", help="read every weight and see that it is finite")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.max_tokens < 1:
-        parser.error(f"--max-tokens must be 1 or more, not {args.max_tokens}")
-    folder = Path(args.directory)
-    try:
-        print(report(folder, args.max_tokens, args.values, args.gradient_checkpointing))
-    except (ValueError, OSError) as error:
-        inner = folder / "model"
-        if not (inner / "config.json").is_file():
-            raise
-        # what was named is a run's folder
-        raise ValueError(f"{error}\nDid you mean {inner}?") from None
+    inner = args.directory / "model"  # of a run's folder
+    folder = inner if (inner / "config.json").is_file() else args.directory
+    print(report(folder, args.max_tokens, args.values, args.gradient_checkpointing))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ it is counted.
 import hashlib
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -81,14 +84,18 @@ def read_examples(
         if notes:
             notes.add(record, place, tokenizer)
         prompt, responses = token_ids(tokenizer, record, place)
-        longest = len(prompt) + max(map(len, responses))
-        if longest > max_length:
-            if overlong == "error" or (overlong == "truncate" and len(prompt) >= max_length):
-                raise ValueError(f"{place}: {_too_long(len(prompt), longest, max_length)}")
-            counts["truncated" if overlong == "truncate" else "skipped"] += 1
-            if overlong == "skip":
-                return None
-            responses = tuple(r[: max_length - len(prompt)] for r in responses)
+        longest, room = len(prompt) + max(map(len, responses)), max_length - len(prompt)
+        if longest > max_length and overlong == "skip":
+            counts["skipped"] += 1
+            return None
+        if longest > max_length and (overlong == "error" or room <= 0):
+            raise ValueError(
+                f"{place}: the prompt has {len(prompt)} tokens and {longest} with its response, "
+                f"and the model reads {max_length}; shorten it, or pass --overlong skip or truncate"
+                " (which shortens a response, not a prompt)"
+            )
+        counts["truncated"] += longest > max_length
+        responses = tuple(response[:room] for response in responses)
         same = len(responses) == 2 and responses[0] == responses[1]
         counts["whose chosen and rejected are the same"] += same
         return Example(prompt, responses, record.preferred, place.number, record.pairs, place.unit)
@@ -99,60 +106,29 @@ def read_examples(
     return examples, +counts  # what did not occur is left out
 
 
-def _too_long(prompt: int, longest: int, max_length: int) -> str:
-    if prompt >= max_length:
-        what, more = f"the prompt alone has {prompt}", ""
-    else:
-        what, more = f"prompt and response together have {longest}", " or --overlong truncate"
-    return (
-        f"{what} tokens, and the model reads {max_length}; "
-        f"shorten it, or pass --overlong skip{more}"
-    )
-
-
 def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]:
     """The ids of a prompt and of each response to it; ValueError where one has no token."""
-    ids = [
-        tokenise(tokenizer, record.prompt, completion, place, field, record.variables)
-        for field, completion in record.completions
-    ]
-    if not ids[0][0]:
+    prompt = encode_prompt(tokenizer, record.prompt, place, record.variables)
+    if not prompt:
         raise ValueError(
             f"{place}: field 'prompt' is empty, so nothing predicts the first token of a response"
         )
-    for (field, _), (_, response) in zip(record.completions, ids, strict=True):
-        if not response:
+    responses = []
+    for field, completion in record.completions:
+        with _named(place, field):
+            ids = _response_ids(tokenizer, record.prompt, completion, record.variables)
+        if not ids:
             raise ValueError(
                 f"{place}: field '{field}' is empty; a response needs at least one token"
             )
-    return tuple(ids[0][0]), tuple(tuple(response) for _, response in ids)
-
-
-def tokenise(
-    tokenizer, prompt, completion, where, field: str, variables: dict
-) -> tuple[list[int], list[int]]:
-    """The ids of prompt and response, [] for an empty response. variables: of the template."""
-    try:
-        with _named(where, field):
-            return _tokenise(tokenizer, prompt, completion, variables)
-    except ValueError:
-        encode_prompt(tokenizer, prompt, where, variables)  # names its own field, if at fault
-        raise
-
-
-def _tokenise(tokenizer, prompt, completion, variables: dict) -> tuple[list[int], list[int]]:
-    if isinstance(prompt, str):
-        return tokenizer.encode_text(prompt), tokenizer.encode_text_response(completion)
-    _check_calls(tokenizer, [*prompt, *completion])
-    if not any(m.get("content") or m.get("tool_calls") for m in completion):
-        return tokenizer.encode_chat(prompt, add_generation_prompt=True, **variables), []
-    return tokenizer.encode_response(prompt, completion, **variables)
+        responses.append(tuple(ids))
+    return tuple(prompt), tuple(responses)
 
 
 def encode_prompt(tokenizer, prompt, where, variables: dict) -> list[int]:
     """The ids of a text as it stands, or of messages up to where the model's answer begins.
 
-    A ValueError names where and the field.
+    variables: of the template. A ValueError names where and the field.
     """
     with _named(where, "prompt"):
         if isinstance(prompt, str):
@@ -161,11 +137,20 @@ def encode_prompt(tokenizer, prompt, where, variables: dict) -> list[int]:
         return tokenizer.encode_chat(prompt, add_generation_prompt=True, **variables)
 
 
+def _response_ids(tokenizer, prompt, completion, variables: dict) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode_text_response(completion)
+    _check_calls(tokenizer, completion)
+    if not any(m.get("content") or m.get("tool_calls") for m in completion):
+        return []
+    return tokenizer.encode_response(prompt, completion, **variables)[1]
+
+
 def _check_calls(tokenizer, messages: list[dict]):
     """ValueError for a message that only calls a tool, where the template knows no calls."""
     for message in messages:
         lost = message.get("tool_calls") and not message.get("content")
-        if lost and "tool_calls" not in (tokenizer.source or ""):
+        if lost and not tokenizer.mentions("tool_calls"):
             raise ValueError(
                 f"a message of '{message['role']}' has no text beside its 'tool_calls', "
                 "which this model's chat template does not read"
@@ -173,7 +158,7 @@ def _check_calls(tokenizer, messages: list[dict]):
 
 
 @contextmanager
-def _named(where: str, field: str):
+def _named(where, field: str):
     """A tokenizer's errors, and its warnings of what it would leave out, as one ValueError.
 
     It names the place and the field.
@@ -194,6 +179,7 @@ def digest(examples: list[Example]) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
+@lru_cache(maxsize=1)
 def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     """A permutation of 0..n-1 that depends on seed and epoch alone."""
     number = hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:7]
@@ -201,69 +187,50 @@ def order_of_epoch(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
+LOOK = 30  # how many rows are looked through for another response, before an equal one is taken
+
+
 def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Example], int]:
     """For each example, its prompt with responses to another prompt; how many are no other ones.
 
     They come from the next example (cyclically) that has another prompt and a response that is not
     also one's own (a rephrased question may share some) and fits into max_length, the model's
-    context; its other responses are left out. Where all that other prompts have is equal to one's
-    own, as where every rejected answer is "No.", the next that fits is taken all the same, and
+    context; its other responses are left out. Where the next LOOK that fit hold nothing but one's
+    own, as where every rejected answer is "No.", the first of them is taken all the same, and
     counted. KTO estimates its reference point from these. Raises ValueError where nothing fits.
     """
-    found, equals = [], 0
-    answers = {response for e in examples for response in e.responses}
-    next_prompt = _next_different([e.prompt for e in examples])
-    next_answers = _next_different([frozenset(e.responses) for e in examples])
+    run_ends: list[int] = []  # where the run of rows with the same prompt ends, for each row
+    for _, run in groupby(examples, key=lambda example: example.prompt):
+        rows = len(list(run))
+        run_ends += [len(run_ends) + rows] * rows
+    moved, equals, n = [], 0, len(examples)
     for i, example in enumerate(examples):
-        room = max_length - len(example.prompt)
-        other, kept, equal = _mismatch(examples, i, room, answers, next_prompt, next_answers)
-        if other is None:
-            lacks = f"and none fits into the {max_length} tokens that the model reads"
-            if next_prompt[i] >= i + len(examples):
-                lacks = "and all rows here have one prompt"
+        others = (examples[j % n] for j in range(run_ends[i], i + n))
+        first, other = None, []
+        for answers in islice(_answers(others, example.prompt, max_length), LOOK):
+            first = first or answers
+            other = [answer for answer in answers if answer[0] not in example.responses]
+            if other:
+                break
+        if first is None:
             raise ValueError(
-                f"{path}, {example.place}: kto compares with a response to another prompt, {lacks}"
+                f"{path}, {example.place}: kto compares with a response to another prompt, and no "
+                f"row has one that fits into the {max_length} tokens that the model reads"
             )
-        responses = tuple(other.responses[k] for k in kept)
-        preferred = tuple(other.preferred[k] for k in kept)
-        found.append(example._replace(responses=responses, preferred=preferred, pairs=()))
-        equals += equal
-    return found, equals
+        equals += not other
+        responses, preferred = zip(*(other or first), strict=True)
+        moved.append(example._replace(responses=responses, preferred=preferred, pairs=()))
+    return moved, equals
 
 
-def _mismatch(
-    examples, i: int, room: int, answers: set, next_prompt: list[int], next_answers: list[int]
-) -> tuple[Example | None, list[int], bool]:
-    """The example whose responses i gets, which of them, and whether they equal i's own ones.
-
-    answers: the responses of all examples; the lists: see _next_different.
-    """
-    n, own, best = len(examples), set(examples[i].responses), (None, [], False)
-    j = next_prompt[i]
-    while j < i + n:
-        other, following = examples[j % n], next_prompt
-        if other.prompt != examples[i].prompt:
-            following = next_answers  # rows with the same responses would do no better
-            fits = [k for k, response in enumerate(other.responses) if len(response) <= room]
-            new = [k for k in fits if other.responses[k] not in own]
-            if new:
-                return other, new, False
-            if fits and best[0] is None:
-                best = other, fits, True
-                if own == answers:  # nobody has another response
-                    return best
-        j += following[j % n] - j % n
-    return best
-
-
-def _next_different(values: list) -> list[int]:
-    """For each i the least j > i, cyclically (so below 2n), whose value is another; 3n for none."""
-    n = len(values)
-    following = [3 * n] * (2 * n)
-    for j in reversed(range(2 * n - 1)):  # twice round: the end goes on as the beginning does
-        differs = values[(j + 1) % n] != values[j % n]
-        following[j] = j + 1 if differs else following[j + 1]
-    return following[:n]
+def _answers(others: Iterable[Example], prompt, max_length: int) -> Iterator[list[tuple]]:
+    """Of each other prompt, the responses that fit after this one, as (response, preferred)."""
+    for other in others:
+        if other.prompt != prompt:
+            answers = zip(other.responses, other.preferred, strict=True)
+            fitting = [answer for answer in answers if len(prompt) + len(answer[0]) <= max_length]
+            if fitting:
+                yield fitting
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -282,7 +249,6 @@ class Batch:
     owner (N,), preferred (R,), pairs (P, 2): as in responses.Responses.  lengths (R,).
     order (R,): which responses these are, as (index of the example, index in it).
     starts: {token in N: (response, pair)}: where each row begins, and at last where all end.
-    lines: the lines of the file that the rows come from.
     examples: how many a loss sees, pairs and responses in no pair.
     """
 
@@ -297,7 +263,6 @@ class Batch:
     lengths: Tensor
     order: list[tuple[int, int]]
     starts: dict[int, tuple[int, int]]
-    lines: list[int]
     examples: int
 
     def responses(self, logps: Tensor, ref_logps: Tensor | None) -> Responses:
@@ -315,19 +280,31 @@ def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[B
     read once. Groups go, longest first, to the first micro-batch with room. Raises ValueError for
     an example longer than max_tokens.
     """
-    groups = sorted(_groups(examples, indices, max_tokens), key=lambda g: -g[0])
-    bins: list[list[list[int]]] = []
-    for b, (_, members) in zip(
-        _first_fit([size for size, _ in groups], max_tokens), groups, strict=True
-    ):
-        if b == len(bins):
-            bins.append([])
-        bins[b].append(members)
-    return [_flatten(examples, members) for members in bins]
+    groups: list[list[int]] = []
+    newest: dict[tuple[int, ...], list[int]] = {}  # the group of a prompt that may still have room
+    for i in indices:
+        example = examples[i]
+        if example.tokens > max_tokens:
+            raise ValueError(
+                f"{example.place}: the example has {example.tokens} tokens, more than a "
+                f"micro-batch holds; pass --max-tokens {example.tokens} or more"
+            )
+        group = newest.get(example.prompt)
+        if group and _tokens(examples, [*group, i]) <= max_tokens:
+            group.append(i)
+        else:
+            newest[example.prompt] = [i]
+            groups.append(newest[example.prompt])
+    groups.sort(key=lambda group: -_tokens(examples, group))
+    batches: dict[int, list[list[int]]] = {}
+    places = _first_fit([_tokens(examples, group) for group in groups], max_tokens)
+    for place, group in zip(places, groups, strict=True):
+        batches.setdefault(place, []).append(group)
+    return [_flatten(examples, groups) for groups in batches.values()]
 
 
 def _first_fit(sizes: list[int], capacity: int) -> list[int]:
-    """The bin that each size goes to, the first with room, all bins being empty at the start.
+    """For each size the first bin with room for it, bins being filled in this order.
 
     The bins are the leaves of a binary tree whose nodes hold the most room of any bin below: the
     first bin with room is found from the root down, in log n steps where a scan takes n.
@@ -346,64 +323,48 @@ def _first_fit(sizes: list[int], capacity: int) -> list[int]:
     return bins
 
 
-def _groups(examples, indices, max_tokens) -> list[tuple[int, list[int]]]:
-    """(tokens, example indices) of each group of examples that share a prompt."""
-    groups: list[tuple[int, list[int]]] = []
-    newest: dict[tuple[int, ...], int] = {}  # prompt -> the group of it that still has room
-    for i in indices:
-        prompt, size = examples[i].prompt, examples[i].tokens
-        if size > max_tokens:
-            raise ValueError(
-                f"{examples[i].place}: the example has {size} tokens, more than a micro-batch "
-                f"holds; pass --max-tokens {size} or more"
-            )
-        g = newest.get(prompt)
-        if g is not None and groups[g][0] + size - len(prompt) <= max_tokens:
-            groups[g] = (groups[g][0] + size - len(prompt), groups[g][1])
-            groups[g][1].append(i)
-        else:
-            newest[prompt] = len(groups)
-            groups.append((size, [i]))
-    return groups
+def _tokens(examples: list[Example], group: list[int]) -> int:
+    """How many tokens examples that share a prompt have together."""
+    prompt = len(examples[group[0]].prompt)
+    return prompt + sum(examples[i].tokens - prompt for i in group)
 
 
 def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
-    tokens, positions, layout, predictors, targets = [], [], [], [], []
-    owner, preferred, pairs, order, starts = [], [], [], [], {}
+    rows = list(chain.from_iterable(groups))
+    packed = [examples[i] for i in rows]
+    tokens, positions, layout, predictors = [], [], [], []
     for members in groups:
-        prompt, lengths = examples[members[0]].prompt, []
+        prompt, reads = examples[members[0]].prompt, []
         # the prompt's last token predicts the first one of every response
         last = len(tokens) + len(prompt) - 1
         tokens += prompt
         positions += range(len(prompt))
         for i in members:
-            first = len(preferred)
-            starts[len(targets)] = first, len(pairs)
-            pairs += [(first + chosen, first + rejected) for chosen, rejected in examples[i].pairs]
-            for k, response in enumerate(examples[i].responses):
+            for response in examples[i].responses:
                 read = response[:-1]
                 predictors += [last, *range(len(tokens), len(tokens) + len(read))]
-                owner += [len(preferred)] * len(response)
                 tokens += read
                 positions += range(len(prompt), len(prompt) + len(read))
-                targets += response
-                lengths.append(len(read))
-                preferred.append(examples[i].preferred[k])
-                order.append((i, k))
-        layout.append((len(prompt), lengths))
-    starts[len(targets)] = len(preferred), len(pairs)
+                reads.append(len(read))
+        layout.append((len(prompt), reads))
+    starts, N, R, P = {0: (0, 0)}, 0, 0, 0
+    for example in packed:
+        N += sum(map(len, example.responses))
+        R += len(example.responses)
+        P += len(example.pairs)
+        starts[N] = R, P
+    lengths = torch.tensor([len(response) for e in packed for response in e.responses])
     return Batch(
         tokens=torch.tensor([tokens]),
         positions=torch.tensor([positions]),
         layout=layout,
         predictors=torch.tensor(predictors),
-        targets=torch.tensor(targets),
-        owner=torch.tensor(owner),
-        preferred=torch.tensor(preferred),
-        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        lengths=torch.tensor([len(examples[i].responses[k]) for i, k in order]),
-        order=order,
+        targets=torch.tensor([t for e in packed for response in e.responses for t in response]),
+        owner=torch.repeat_interleave(lengths),
+        preferred=torch.tensor([preferred for e in packed for preferred in e.preferred]),
+        pairs=pairs_of(packed),
+        lengths=lengths,
+        order=[(i, k) for i in rows for k in range(len(examples[i].responses))],
         starts=starts,
-        lines=[examples[i].line for members in groups for i in members],
-        examples=sum(examples[i].count for members in groups for i in members),
+        examples=sum(e.count for e in packed),
     )

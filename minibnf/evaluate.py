@@ -45,7 +45,7 @@ from minibnf.data import Example, digest, pairs_of, token_ids
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import check_output, write_json
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
-from minibnf.files.terminal import in_one_line
+from minibnf.files.terminal import in_one_line, positive
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.machine import memory_advice, resolve_device_and_dtype
 from minibnf.model import load
@@ -75,8 +75,6 @@ def last_number(text: str) -> Decimal | None:
 
 # ----------------------------------------------------------------------------------------- reading
 
-TASKS = ("preference", "likelihood")
-
 
 def task_of(row: dict, where) -> str:
     """The task that a row's fields decide. Raises ValueError where they decide none."""
@@ -86,9 +84,8 @@ def task_of(row: dict, where) -> str:
         raise ValueError(f"{where}: lm-eval measures multiple choice; --help shows how")
     if {"question", "answer"} <= set(row) or {"prompt", "completion"} <= set(row):
         return "likelihood"
-    raise ValueError(
-        f"{where}: its fields {', '.join(map(repr, row))} belong to no task; --help says which do"
-    )
+    fields = ", ".join(map(repr, row))
+    raise ValueError(f"{where}: its fields {fields} belong to no task; --help says which do")
 
 
 def record_for(task: str, row: dict, where, tokenizer: Tokenizer) -> Record:
@@ -118,8 +115,8 @@ def tokenised(
     """
     scanned = list(scanned)
     if task == "auto":
-        first = next((pair for pair in scanned if isinstance(pair[1], dict)), None)
-        task = task_of(first[1], first[0]) if first else "preference"
+        named = (task_of(row, place) for place, row in scanned if isinstance(row, dict))
+        task = next(named, "preference")
 
     def read(row: dict, place: Place) -> Example:
         record = record_for(task, row, place, tokenizer)
@@ -148,23 +145,20 @@ def measure(model, examples: list[Example], max_tokens: int | None = None) -> Me
     """
     context = model.config.max_position_embeddings
     for e in examples:
-        needed = len(e.prompt) + max(map(len, e.responses))
-        if needed > context:
+        size = len(e.prompt) + max(map(len, e.responses))
+        if size > context:
             raise ValueError(
-                f"{e.place} of the data: prompt and answer need {needed} tokens, "
-                f"and the model reads {context}"
+                f"{e.place} of the data has {size} tokens, and the model reads {context}"
             )
     if not max_tokens:
         enough = 2048 if model.unembed.device.type == "cpu" else 16384
         max_tokens = max(enough, *(e.tokens for e in examples))
     logps = read_responses(model, examples, max_tokens)
-    sums = [x.double().sum() for x in logps]
     # Equal responses of a row are to tie, however rounding differs between their places in a batch.
-    first_sum = {}
     keys = [(e.line, response) for e in examples for response in e.responses]
-    for place, key in enumerate(keys):
-        sums[place] = first_sum.setdefault(key, sums[place])
-    return Measured(torch.stack(sums), torch.tensor([len(x) for x in logps]).double())
+    sum_of = {key: x.double().sum() for key, x in zip(keys, logps, strict=True)}
+    lengths = torch.tensor([len(x) for x in logps]).double()
+    return Measured(torch.stack([sum_of[key] for key in keys]), lengths)
 
 
 class Figure(NamedTuple):
@@ -174,13 +168,9 @@ class Figure(NamedTuple):
     share: bool = False
 
 
-def share(rows) -> Figure:
-    return Figure(torch.as_tensor(rows).double(), share=True)
-
-
-def wins(x: Tensor, y: Tensor) -> Figure:
-    """The share of rows in which x (n,) exceeds y, a tie counting half."""
-    return share((x > y) + 0.5 * (x == y))
+def wins(x: Tensor, y: Tensor) -> Tensor:
+    """1 where x exceeds y, a half where they tie, else 0."""
+    return (x > y) + 0.5 * (x == y)
 
 
 def per_token(sums: Tensor, lengths: Tensor) -> Figure:
@@ -195,9 +185,17 @@ def figures(
     """Every figure of a task by its name in the table."""
     sums, lengths = measured
     preferred = torch.tensor([p for e in examples for p in e.preferred])
-    table, sides = {}, {"given answer": preferred}
+    pairs, table = pairs_of(examples), {}
+    if len(pairs):
+        scores = {"log-likelihood": sums, "log-likelihood / token": sums / lengths}
+        if base:
+            scores["shift against the base"] = sums - base.sums
+        for name, x in scores.items():
+            won = wins(*x[pairs].unbind(1))
+            table[f"accuracy by {name}"] = Figure(won.double(), share=True)
+        table["chosen minus rejected (nats)"] = Figure(sums[pairs[:, 0]] - sums[pairs[:, 1]])
+    sides = {"given answer": preferred}
     if task == "preference":
-        table = figures_of_pairs(pairs_of(examples), measured, base)
         sides = {"chosen": preferred, "rejected": ~preferred}
     for name, which in sides.items():
         if which.any():
@@ -206,24 +204,6 @@ def figures(
     if task == "likelihood":
         rate = per_token(sums, lengths).rows
         table["perplexity"] = Figure((-rate.mean()).exp() * (1 - rate + rate.mean()))
-    return table
-
-
-def figures_of_pairs(
-    pairs: Tensor, measured: Measured, base: Measured | None = None
-) -> dict[str, Figure]:
-    """How often, and by how much, the chosen response is ahead in pairs (P, 2)."""
-    if not len(pairs):
-        return {}
-    sums, lengths = measured
-    chosen, rejected = sums[pairs].unbind(1)
-    table = {
-        "accuracy by log-likelihood": wins(chosen, rejected),
-        "accuracy by log-likelihood / token": wins(*(sums / lengths)[pairs].unbind(1)),
-        "chosen less rejected (nats)": Figure(chosen - rejected),
-    }
-    if base:
-        table["accuracy by shift against the base"] = wins(*(sums - base.sums)[pairs].unbind(1))
     return table
 
 
@@ -277,7 +257,7 @@ def table_of(measured: dict[str, Figure], base: dict[str, Figure]) -> dict[str, 
 def check_out(args: argparse.Namespace) -> None:
     """Raise ValueError where --out cannot be written, before anything is measured."""
     out = Path(args.out)
-    check_output(out, list(map(Path, filter(None, [args.data, args.model, args.base]))))
+    check_output(out, [Path(given) for given in (args.data, args.model, args.base) if given])
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists already; --overwrite replaces it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -294,10 +274,8 @@ def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
         tokenizer_of_base = load_tokenizer(args.base)
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
         if digest(examples) != digest(tokenised(scanned, tokenizer_of_base, task)[1]):
-            raise ValueError(
-                f"the tokenizers of {args.base} and {args.model} make different tokens "
-                f"of {args.data}"
-            )
+            both = f"{args.base} and {args.model}"
+            raise ValueError(f"the tokenizers of {both} make different tokens of {args.data}")
     return task, examples
 
 
@@ -332,24 +310,22 @@ def write_table(table: dict[str, dict[str, float]], args: argparse.Namespace, fa
     write_json(Path(args.out), {"settings": settings, "figures": table})
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def report(args: argparse.Namespace) -> None:
     """Measure --model, and --base where there is one: print the table, write --out."""
     if args.out:
         check_out(args)
     task, examples = read_rows(args)
     measured, where = measure_folder(args.model, examples, args)
-    of_base, base = {}, None
+    base, of_base = None, {}
     if args.base:
-        base, where = measure_folder(args.base, examples, args)
+        base, _ = measure_folder(args.base, examples, args)
         of_base = figures(task, examples, base)
     table = table_of(figures(task, examples, measured, base), of_base)
-
-    title = f"{args.data}: {len(examples)} rows of {task}, {where['device']}, {where['dtype']}"
-    equal = sum(len(set(e.responses)) < len(e.responses) for e in examples)
-    print(title + (f", {equal} with equal responses" if equal else ""))
+    rows = f"{len(examples)} row{'s' if len(examples) > 1 else ''}"
+    print(f"{args.data}: {rows} of {task}, {where['device']}, {where['dtype']}")
     print_table(table, base is not None)
     if len(examples) < 30:
-        print(f"\n{len(examples)} rows are few: intervals of means are too narrow below about 30")
+        print("\nWith fewer than about 30 rows the intervals of means are too narrow")
     if args.out:
         write_table(table, args, {"task": task, **where, "data_sha256": digest(examples)})
 
@@ -362,21 +338,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", required=True, metavar="DIR", help="the model, in Hugging Face layout")
     add("--base", metavar="DIR", help="the model before alignment, to compare with")
     add("--data", required=True, metavar="FILE", help="rows, see above")
-    add("--task", choices=["auto", *TASKS], default="auto",
+    add("--task", choices=["auto", "preference", "likelihood"], default="auto",
         help="auto: what the fields of the first row say")
-    add("--limit", type=int, metavar="N", help="the first N rows alone")
+    add("--limit", type=positive, metavar="N", help="the first N rows alone")
     add("--out", metavar="FILE", help="write all figures and settings as JSON")
     add("--overwrite", action="store_true", help="replace an --out that exists")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of weights and products. auto: as in training")
-    add("--max-tokens", type=int, metavar="N",
+    add("--max-tokens", type=positive, metavar="N",
         help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")
     # fmt: on
     args = p.parse_args(argv)
-    for option, value in {"--limit": args.limit, "--max-tokens": args.max_tokens}.items():
-        if value is not None and value < 1:
-            p.error(f"{option} must be 1 or more")
     if args.overwrite and not args.out:
         p.error("--overwrite goes with --out")
     return args
@@ -386,7 +359,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     with memory_advice(f"lower --max-tokens (now {args.max_tokens or 'its default'})"):
-        evaluate(args)
+        report(args)
 
 
 if __name__ == "__main__":

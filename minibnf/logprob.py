@@ -114,9 +114,9 @@ class _Logits:
     buffer, of the longest slice, is overwritten by each. Products go by blocks of the vocabulary
     that stay in a CPU's cache, about 8 MiB; a GPU takes it whole.
 
-    logps (N,): of what was read. dhidden, in hidden's dtype, since each row is written once, and
-    dunembed, in float32 or wider, since slices add up in it (autograd casts it at the end): where
-    `wanted`, else None.
+    logps (N,): of what was read. wanted: whether hidden and unembed need gradients. dhidden has
+    hidden's dtype, since each row is written once; dunembed is float32 or wider, since slices add
+    up in it (autograd casts it at the end), and None, its product spared, where it is not wanted.
     """
 
     def __init__(self, hidden, unembed, targets, softcap, slices, wanted=(False, False)):
@@ -221,9 +221,7 @@ class _Sweep(torch.autograd.Function):
     def forward(ctx, hidden, unembed, targets, chunks, judge, softcap):
         wanted = (False, False) if judge is None else ctx.needs_input_grad
         pieces = [_pieces(chunk, unembed) for chunk in chunks]
-        logits = _Logits(
-            hidden, unembed, targets, softcap, list(chain.from_iterable(pieces)), wanted
-        )
+        logits = _Logits(hidden, unembed, targets, softcap, chain.from_iterable(pieces), wanted)
         loss, dlogps = logits.logps.new_zeros(()), torch.empty_like(logits.logps)
         for k, chunk in enumerate(chunks):
             for i in pieces[k]:

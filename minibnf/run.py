@@ -1,12 +1,12 @@
-"""A run's folder: config.json, checkpoints and resuming, metrics, the model's card, the figure."""
+"""A run, and its folder: config.json, checkpoints and resuming, metrics, model card, figure."""
 
 import argparse
 import itertools
 import json
 import math
-import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,149 +14,95 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.data import Batch
-from minibnf.files.disk import inside, read_json, replacing, write_json, write_text
+from minibnf.arguments import config_of
+from minibnf.data import Batch, Example
+from minibnf.files.disk import delete, inside, optional, replacing, write_json, write_text
 from minibnf.files.safetensors import write_tensors
-from minibnf.files.tokenizer import FILES
+from minibnf.files.terminal import counted
+from minibnf.files.tokenizer import Tokenizer
+from minibnf.losses import Loss
 from minibnf.model import Transformer
 from minibnf.step import metrics
 
-GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
+
+@dataclass
+class Run:
+    """What was resolved from the arguments and the files they name."""
+
+    args: argparse.Namespace
+    out: Path
+    loss: Loss
+    hyper: dict
+    tokenizer: Tokenizer
+    model: Transformer
+    device: torch.device
+    dtype: torch.dtype
+    max_tokens: int
+    sets: dict[str, list[Example]]  # "train", "eval"; for kto mismatched too: "train-kl", "eval-kl"
+    steps_per_epoch: int
+    steps: int
+    facts: dict  # what config.json and the first lines printed say of all this
+
+    @property
+    def hyper_text(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in self.hyper.items() if k != "kl")
 
 
-def model_card(args, f: dict, hyper: dict, table: dict) -> str:
-    """README.md of a trained model.
+# ------------------------------------------------------------------------------------- its folder
 
-    args, f, hyper: train.py's arguments, facts and hyper-parameters; table: its evaluations,
-    {name: (before, after)}.
-    """
-    data = f"{f['pairs']} pairs and {f['unpaired']} unpaired responses"
-    how = f"peak learning rate {f['lr']:.3g}, {args.optimizer}, seed {args.seed}"
-    base = name_of(args.model)
-    hyper = ", ".join(f"{k} = {v}" for k, v in hyper.items() if k != "kl") or "no hyper-parameters"
-    card = f"""---
-base_model: {base}
-tags: [minibnf, {args.loss}, preference-alignment]
----
-# {base}, trained with {args.loss}
-
-Loss: {args.loss} ({hyper}). Data: {Path(args.data).name}, {data}.
-{f["steps"]} steps of {f["batch"]} examples, {how},
-computed in {f["dtype"]}.
-Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
-"""
-    if table:
-        rows = "".join(
-            f"| {k} | {first:.4f} | {last:.4f} |\n" for k, (first, last) in table.items()
-        )
-        card += f"\n| held-out | before | after |\n|---|---|---|\n{rows}"
-    return card
-
-
-def name_of(directory) -> str:
-    """A model's name: org/name in a hub's cache (models--org--name/snapshots/*), or its folder."""
-    *_, repository, snapshots, _ = (".", ".", *Path(directory).resolve().parts)
-    if snapshots == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return Path(directory).absolute().name
-
-
-# --------------------------------------------------------------- the folder of a training run
-
-RUN_NAMES = (  # what a run writes
-    "config.json", "model", "checkpoints", "metrics.jsonl", "reference-*.safetensors",
-    "figures/training.png",
+# what a run writes into its folder, and --overwrite deletes
+WRITES = (
+    "config.json", "model", "checkpoints/step-" + "[0-9]" * 7, "metrics.jsonl",
+    "reference-*.safetensors", "figures/training.png",
 )  # fmt: skip
 
 
-def holds_run(out: Path) -> bool:
-    """Does a folder hold a run, finished or not: a config.json that the trainer wrote?"""
-    file = out / "config.json"
-    try:
-        found = read_json(file) if file.is_file() else None
-    except ValueError:
-        return False
-    names = ("arguments", "facts")
-    return isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in names)
+def written(out: Path) -> list[Path]:
+    """What of WRITES lies in a folder."""
+    return [path for name in WRITES for path in sorted(out.glob(name))]
 
 
-def check_folder(args: argparse.Namespace, out: Path) -> bool:
-    """Whether OUT holds a run. ValueError where this one would write over what is not a run's."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
+def check_folder(args: argparse.Namespace, out: Path) -> dict | None:
+    """The config.json of the run to resume, None for a new one.
+
+    Raises ValueError where the run would write over another's, or over what no run wrote.
+    """
     inputs = {"--model": args.model, "--data": args.data, "--eval-data": args.eval_data}
-    if args.config and Path(args.config).resolve() != (out / "config.json").resolve():
-        inputs["--config"] = args.config
     for flag, path in inputs.items():
         if path is not None and inside(Path(path), out):
             raise ValueError(f"{flag} {path} lies in --out {out}; name another folder for the run")
-    begun = holds_run(out)
-    if not begun:
-        refuse_foreign(out)
-    elif args.overwrite:
-        refuse_strangers(out)
-    elif not args.resume:
+    earlier, held = config_of(out / "config.json"), written(out)
+    if held and earlier is None:
+        raise ValueError(
+            f"--out {out} holds {held[0].relative_to(out)}, and no config.json of a run of "
+            "minibnf; name another folder"
+        )
+    if earlier and not args.resume and not args.overwrite:
         raise ValueError(
             f"{out} holds a run already; --resume goes on with it, --overwrite deletes it"
         )
-    return begun
+    return earlier if args.resume else None
 
 
-def refuse_foreign(out: Path) -> None:
-    """ValueError if a folder that holds no run has a file or folder of a name that a run writes."""
-    for name in RUN_NAMES:
-        for path in out.glob(name):
-            raise ValueError(
-                f"--out {out} holds {path.relative_to(out)}, and no config.json of a run of "
-                "minibnf; name another folder"
-            )
+def begin_folder(run: Run) -> None:
+    """Delete an earlier run where told to, and write config.json.
 
-
-def refuse_strangers(out: Path) -> None:
-    """ValueError if a folder that a run replaces as a whole holds a file that no run wrote."""
-    weights = re.compile(
-        r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|optimizer-\d\.safetensors"
-    )
-    others = {"config.json", "README.md", "state.json", "additional_chat_templates", *FILES}
-    folders = [folder for folder in [out / "model", *checkpoints(out)] if folder.is_dir()]
-    for path in (path for folder in folders for path in folder.iterdir()):
-        if path.name not in others and not weights.fullmatch(path.name):
-            raise ValueError(
-                f"{path}: no run of minibnf wrote this, and --overwrite would delete it with its "
-                "folder; move it elsewhere first"
-            )
-
-
-def delete_run(out: Path) -> None:
-    """Delete what a run wrote in its folder, and the folders that this empties; all else stays.
-
-    config.json stays until the next run's takes its place, and a folder is renamed before its
-    files go: after an interruption the folder still holds a run, and nothing half deleted in it
-    is taken for whole.
+    An earlier config.json stays until this run's takes its place, so that the folder of a run that
+    is interrupted anywhere holds a run.
     """
-    left = [*out.glob(".model.*.tmp"), *out.glob("checkpoints/.step-*.tmp")]
-    for folder in left:  # by a run that was killed, or by an interrupted deletion
-        shutil.rmtree(folder)
-    whole = [out / "model", *checkpoints(out)]
-    for folder in whole:
-        if folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.deleted.tmp")))
-        else:
-            folder.unlink(missing_ok=True)
-    files = [out / "metrics.jsonl", *out.glob("reference-*.safetensors")]
-    files.append(out / "figures" / "training.png")
-    for file in files:
-        file.unlink(missing_ok=True)
-    emptied = [out / "checkpoints", out / "figures"]
-    for folder in emptied:
-        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-            folder.rmdir()
+    if run.args.overwrite:
+        for path in written(run.out):
+            if path.name != "config.json":
+                delete(path)
+    run.out.mkdir(parents=True, exist_ok=True)
+    passing = ("resume", "overwrite", "config")
+    arguments = {k: v for k, v in vars(run.args).items() if k not in passing}
+    write_json(run.out / "config.json", {"arguments": arguments, "facts": run.facts})
 
 
 def checkpoints(out: Path) -> list[Path]:
     """OUT/checkpoints/step-N, the oldest first."""
-    found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return [path for path in written(out) if path.parent.name == "checkpoints"]
 
 
 def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
@@ -165,23 +111,15 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
     Older ones go once it is there.
     """
     directory = out / "checkpoints" / f"step-{step:07d}"
-    if directory.exists():  # nothing has changed since it was made
-        return
     with replacing(directory) as temporary:
-        write_tensors(
-            temporary / "model.safetensors",
-            {n: p.detach().cpu() for n, p in model.named_parameters()},
-        )
+        parameters = {name: p.detach().cpu() for name, p in model.named_parameters()}
+        write_tensors(temporary / "model.safetensors", parameters)
         for i, optim in enumerate(optims):
-            state = {
-                f"{k}.{name}": x
-                for k, s in optim.state_dict()["state"].items()
-                for name, x in s.items()
-            }
-            write_tensors(temporary / f"optimizer-{i}.safetensors", state)
+            states = optim.state_dict()["state"].items()
+            tensors = {f"{k}.{name}": x for k, state in states for name, x in state.items()}
+            write_tensors(temporary / f"optimizer-{i}.safetensors", tensors)
         write_json(temporary / "state.json", {"step": step, "num_tokens": tokens})
-    others = [*checkpoints(out), *directory.parent.glob(".step-*.tmp")]
-    for old in others:
+    for old in [*checkpoints(out), *directory.parent.glob(".step-*.tmp")]:
         if old != directory:
             shutil.rmtree(old)
 
@@ -193,62 +131,41 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
     Returns (steps done, tokens read), (0, 0) if there is none.
     Raises OSError that names a checkpoint that is damaged, or cannot be read.
     """
-    found = checkpoints(out)
-    if not found:
+    if not checkpoints(out):
         return 0, 0
+    directory = checkpoints(out)[-1]
     try:
-        return _load_training(found[-1], model, optims)
+        with safe_open(directory / "model.safetensors", framework="pt") as stored:
+            for name, p in model.named_parameters():
+                p.copy_(_like(p, stored, name))
+        for i, optim in enumerate(optims):
+            params = [p for group in optim.param_groups for p in group["params"]]
+            states = {k: {} for k in range(len(params))}
+            with safe_open(directory / f"optimizer-{i}.safetensors", framework="pt") as stored:
+                for key in stored.keys():
+                    k, name = key.split(".")
+                    states[int(k)][name] = _like(params[int(k)], stored, key)
+            groups = optim.state_dict()["param_groups"]
+            optim.load_state_dict({"state": states, "param_groups": groups})
+        state = optional(directory / "state.json")
+        return state["step"], state["num_tokens"]
     except (SafetensorError, ValueError, KeyError, FileNotFoundError) as error:
         raise OSError(
-            f"{found[-1]}: a damaged checkpoint ({error}); --overwrite starts anew"
+            f"{directory}: a damaged checkpoint ({error}); --overwrite starts anew"
         ) from None
     except OSError as error:  # no damage: a file that may not be read, say
-        raise OSError(f"{found[-1]}: the checkpoint cannot be read: {error}") from None
+        raise OSError(f"{directory}: the checkpoint cannot be read: {error}") from None
 
 
-def _load_training(directory: Path, model: Transformer, optims: list) -> tuple[int, int]:
-    with safe_open(directory / "model.safetensors", framework="pt") as tensors:
-        for name, p in model.named_parameters():
-            stored = tensors.get_tensor(name)
-            if stored.shape != p.shape:
-                raise ValueError(
-                    f"tensor '{name}' is {tuple(stored.shape)}, the model's {tuple(p.shape)}"
-                )
-            p.copy_(stored)
-    for i, optim in enumerate(optims):
-        state: dict = {}
-        with safe_open(directory / f"optimizer-{i}.safetensors", framework="pt") as tensors:
-            for key in tensors.keys():
-                index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = tensors.get_tensor(key)
-        params = [p for group in optim.param_groups for p in group["params"]]
-        for index, p in enumerate(params):
-            for name, x in state.get(index, {}).items():
-                if x.dim() and x.shape != p.shape:
-                    raise ValueError(
-                        f"optimizer-{i}: '{index}.{name}' is {tuple(x.shape)}, not {tuple(p.shape)}"
-                    )
-        optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
-    state = read_json(directory / "state.json")
-    if not isinstance(state, dict):
-        raise ValueError("state.json holds no JSON object")
-    return state["step"], state["num_tokens"]
+def _like(p: Tensor, stored, name: str) -> Tensor:
+    """A stored tensor that belongs to a parameter: it has its shape, or is a single number."""
+    x = stored.get_tensor(name)
+    if x.dim() and x.shape != p.shape:
+        raise ValueError(f"tensor '{name}' is {tuple(x.shape)}, the model's {tuple(p.shape)}")
+    return x
 
 
-def keep_metrics(file: Path, step: int) -> None:
-    """Drop what an interrupted run logged past its checkpoint at `step`, all of it at 0.
-
-    The last line may be torn.
-    """
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if step else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    write_text(file, "".join(kept))
-
+# ------------------------------------------------------------------------------------ its metrics
 
 # steps launched before an earlier one's numbers are read, so that a GPU never waits for that
 AHEAD = {"cpu": 0, "cuda": 1}
@@ -260,39 +177,39 @@ class Log:
     A step's numbers are read when the device has made them.
     """
 
-    def __init__(self, run, step: int):
-        self.run, self.on_gpu = run, run.device.type == "cuda"
+    def __init__(self, run: Run, step: int):
+        """step: the last one of the checkpoint. What a killed run logged past it is dropped."""
+        self.run, self.file = run, run.out / "metrics.jsonl"
         self.launched: list[tuple] = []  # steps whose numbers have not been read
-        self.bar = tqdm(
-            total=run.steps, initial=step, desc=run.loss.name, unit="step", disable=None
-        )
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
+        self.read_at = 0.0  # when numbers were last read
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
+        write_text(self.file, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        name, total = run.loss.name, run.steps
+        self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None)
+        self.close = self.bar.close
 
     def write(self, row: dict) -> None:
-        with open(self.run.out / "metrics.jsonl", "a", encoding="utf-8") as lines:
+        with open(self.file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def begin(self) -> None:
-        self.began = self._now()
-
-    def end(self, row: dict, batches: list[Batch], numbers: Tensor) -> None:
-        """numbers: the step's loss, its gradient's norm, and run_batches' sums, one by one."""
-        numbers = numbers.to("cpu", non_blocking=True)
-        self.launched.append((row, batches, numbers, self.began, self._now()))
+    def step(self, began: float, row: dict, batches: list[Batch], loss, norm, sums) -> None:
+        """A step was launched. loss and sums: as run_batches gives them; norm: the gradient's."""
+        numbers = torch.cat([torch.stack([loss, norm]), sums.flatten()])
+        numbers, made = numbers.to("cpu", non_blocking=True), None
+        if self.run.device.type == "cuda":
+            made = torch.cuda.current_stream().record_event()
+        self.launched.append((began, row, batches, numbers, made))
         self.settle(AHEAD[self.run.device.type])
 
     def settle(self, ahead: int = 0) -> None:
         """Read and write the numbers of the steps launched, but for the newest `ahead`."""
         while len(self.launched) > ahead:
-            row, batches, numbers, began, ended = self.launched.pop(0)
-            if self.on_gpu:
-                ended.synchronize()
-            seconds = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
+            began, row, batches, numbers, made = self.launched.pop(0)
+            if made:
+                made.synchronize()
+            began, self.read_at = max(began, self.read_at), time.perf_counter()
+            seconds = self.read_at - began
             loss, norm = numbers[:2].tolist()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"loss {loss}, gradient norm {norm}"
@@ -308,86 +225,91 @@ class Log:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
 
-    def _now(self):
-        """Now; on CUDA, when the device will have come so far."""
-        if self.on_gpu:
-            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
-        return time.perf_counter()
 
-
-def not_finite(run, step: int, batches: list[Batch], what: str) -> str:
-    lines = ", ".join(map(str, sorted(line for b in batches for line in b.lines)))
+def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
+    examples = run.sets["train"]
+    lines = sorted({examples[i].line for b in batches for i, _ in b.order})
     return f"""stopped at step {step}: {what}; nothing of it was saved.
-Its batch: {run.sets["train"][0].unit}s {lines} of {run.args.data}.
+Its batch: {examples[0].unit}s {", ".join(map(str, lines))} of {run.args.data}.
 Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: \
 {run.out / "metrics.jsonl"}"""
 
 
-# ---------------------------------------------------------------------- its figure
+# ------------------------------------------------------------------------------ what it ends with
 
 
-def training_curves(rows: list[dict], file: Path, title: str) -> Path:
+def model_card(run: Run, title: str, table: dict) -> str:
+    """README.md of a trained model. table: {metric: (before, after)}; title: of what."""
+    f, args, base = run.facts, run.args, name_of(run.args.model)
+    rows = "".join(f"| {k} | {old:.4f} | {new:.4f} |\n" for k, (old, new) in table.items())
+    data = f"{counted(f['pairs'], 'pair')} and {counted(f['unpaired'], 'unpaired response')}"
+    steps = f"{counted(f['steps'], 'step')} of {counted(f['batch'], 'example')}"
+    return f"""---
+base_model: {base}
+tags: [minibnf, {args.loss}, preference-alignment]
+---
+# {base}, trained with {args.loss}
+
+Loss: {args.loss} {run.hyper_text}. Data: {Path(args.data).name}, {data}. {steps}, seed {args.seed},
+{args.optimizer}, peak learning rate {f["lr"]:.3g}, computed in {f["dtype"]}.
+Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
+
+| {title} | before | after |
+|---|---|---|
+{rows}"""
+
+
+def name_of(directory) -> str:
+    """A model's name: org/name in a hub's cache (models--org--name/snapshots/*), or its folder."""
+    *_, repository, snapshots, _ = (".", ".", *Path(directory).resolve().parts)
+    if snapshots == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return Path(directory).absolute().name
+
+
+GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
+PANELS = {
+    "loss (nats)": {"loss": PLAIN},
+    "log-likelihood (nats per response)": {"logps/chosen": GOOD, "logps/rejected": BAD},
+    "reward: shift against the reference, × β if any (nats)": {
+        "rewards/chosen": GOOD, "rewards/rejected": BAD,
+    },
+}  # fmt: skip
+
+
+def training_curves(rows: list[dict], file: Path, title: str) -> None:
     """Loss, log-likelihoods and rewards of chosen and rejected against the step.
 
-    Held-out points are dots.
+    Faint dots are steps, and the line their running mean; full dots are held-out rows.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps = [row for row in rows if "loss" in row]
-    held_out = [row for row in rows if "eval_loss" in row]
-    panels = [
-        ("loss (nats)", {"loss": PLAIN}),
-        ("log-likelihood (nats a response)", {"logps/chosen": GOOD, "logps/rejected": BAD}),
-        (
-            "reward: shift against the reference, × β if any (nats)",
-            {"rewards/chosen": GOOD, "rewards/rejected": BAD},
-        ),
-    ]
-    panels = [
-        (label, lines)
-        for label, lines in panels
-        if any(name in row for row in steps for name in lines)
-    ]
-    style = {
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.alpha": 0.3,
-    }  # fmt: skip
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained"
-        )
-        for axis, (label, lines) in zip(axes[0], panels, strict=True):
-            for name, colour in lines.items():
-                points = [(row["step"], row[name]) for row in steps if name in row]
-                if not points:
-                    continue
-                x, y = zip(*points, strict=True)
-                axis.plot(
-                    x, y, color=colour, alpha=0.3, linewidth=0.8, marker="." if len(x) < 3 else None
-                )
-                axis.plot(x, smooth(y), color=colour, linewidth=1.6, label=name.split("/")[-1])
-                dots = [
-                    (row["step"], row[f"eval_{name}"]) for row in held_out if f"eval_{name}" in row
-                ]
-                if dots:
-                    axis.plot(
-                        *zip(*dots, strict=True),
-                        "o",
-                        color=colour,
-                        markersize=4,
-                        label=f"{name.split('/')[-1]}, held out",
-                    )
-            axis.set_xlabel("step")
-            axis.set_title(label, fontsize=9, loc="left")
-            axis.legend(frameon=False, fontsize=8)
-        figure.suptitle(title, fontsize=10)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
-        plt.close(figure)
-    return file
+    logged = {name for row in rows for name in row}
+    panels = {label: lines for label, lines in PANELS.items() if logged.intersection(lines)}
+    size = (4.2 * len(panels), 3.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+        for name, colour in lines.items():
+            x, y = points(rows, name)
+            axis.plot(x, y, ".", color=colour, alpha=0.3, markersize=3)
+            axis.plot(x, smooth(y), color=colour, label=name)
+            axis.plot(*points(rows, f"eval_{name}"), "o", color=colour)
+        axis.set_title(label, fontsize="medium")
+        axis.set_xlabel("step")
+        axis.legend()
+    figure.suptitle(f"{title} (large dots: held-out rows)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def points(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """The steps at which a metric was logged, and its values."""
+    having = [row for row in rows if name in row]
+    return [row["step"] for row in having], [row[name] for row in having]
 
 
 def smooth(y) -> list[float]:

@@ -4,7 +4,9 @@ Shapes: N response tokens and R responses of a batch, P pairs, D width, V vocabu
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
@@ -26,59 +28,62 @@ from minibnf.responses import Responses
 
 
 def batch_loss(
-    model: Transformer, batch: Batch, loss: Loss, hyper: dict, ref: Tensor | None, E: int, dtype
+    model, batch: Batch, loss: Loss, hyper: dict, ref_logps: Tensor | None, E: int, dtype
 ) -> tuple[Tensor, Tensor]:
     """A micro-batch's share of the step's loss, a scalar, and logps (N,), detached.
 
-    ref (N,) or None: the reference's log-probabilities. E: how many examples the step has. dtype:
-    what to compute in. Call backward on the loss as it is.
+    ref_logps (N,) or None: the reference's log-probabilities. E: how many examples the step has.
+    dtype: what to compute in. Call backward on the loss as it is.
     """
 
-    def head(x, unembed):
-        chunks = chunks_of(batch, loss, unembed)
+    def judge(i: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss makes of the tokens in slice i, of which logps are given."""
+        owner, preferred = batch.owner[i], batch.preferred
+        pairs, lengths = batch.pairs, batch.lengths
+        if not loss.token_local:  # of these rows alone
+            first, first_pair = batch.starts[i.start]
+            end, end_pair = batch.starts[i.stop]
+            owner, preferred, lengths = owner - first, preferred[first:end], lengths[first:end]
+            pairs = pairs[first_pair:end_pair] - first
+        ref_part = None if ref_logps is None else ref_logps[i]
+        part = Responses(logps, ref_part, owner, preferred, pairs, lengths, E)
+        return loss.value(part, **hyper), loss.gradient(part, **hyper)
 
-        def judge(k: int, logps: Tensor) -> tuple[Tensor, Tensor]:
-            part = responses_of(batch, loss, chunks[k], logps, ref, E)
-            return loss.value(part, **hyper), loss.gradient(part, **hyper)
-
-        cap = model.config.final_softcap
-        return sweep(x[0, batch.predictors], unembed, batch.targets, chunks, judge, softcap=cap)
-
-    return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
+    return _sweep(model, batch, loss, dtype, judge)
 
 
 def batch_logps(model: Transformer, batch: Batch, loss: Loss, dtype) -> Tensor:
     """(N,): the log-probabilities that batch_loss sees, rounded alike, for the same products."""
+    return _sweep(model, batch, loss, dtype)[1]
+
+
+def _sweep(model, batch: Batch, loss: Loss, dtype, judge=None) -> tuple[Tensor, Tensor]:
+    """One pass over the vocabulary, in chunks that the loss can judge.
+
+    A token-local loss may be cut anywhere, others only between rows. judge(slice of the response
+    tokens, their logps) -> value and dlogps; without it there are only logps.
+    """
+
+    def read(hidden, unembed, targets, softcap):
+        sizes = None if loss.token_local else [b - a for a, b in pairwise(batch.starts)]
+        chunks = cuts(sizes, len(targets), chunk_tokens(unembed))
+
+        def judge_chunk(k: int, logps: Tensor) -> tuple[Tensor, Tensor]:
+            return judge(chunks[k], logps)
+
+        return sweep(hidden, unembed, targets, chunks, judge and judge_chunk, softcap=softcap)
+
+    return predict(model, batch, dtype, read)
+
+
+def predict(model: Transformer, batch: Batch, dtype, read: Callable):
+    """read(hidden, unembed, targets, softcap=) of what predicts a batch's response tokens."""
 
     def head(x, unembed):
-        chunks, cap = chunks_of(batch, loss, unembed), model.config.final_softcap
-        return sweep(x[0, batch.predictors], unembed, batch.targets, chunks, softcap=cap)[1]
+        cap = model.config.final_softcap
+        return read(x[0, batch.predictors], unembed, batch.targets, softcap=cap)
 
     return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
-
-
-def chunks_of(batch: Batch, loss: Loss, unembed: Tensor) -> list[slice]:
-    """Slices of a batch's response tokens, each of which the loss can judge by itself.
-
-    Those of a token-local loss are cut anywhere, others only between rows.
-    """
-    sizes = None if loss.token_local else [b - a for a, b in pairwise(batch.starts)]
-    return cuts(sizes, len(batch.targets), chunk_tokens(unembed))
-
-
-def responses_of(
-    batch: Batch, loss: Loss, i: slice, logps: Tensor, ref: Tensor | None, E: int
-) -> Responses:
-    """What the loss is to see of the tokens in slice i, of which logps are given."""
-    owner, preferred = batch.owner[i], batch.preferred
-    pairs, lengths = batch.pairs, batch.lengths
-    if not loss.token_local:  # of these rows alone
-        first, first_pair = batch.starts[i.start]
-        end, end_pair = batch.starts[i.stop]
-        owner, preferred, lengths = owner - first, preferred[first:end], lengths[first:end]
-        pairs = pairs[first_pair:end_pair] - first
-    ref = None if ref is None else ref[i]
-    return Responses(logps, ref, owner, preferred, pairs, lengths, E)
 
 
 def run_batches(
@@ -86,13 +91,16 @@ def run_batches(
 ) -> tuple[Tensor, Tensor]:
     """A step's loss over all its micro-batches, and what its responses sum to.
 
-    ref: the Reference, or None. Returns the loss, a scalar whose gradients are accumulated if
-    backward, and the R responses' log-likelihoods (1, R), with a reference also how far these have
-    shifted from it (2, R), in nats. Nothing here waits for the device.
+    ref: the Reference, or None where the loss needs none. Returns the loss, a scalar whose
+    gradients are accumulated if backward, and the R responses' log-likelihoods (1, R), with a
+    reference also how far these have shifted from it (2, R), in nats. Nothing here waits for the
+    device.
     """
     values, sums = [], []
     E = sum(len(b.preferred) if loss.per_response else b.examples for b in batches)
-    hyper = step_hyper(hyper, batches)
+    if hyper.get("length") == "batch":  # the mean of the whole step, whatever a micro-batch holds
+        tokens = sum(len(b.targets) for b in batches)
+        hyper = hyper | {"length": tokens / sum(len(b.preferred) for b in batches)}
     for batch in batches:
         batch = batch.to(device)
         ref_logps = None if ref is None else ref.of(batch)
@@ -101,20 +109,10 @@ def run_batches(
         if backward:
             value.backward()
         values.append(value.detach())
+        found = [logps] if ref is None else [logps, logps - ref_logps]
         responses = batch.responses(logps, ref_logps)
-        found = [responses.sums(logps)]
-        if ref is not None:
-            found.append(responses.sums(logps - ref_logps))
-        sums.append(torch.stack(found))
+        sums.append(torch.stack([responses.sums(x) for x in found]))
     return torch.stack(values).sum(), torch.cat(sums, 1)
-
-
-def step_hyper(hyper: dict, batches: list[Batch]) -> dict:
-    """length="batch" means the whole step's mean response length, whatever a micro-batch holds."""
-    if hyper.get("length") != "batch":
-        return hyper
-    tokens, responses = sum(len(b.targets) for b in batches), sum(len(b.preferred) for b in batches)
-    return {**hyper, "length": tokens / responses}
 
 
 @torch.no_grad()
@@ -137,21 +135,19 @@ def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict:
     logps: log-likelihoods of whole responses in nats. rewards: beta (1 where a loss has none) times
     the shift against the reference; margins and accuracies are over pairs.
     """
-    logps, *shift = sums
     preferred = torch.cat([b.preferred for b in batches])
-    names = {"chosen": preferred, "rejected": ~preferred}
+    values = {"logps": sums[0]}
+    if len(sums) > 1:
+        values["rewards"] = beta * sums[1]
     found = {}
-    for name, which in names.items():
-        if which.any():
-            found[f"logps/{name}"] = logps[which].mean().item()
-    if shift:
-        rewards = beta * shift[0]
-        for name, which in names.items():
+    for name, x in values.items():
+        for side, which in {"chosen": preferred, "rejected": ~preferred}.items():
             if which.any():
-                found[f"rewards/{name}"] = rewards[which].mean().item()
+                found[f"{name}/{side}"] = x[which].mean().item()
+    if "rewards" in values:
         starts = accumulate((len(b.preferred) for b in batches), initial=0)
         pairs = torch.cat([b.pairs + at for at, b in zip(starts, batches, strict=False)])
-        margins = beta * (shift[0][pairs[:, 0]] - shift[0][pairs[:, 1]])
+        margins = beta * (sums[1][pairs[:, 0]] - sums[1][pairs[:, 1]])
         if len(margins):
             found["rewards/margins"] = margins.mean().item()
             found["rewards/accuracies"] = (margins > 0).float().mean().item()
@@ -162,45 +158,36 @@ def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict:
 
 
 class Reference:
-    """The reference's log-probabilities of every response token of a data set, flat."""
+    """The reference's log-probabilities of every response token of a data set."""
 
     def __init__(self, examples: list[Example], logps: Tensor):
-        self.logps, self.start, at = logps, {}, 0  # start: where each response begins and ends
-        for i, example in enumerate(examples):
-            for k, response in enumerate(example.responses):
-                self.start[i, k] = at, at + len(response)
-                at += len(response)
+        """logps (N,): all responses' tokens, one response after another."""
+        responses = {(i, k): r for i, e in enumerate(examples) for k, r in enumerate(e.responses)}
+        parts = logps.split([len(response) for response in responses.values()])
+        self.logps, self.parts = logps, dict(zip(responses, parts, strict=True))
 
     def of(self, batch: Batch) -> Tensor:
         """(N,): the reference log-probabilities of a batch's response tokens."""
-        found = [self.logps[slice(*self.start[place])] for place in batch.order]
-        return to_device(torch.cat(found), batch.targets.device)
+        logps = torch.cat([self.parts[place] for place in batch.order])
+        return to_device(logps, batch.targets.device)
 
 
 def reference(
-    model, examples: list[Example], steps: Iterable[list[Batch]], file: Path, key: str, loss, dtype
+    model, examples: list[Example], steps: Iterable[list[Batch]], file: Path, loss, dtype
 ) -> Reference:
     """The log-probabilities of all examples, computed once and cached in file.
 
     steps: the examples as training will meet them, lists of packed batches. A product of other
     sizes may round otherwise, so only where the reference is read in the same packs and chunks do
-    policy and reference agree before the first step. key names the model, the tokens, the dtype and
-    the packing; a cache under another key is made again.
+    policy and reference agree before the first step. A cache that is damaged is made again.
     """
-    try:
-        with safe_open(file, framework="pt") as cached:
-            if (cached.metadata() or {}).get("key") == key:
-                return Reference(examples, cached.get_tensor("logps"))
-    except (OSError, SafetensorError):
-        pass  # absent or damaged: made (again) below
+    with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as cached:
+        return Reference(examples, cached.get_tensor("logps"))
 
-    def read(batch: Batch) -> Tensor:
-        return batch_logps(model, batch, loss, dtype)
-
-    found = dict(read_batches(model, steps, len(examples), read, "reference"))
-    ref = Reference(examples, torch.cat([found[place] for place in sorted(found)]).float())
-    write_tensors(file, {"logps": ref.logps}, {"key": key})
-    return ref
+    read = partial(batch_logps, model, loss=loss, dtype=dtype)
+    logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
+    write_tensors(file, {"logps": logps})
+    return Reference(examples, logps)
 
 
 def fingerprint(model: Transformer) -> str:
@@ -221,31 +208,25 @@ def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logp
     read(hidden, unembed, targets, softcap=): its log-probability (token_logps), its logit
     (target_logits) or both (logps_and_logits). dtype: what to compute in.
     """
-    cap = model.config.final_softcap
-
-    def read_batch(batch: Batch) -> Tensor:
-        def head(x, unembed):
-            return read(x[0, batch.predictors], unembed, batch.targets, softcap=cap)
-
-        return model(batch.tokens, batch.positions, batch.layout, dtype=dtype, head=head)
-
-    places = range(len(examples))
-    steps = (pack(examples, list(places[i : i + 512]), max_tokens) for i in places[::512])
-    found = dict(read_batches(model, steps, len(examples), read_batch, "reading"))
-    return [found[place] for place in sorted(found)]
+    places = list(range(len(examples)))
+    steps = (pack(examples, places[at : at + 512], max_tokens) for at in places[::512])
+    read_batch = partial(predict, model, dtype=dtype, read=read)
+    return read_all(model, examples, steps, read_batch, "reading")
 
 
 @torch.no_grad()
-def read_batches(model, steps, total: int, read, desc: str) -> Iterator[tuple[tuple, Tensor]]:
-    """Yields (place, x) for every response in steps, lists of packed batches with `total` rows.
+def read_all(model, examples: list[Example], steps, read, desc: str) -> list[Tensor]:
+    """Of each response its part of read(batch), on the CPU, in the order of the examples.
 
-    x is its part of read(batch), on the CPU; place is (index of its example, index in it).
+    steps: lists of packed batches in which every example is met once.
     """
-    with tqdm(total=total, desc=desc, unit="row", disable=None, leave=False) as bar:
+    found = {}  # by place: (index of the example, index in it)
+    with tqdm(total=len(examples), desc=desc, unit="row", disable=None, leave=False) as bar:
         for batch in chain.from_iterable(steps):
             x = read(batch.to(model.unembed.device)).cpu()
-            yield from zip(batch.order, x.split(batch.lengths.tolist()), strict=True)
-            bar.update(len(batch.lines))
+            found.update(zip(batch.order, x.split(batch.lengths.tolist()), strict=True))
+            bar.update(len({i for i, _ in batch.order}))
+    return [found[place] for place in sorted(found)]
 
 
 def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:

@@ -1,12 +1,9 @@
 """Model folders that people have, each with one peculiarity of published checkpoints.
 
-Every command takes them, and transformers computes the same of them. Those of shared/cases, which
-lies beside a checkout where people work on the project, are held to the same.
+Every command takes them, and transformers computes the same of them.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +17,8 @@ from minibnf.model import load
 from tests.test_train import rows, write
 
 ROOT = Path(__file__).parents[1]
-TINY, SCRIPT = ROOT / "weights" / "tiny", ROOT.parent / "shared" / "cases" / "models.py"
+TINY = ROOT / "weights" / "tiny"
 EMBED = "model.embed_tokens.weight"
-SHARED = ["inv_freq", "one_token_more", "padded_vocab", "unsloth", "autoset"]
 PAIR = {"prompt": "Red is", "chosen": " a colour.", "rejected": " a number."}
 QUESTION = {"question": "How many are 40 and 2?", "answer": "#### 42"}
 
@@ -68,20 +64,9 @@ MAKERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared_cases(tmp_path_factory):
-    if not SCRIPT.is_file():
-        pytest.skip("shared/cases lies only where people work on the project")
-    out = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, SCRIPT, TINY, out], check=True)
-    return out
-
-
-@pytest.fixture(params=[*MAKERS, *SHARED])
+@pytest.fixture(params=MAKERS)
 def folder(request, tmp_path):
-    if request.param in MAKERS:
-        return MAKERS[request.param](tmp_path / request.param)
-    return request.getfixturevalue("shared_cases") / request.param
+    return MAKERS[request.param](tmp_path / request.param)
 
 
 def succeeds(main, *words):
@@ -116,7 +101,7 @@ def test_every_command_takes_it_and_names_what_is_ignored_once(folder, tmp_path,
         announced()
         succeeds(evaluate.main, "--model", model, "--data", questions, *cpu)
         announced()
-    assert sampler(load(folder), load_tokenizer(folder), max_new_tokens=20)(["Hi?"], 3, 0)
+    assert sampler(load(folder), load_tokenizer(folder))(["Hi?"], 3, 0)
     side = chat.Side(str(folder), chat.parse(["--model", str(folder), *cpu]))
     announced()
     assert "".join(side.ask("Which city is Will's home?"))
@@ -131,19 +116,6 @@ def test_transformers_computes_the_same(folder):
         # 1e-5 of the largest logit, which loud rows make a thousand times larger
         atol = 1e-5 * float(expected.abs().max())
         torch.testing.assert_close(load(folder)(tokens), expected, rtol=0, atol=atol)
-
-
-def test_load_prints_nothing(tmp_path, capsys, recwarn):
-    load(unknown_fields(tmp_path / "model"))
-    assert capsys.readouterr() == ("", "") and not recwarn
-
-
-def test_names_that_are_ignored_cannot_act_on_the_terminal(tmp_path, capsys):
-    (tmp_path / "model").mkdir()
-    folder = folder_like_tiny(tmp_path / "model", **{"a\x1b[2J": 1})
-    succeeds(check.main, folder)
-    shown = capsys.readouterr().err
-    assert "'a\\x1b[2J'" in shown and "\x1b" not in shown
 
 
 # ------------------------------------------------------------------------ a token without a row

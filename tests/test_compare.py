@@ -7,17 +7,14 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
-import torch
 
-from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.compare import check, compare, main
 from minibnf.lab.figures import comparison
 from minibnf.lab.language import QA, problems
 from minibnf.lab.plan import chosen_settings, collapsed, finals, objective, select, settings, sweep
 from minibnf.lab.tables import concentration, figure, good_rates, ranks, table
-from minibnf.lab.trials import feedback_of, prepare, slug, trace
+from minibnf.lab.trials import prepare, slug
 from minibnf.lab.verdicts import CUSTOMARY, NOT, REPRODUCED, report, verdicts, within
-from minibnf.model import load, save
 
 SPEC = {
     "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32, "device": "cpu"},
@@ -48,7 +45,7 @@ def run(name, method, setting, seed=0, error=0.01, **scores):
     return {
         "set": name, "method": method, "setting": setting, "seed": seed,
         "split": "test" if seed else "validation", "kind": "math" if name == "math" else "qa",
-        "result": result, "base": BASE, "trace": {}, "feedback": {},
+        "result": result, "base": BASE,
     }  # fmt: skip
 
 
@@ -100,11 +97,9 @@ def test_what_a_setting_is_chosen_by():
     ],
 )
 def test_collapse_is_half_of_the_reasoning_or_a_quarter_more_degenerate_answers(change, is_so):
-    assert collapsed(run("qa", "bnf", {}, **change)) is is_so
-
-
-def test_a_run_that_broke_off_has_collapsed():
-    assert collapsed(run("qa", "bnf", {}) | {"result": {}})
+    found = run("qa", "bnf", {}, **change)
+    assert collapsed(found) is is_so
+    assert collapsed(found | {"result": {}})  # it broke off
 
 
 def changed(*path, **fields):
@@ -122,20 +117,18 @@ def changed(*path, **fields):
 REFUSED = [
     (changed(seeds=None), "field 'seeds' is missing"),
     (changed(sedes=[1]), "field 'sedes' is unknown"),
-    (changed("on", math=["bnf"]), "'on' names 'math', which 'sets' lacks"),
-    (changed("on", qa=["bnf", "ipo"]), "'on' names 'ipo', which 'methods' lacks"),
-    (changed("methods", "bnf", loss="bfn"), "method 'bnf' needs a 'loss' of"),
+    (changed("on", math=["bnf"]), "'on' names 'math'"),
+    (changed("on", qa=["bnf", "ipo"]), "'on' names 'ipo'"),
+    (changed("methods", "bnf", loss="bfn"), "the trainer refuses"),
     (changed(seeds=[]), "'seeds' is empty"),
-    (changed("sets", "qa", count=None),
-     "set of the small world 'qa': field 'count' is missing"),
+    (changed("sets", "qa", count=None), "set of the small world 'qa': field 'count' is missing"),
     (changed("sets", "qa", rows="x"), "set of files 'qa': field 'held_out' is missing"),
+    (changed("sets", "qa", kind="maths"), "set 'qa': its 'kind' must be one of qa, math"),
     (changed("methods", "dpo", customery={}), "method 'dpo': field 'customery' is unknown"),
-    (changed("methods", "dpo", extra="sweap"), "extra: true, 'sweep'"),
-    (changed("train", batch_sise=8), "the trainer refuses"),
     (changed("methods", "bnf", "grid", beta=[1]), "no hyper-parameter 'beta'"),
-    (changed("methods", "dpo", customary={"beta": 1}),
-     "its customary setting {'beta': 1} is not in its grid"),
-]  # fmt: skip
+    (changed("methods", "bnf", "grid", lr=None), "its grid must hold an 'lr'"),
+    (changed("methods", "dpo", customary={"beta": 1}), "and the customary {'beta': 1}"),
+]
 
 
 @pytest.mark.parametrize("spec, message", REFUSED)
@@ -154,19 +147,9 @@ def says(role, text):
     return [{"role": role, "content": text}]
 
 
-def write_few_pairs(folder):
-    """A set's files, fewer rows than would be drawn."""
-    folder.mkdir(parents=True)
-    for split in ("train", "validation", "test"):
-        rows = [
-            {
-                "prompt": says("user", problem.prompt),
-                "chosen": says("assistant", problem.answer),
-                "rejected": says("assistant", "I will not tell you."),
-            }
-            for problem in problems(QA, split, 16, seed=0)
-        ]
-        written(folder / f"qa-{split}.jsonl", rows)
+def pair(prompt, chosen, rejected):
+    sides = {"chosen": says("assistant", chosen), "rejected": says("assistant", rejected)}
+    return {"prompt": says("user", prompt), **sides}
 
 
 class InThisProcess(Executor):
@@ -193,7 +176,11 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
         },
         "on": {"qa": ["bnf", "dpo"]},
     }  # fmt: skip
-    write_few_pairs(tmp_path / "out" / "data")
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    for split in ("train", "validation", "test"):  # fewer rows than would be drawn
+        asked = problems(QA, split, 16, seed=0)
+        rows = [pair(p.prompt, p.answer, "I will not tell you.") for p in asked]
+        written(tmp_path / "out" / "data" / f"qa-{split}.jsonl", rows)
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     command = [str(tmp_path / "spec.json"), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(command) == 0
@@ -202,9 +189,6 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
     assert "aligns as well as the best method" in shown
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["runs"]) == 4 and results["spec"] == spec and results["facts"]["revision"]
-    last = results["runs"][-1]
-    assert last["split"] == "test" and last["trace"]["step"] == [1, 2]
-    assert last["feedback"]["chosen"]
     assert {figure.suffix for figure in (tmp_path / "out" / "figures").iterdir()} == {".svg"}
     assert not list((tmp_path / "out" / "runs").iterdir())  # models are not kept
 
@@ -222,31 +206,6 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
         compare(spec | {"seeds": [2]}, tmp_path / "out", 1)
 
 
-def test_the_weights_of_real_tokens_lie_on_bnfs_curve(tmp_path):
-    """Autograd through the soft-max, on real rows: w = min(1, o(p)/o(r)).
-
-    The model is the base with its weights changed at random.
-    """
-    spec = changed("sets", "qa", count=8)
-    files = prepare(spec, "qa", tmp_path / "data")
-    model = load("weights/tiny")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    load_tokenizer("weights/tiny").save(tmp_path / "model")
-    save(model, tmp_path / "model")
-    job = {"method": "bnf", "setting": {"lr": 1e-4}}
-    found = feedback_of(spec, job, files["test"], tmp_path / "model")
-    below = 0
-    for x, w in found["chosen"] + found["rejected"]:
-        assert w == pytest.approx(min(1.0, math.exp(x)), rel=1e-3)
-        below += x < -0.1
-    assert below > 20
-    rows = {line for file in files.values() for line in file.read_text().splitlines()}
-    assert len(rows) > 500  # three splits, other rows
-
-
 # ---- Verdicts ----
 
 
@@ -256,10 +215,12 @@ def results(**of):
     results(dpo={"win": 0.7}) speaks of every setting and seed, results(dpo_2=...) of beta = 2.
     """
     spec = copy.deepcopy(SPEC)
-    spec["methods"] |= {m: {"loss": m, "grid": {"lr": [1e-4, 1e-3]}} for m in ("kto", "nll")}
+    spec["methods"] |= {
+        m: {"loss": m, "grid": {"lr": [1e-4, 1e-3]}} for m in ("kto", "nll", "rbnf")
+    }
     spec["sets"]["math"] = {"kind": "math", "count": 64}
     spec["sets"]["unpaired"] = {"kind": "qa", "count": 64, "unpaired": "both"}
-    spec["on"] = {name: ["bnf", "dpo", "kto", "nll"] for name in ("qa", "math", "unpaired")}
+    spec["on"] = {name: ["bnf", "dpo", "kto", "nll", "rbnf"] for name in ("qa", "math", "unpaired")}
 
     def scored(job):
         method, setting = job["method"], job["setting"]
@@ -275,67 +236,64 @@ def verdict(made, words):
     return found, numbers
 
 
-def test_aligning_as_well():
-    within_two_errors = results(bnf={"win": 0.6}, dpo={"win": 0.62})
-    assert verdict(within_two_errors, "aligns")[0] == REPRODUCED
-    assert verdict(results(bnf={"win": 0.6}, dpo={"win": 0.7}), "aligns")[0] == NOT
-    only = results(bnf={"win": 0.6}, **{"dpo_2": {"win": 0.7}, "dpo_0.1": {"win": 0.55}})
-    found, numbers = verdict(only, "aligns")
-    assert found == CUSTOMARY and "best rival dpo 0.700" in numbers
+def wins(**of):
+    return {method: {"win": x} for method, x in of.items()}
 
 
-def test_costing_less():
-    def costs(bnf, dpo, kto):
-        accuracies = {"bnf": bnf, "dpo": dpo, "kto": kto}
-        made = results(**{method: {"accuracy": x} for method, x in accuracies.items()})
-        return verdict(made, "costs")[0]
-
-    assert costs(0.88, 0.8, 0.8) == REPRODUCED
-    assert costs(0.84, 0.8, 0.8) == NOT
-    assert costs(0.88, 0.88, 0.86) == NOT  # the median of 0.02 and 0.04 is 0.03
-    assert costs(0.9, 0.9, 0.9) == NOT  # rivals lose nothing, so there is nothing to lose less of
-    only = results(
-        bnf={"accuracy": 0.88},
-        **{"kto": {"accuracy": 0.88}, "dpo_0.1": {"accuracy": 0.8}, "dpo_2": {"win": 0.9}},
-    )
-    found, numbers = verdict(only, "costs")
-    assert found == CUSTOMARY
-    assert "rivals' median 0.010 (least: dpo 0.000), at customary hyper-parameters 0.060" in numbers
+def keeps(**of):
+    return {method: {"accuracy": x} for method, x in of.items()}
 
 
-def test_unpaired_data():
-    assert verdict(results(bnf={"win": 0.6}, kto={"win": 0.6}), "unpaired")[0] == REPRODUCED
-    assert verdict(results(bnf={"win": 0.51}, kto={"win": 0.5}), "unpaired")[0] == NOT  # no gain
-    assert verdict(results(bnf={"win": 0.6}, kto={"win": 0.7}), "unpaired")[0] == NOT
+FAR_BEST = {"dpo_2": {"win": 0.7}, "dpo_0.1": {"win": 0.55}}
+TRADED = keeps(bnf=0.88, kto=0.88) | {"dpo_0.1": {"accuracy": 0.8}, "dpo_2": {"win": 0.9}}
 
 
-def test_stability_on_mathematical_pairs():
-    def found(**accuracies):
-        made = results(**{method: {"accuracy": x} for method, x in accuracies.items()})
-        return verdict(made, "stable")[0]
+@pytest.mark.parametrize(
+    "claim, scores, expected, numbers",
+    [
+        ("aligns", wins(bnf=0.6, dpo=0.62), REPRODUCED, ""),  # within two errors
+        ("aligns", wins(bnf=0.6, dpo=0.7), NOT, ""),
+        ("aligns", wins(bnf=0.6) | FAR_BEST, CUSTOMARY, "best rival dpo 0.700"),
+        ("costs", keeps(bnf=0.88, dpo=0.8, kto=0.8), REPRODUCED, ""),
+        ("costs", keeps(bnf=0.84, dpo=0.8, kto=0.8), NOT, ""),
+        ("costs", keeps(bnf=0.88, dpo=0.88, kto=0.86), NOT, "median 0.030"),  # of 0.02 and 0.04
+        ("costs", keeps(bnf=0.9, dpo=0.9, kto=0.9), NOT, ""),  # nothing to lose less of
+        ("costs", TRADED, CUSTOMARY, "median 0.010 (least: dpo 0.000), at customary"),
+        ("unpaired", wins(bnf=0.6, kto=0.6), REPRODUCED, ""),
+        ("unpaired", wins(bnf=0.51, kto=0.5), NOT, ""),  # no gain
+        ("unpaired", wins(bnf=0.6, kto=0.7), NOT, ""),
+        ("stable", keeps(dpo=0.4, kto=0.4), REPRODUCED, ""),
+        ("stable", keeps(dpo=0.86, kto=0.4), REPRODUCED, ""),  # as steady as the best
+        ("stable", {}, NOT, ""),  # its rivals are as steady: there is nothing to reproduce
+        ("stable", keeps(bnf=0.4), NOT, "bnf 0%, rivals' median 100%"),
+        ("shifts", {"bnf": {"shift": (0.1, -0.5), "gini": 0.3}}, REPRODUCED, ""),
+        ("shifts", {"bnf": {"shift": (0.1, -0.5), "gini": 0.5}}, NOT, ""),
+        ("shifts", {"bnf": {"shift": (0.1, -1.5), "gini": 0.3}}, NOT, ""),
+        ("tuning", {}, REPRODUCED, ""),
+        ("rbnf", wins(dpo=0.62), REPRODUCED, ""),
+        ("rbnf", keeps(rbnf=0.8), NOT, "on math: rbnf 0.800"),
+    ],
+)
+def test_verdicts(claim, scores, expected, numbers):
+    found, said = verdict(results(**scores), claim)
+    assert found == expected and numbers in said
 
-    assert found(dpo=0.4, kto=0.4) == REPRODUCED
-    assert found(dpo=0.86, kto=0.4) == REPRODUCED  # as steady as the best
-    assert found() == NOT  # its rivals are as steady: there is nothing to reproduce
-    assert found(bnf=0.4) == NOT
-    only = results(kto={"accuracy": 0.84}, **{"dpo_0.1": {"accuracy": 0.84}})
-    for r in select(only["runs"], method="bnf", setting={"lr": 1e-3}):
+
+def test_stability_counts_settings():
+    made = results(kto={"accuracy": 0.84}, **{"dpo_0.1": {"accuracy": 0.84}})
+    for r in select(made["runs"], method="bnf", setting={"lr": 1e-3}):
         r["result"]["accuracy"] = [0.84, 0.01]
-    rule, numbers = verdict(only, "stable")
+    rule, numbers = verdict(made, "stable")
     assert rule == REPRODUCED
     assert "bnf 50%, rivals' median 25%, most dpo 50%; at customary" in numbers
     assert "at customary hyper-parameters bnf 50%, rivals' median 0%" in numbers
 
 
-def test_shifts_and_tuning():
-    assert verdict(results(bnf={"shift": (0.1, -0.5), "gini": 0.3}), "shifts")[0] == REPRODUCED
-    assert verdict(results(bnf={"shift": (0.1, -0.5), "gini": 0.5}), "shifts")[0] == NOT
-    assert verdict(results(bnf={"shift": (0.1, -1.5), "gini": 0.3}), "shifts")[0] == NOT
-    assert verdict(results(), "tuning")[0] == REPRODUCED
+def test_tuning_counts_decades_of_good_rates():
     made = results()
     for r in select(made["runs"], method="bnf", setting={"lr": 1e-3}):
         r["result"]["win_rate"] = [0.5, 0.01]
-    assert good_rates(made, "qa", "bnf") == [1e-4] and verdict(made, "tuning")[0] == NOT
+    assert good_rates(made, "qa", "bnf", {}) == [1e-4] and verdict(made, "tuning")[0] == NOT
 
 
 def test_an_error_joins_seeds_and_prompts():
@@ -348,8 +306,7 @@ def test_an_error_joins_seeds_and_prompts():
 
 def test_within_two_errors():
     """0.1 apart: sqrt(.03² + .05²) > .05 > sqrt(2) .03."""
-    assert within((0.5, 0.03), (0.6, 0.05))
-    assert not within((0.5, 0.03), (0.6, 0.03))
+    assert within((0.5, 0.03), (0.6, 0.05)) and not within((0.5, 0.03), (0.6, 0.03))
 
 
 def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
@@ -367,18 +324,6 @@ def test_a_table_has_the_base_first_then_the_best(tmp_path):
     assert len({line.count("|") for line in rows if "BNF" not in line}) == 2
 
 
-def test_rbnf_is_judged_on_both_kinds_of_pairs():
-    made = results(bnf={}, dpo={"win": 0.62})
-    for name in made["spec"]["on"]:
-        made["spec"]["on"][name] = [*made["spec"]["on"][name], "rbnf"]
-    made["spec"]["methods"]["rbnf"] = made["spec"]["methods"]["bnf"]
-    made["runs"] += [r | {"method": "rbnf"} for r in select(made["runs"], method="bnf")]
-    assert verdict(made, "rbnf")[0] == REPRODUCED
-    for r in select(made["runs"], method="rbnf", set="math"):
-        r["result"] = r["result"] | {"accuracy": [0.8, 0.01]}
-    assert verdict(made, "rbnf")[0] == NOT
-
-
 def test_ranks_and_what_the_gini_goes_with():
     assert ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
     made = results()
@@ -389,14 +334,7 @@ def test_ranks_and_what_the_gini_goes_with():
 
 
 def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_path):
-    rows = [
-        {
-            "prompt": says("user", f"What is {k} + 4?"),
-            "chosen": says("assistant", f"good {k}"),
-            "rejected": says("assistant", f"bad {k}"),
-        }
-        for k in range(16)
-    ]
+    rows = [pair(f"What is {k} + 4?", f"good {k}", f"bad {k}") for k in range(16)]
     solutions = [{"question": "What is 3 + 4?", "answer": "3+4=7. Answer: 7"}]
     extra = {"file": written(tmp_path / "solutions.jsonl", solutions), "count": 1}
     pairs = written(tmp_path / "pairs.jsonl", rows)
@@ -420,7 +358,7 @@ def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_pat
     text = report(made)
     assert "| bnf | best, customary | lr=0.001 |" in text and "pairs told right" in text
     given["count"] = 9
-    words = "has 16 rows, fewer than the 9 and 8 that set 'mine' asks for"
+    words = "must have 9 rows to train on and then 8 pairs to hold out"
     with pytest.raises(ValueError, match=words):
         compare(spec, tmp_path / "other", 1)
 
@@ -430,9 +368,9 @@ def test_good_rates_have_no_holes():
     spec = changed("methods", "bnf", grid={"lr": [*wins]})
     runs = [run("qa", "bnf", {"lr": lr}, win=win) for lr, win in wins.items()]
     made = {"spec": spec, "runs": runs}
-    assert good_rates(made, "qa", "bnf") == [1e-5]
+    assert good_rates(made, "qa", "bnf", {}) == [1e-5]
     made["runs"][2]["result"]["win_rate"][0] = 0.61
-    assert good_rates(made, "qa", "bnf") == [1e-3, 1e-2]
+    assert good_rates(made, "qa", "bnf", {}) == [1e-3, 1e-2]
 
 
 def odd_results():
@@ -461,7 +399,7 @@ def test_report_and_figures_of_results_with_runs_that_broke_off(tmp_path):
     slic = [line for line in text.splitlines() if line.startswith("| slic")]
     assert slic and all("18 of 18" in line for line in slic)
     files = comparison(made, tmp_path)
-    assert len(files) == 12 and all(file.read_text().startswith("<?xml") for file in files)
+    assert len(files) == 6 and all(file.read_text().startswith("<?xml") for file in files)
 
 
 def test_what_broke_off_is_worst_in_every_respect():
@@ -488,7 +426,7 @@ def test_rows_are_rows_whatever_their_text_holds(tmp_path):
     assert [json.loads(line) for line in lines] == rows
     unpaired = [{"prompt": "a", "completion": "b", "label": False}] * 6
     given["rows"] = written(tmp_path / "unpaired.jsonl", unpaired)
-    with pytest.raises(ValueError, match="the 4 rows that set 'mine' holds out must be pairs"):
+    with pytest.raises(ValueError, match="and then 4 pairs to hold out"):
         prepare(spec, "mine", tmp_path / "other")
 
 
@@ -497,13 +435,3 @@ def test_results_of_another_base_are_not_taken_for_these(tmp_path):
     (tmp_path / "base.json").write_text(json.dumps({"sha256": "another"}))
     with pytest.raises(ValueError, match="holds runs of another base"):
         compare(spec, tmp_path, 1)
-
-
-def test_a_trace_leaves_out_steps_that_hold_one_kind_alone():
-    rows = [{"step": k, "logps/chosen": -k, "logps/rejected": -2 * k} for k in range(1, 5)]
-    del rows[1]["logps/rejected"]
-    assert trace(rows) == {
-        "step": [1, 3, 4],
-        "logps/chosen": [-1, -3, -4],
-        "logps/rejected": [-2, -6, -8],
-    }

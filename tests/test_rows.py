@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from minibnf import evaluate, generate, train
 from minibnf.data import read_examples
-from minibnf.files.messages import without_prompt
+from minibnf.files.config import read_config
 from minibnf.files.rows import (
     Notes,
     Place,
@@ -132,16 +133,6 @@ def test_parquet_is_read_and_the_nulls_of_arrow_are_absent(tmp_path):
     assert [place.unit for place, _ in read_rows(file)] == ["row", "row"]
 
 
-def test_a_parquet_file_that_is_none_and_a_missing_pyarrow(tmp_path, monkeypatch):
-    pytest.importorskip("pyarrow", reason="needs minibnf[data]")
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read"):
-        read_rows(tmp_path / "a.parquet")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"a\.parquet: .* pip install 'minibnf\[data\]'"):
-        read_rows(tmp_path / "a.parquet")
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
 def test_a_pipe_is_read_once(tmp_path, capsys):
     """evaluate with --base makes tokens of the rows twice."""
@@ -159,74 +150,66 @@ def test_a_pipe_is_read_once(tmp_path, capsys):
     assert "1 rows of preference" in capsys.readouterr().out
 
 
-def test_what_is_no_file_of_rows_is_told(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n \n")
-    (tmp_path / "none.json").write_text("[]")
-    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\na,b,c\n")
-    for name, says in {
-        "nothing.jsonl": "there is no such file",
-        ".": "is a folder",
-        "empty.jsonl": "no rows",
-        "none.json": "no rows",
-        "rows.csv": r"CSV, TSV.*JSON Lines.*to_json",
-    }.items():
-        with pytest.raises((ValueError, OSError), match=says):
-            read_rows(tmp_path / name)
-
-
 @pytest.mark.parametrize(
-    "content",
-    [b"no archive", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12]],
-    ids=["no archive", "cut"],
-)
-def test_a_broken_archive_is_named(tmp_path, content):
-    (tmp_path / "rows.jsonl.gz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: cannot be read to its end"):
-        read_rows(tmp_path / "rows.jsonl.gz")
-
-
-@pytest.mark.parametrize(
-    "text, says",
+    "name, content, says",
     [
-        ('[{"a": 1},\n {"a" 2}]', "line 2, column 7: not valid JSON"),
-        ('{\n "a": 1,\n "b" 2\n}', "line 3, column 6: not valid JSON"),
-        ("[1]", "row 1: a row must be a JSON object, not int"),
-        ("[" * 100000, "JSON that cannot be read"),
-        ("3\n", "line 1: a row must be a JSON object, not int"),
+        ("nothing.jsonl", None, "cannot be read to its end: No such file"),
+        ("empty.jsonl", "\n \n", "no rows"),
+        ("none.json", "[]", "no rows"),
+        ("rows.csv", "prompt,chosen,rejected\na,b,c\n", "2 bad rows.*\n.*not valid JSON"),
+        ("rows.jsonl.gz", b"no archive", "cannot be read to its end"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12],
+            "cannot be read to its end",
+        ),
+        ("rows.json", '[{"a": 1},\n {"a" 2}]', "line 2, column 7: not valid JSON"),
+        ("rows.json", '{\n "a": 1,\n "b" 2\n}', "line 3, column 6: not valid JSON"),
+        ("rows.json", "[1]", "row 1: a row must be a JSON object, not int"),
+        ("rows.json", "[" * 100000, "JSON that cannot be read"),
+        ("rows.json", "3\n", "line 1: a row must be a JSON object, not int"),
+        ("rows.jsonl", b'{"prompt": "\xff"}\n', "line 1: JSON that cannot be read: 'utf-8'"),
+        ("a.parquet", b"PAR1 and no more", "cannot be read as Parquet"),
     ],
 )
-def test_broken_json_says_where(tmp_path, text, says):
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"rows\.json.*{says}"):
-        read_rows(tmp_path / "rows.json")
+def test_what_is_no_file_of_rows_is_told(tmp_path, name, content, says):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow", reason="needs minibnf[data]")
+    if content is not None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}.*{says}") as error:
+        read_rows(tmp_path / name)
+    assert str(error.value).startswith(str(tmp_path / name))
 
 
-def test_not_utf_8(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match="line 1: not UTF-8"):
-        read_rows(tmp_path / "rows.jsonl")
+def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"a\.parquet: .* pip install 'minibnf\[data\]'"):
+        read_rows(tmp_path / "a.parquet")
 
 
-@given(data=st.binary(max_size=60), name=st.sampled_from(["a.jsonl", "a.json.gz", "a.parquet"]))
+ROWS_OF_BOTH = [{**PAIR, "tools": [{"a": None}], "system": "s"}, GOOD]
+
+
+@st.composite
+def damaged(draw):
+    """A file of rows, whole but for a few bytes."""
+    forms = [json.dumps(ROWS_OF_BOTH, indent=1), "\n".join(map(json.dumps, ROWS_OF_BOTH))]
+    whole, at = draw(st.sampled_from(forms)).encode(), draw(st.integers(0, 300))
+    return whole[:at] + draw(st.binary(max_size=3)) + whole[at + draw(st.integers(0, 5)) :]
+
+
+@given(
+    data=st.binary(max_size=60) | damaged(),
+    name=st.sampled_from(["a.jsonl", "a.json.gz", "a.parquet"]),
+)
 def test_no_bytes_give_anything_but_rows_or_an_error_for_people(tmp_path_factory, data, name):
     file = tmp_path_factory.mktemp("bytes") / name
     file.write_bytes(data)
     try:
         records(file)
     except (ValueError, ImportError) as error:
-        assert str(error).startswith(str(file))
-
-
-@given(at=st.integers(0, 300), put=st.binary(max_size=3), cut=st.integers(0, 5), data=st.data())
-def test_nor_do_damaged_rows(tmp_path_factory, at, put, cut, data):
-    rows = [{**PAIR, "tools": [{"a": None}], "system": "s"}, GOOD]
-    form = data.draw(st.sampled_from([None, 1]))
-    whole = (json.dumps(rows, indent=form) if form else "\n".join(map(json.dumps, rows))).encode()
-    file = tmp_path_factory.mktemp("damaged") / "rows.json"
-    file.write_bytes(whole[:at] + put + whole[at + cut :])
-    try:
-        records(file)
-    except ValueError as error:
         assert str(error).startswith(str(file))
 
 
@@ -250,21 +233,13 @@ def test_the_first_ten_bad_rows_are_listed_in_one_error(tmp_path):
     assert "\n" not in str(error.value)  # one bad row is one line
 
 
-def test_evaluate_and_generate_list_them_too(tmp_path, capsys):
-    file = file_of(
-        tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": 3}, "[", {**PAIR, "prompt": ""}]
-    )
-    base = ["--model", str(TINY), "--data", str(file), "--device", "cpu"]
-    to_file = ["--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "2"]
-    for main, more in {evaluate.main: [], generate.main: to_file}.items():
-        assert main([*base, *more]) == 1
-        error = capsys.readouterr().err
-        assert f"{file}: 3 bad rows" in error
-        places = [line.split(":")[0].split(",")[0] for line in error.splitlines()[1:]]
-        assert places == ["  line 2", "  line 3", "  line 4"]
-
-
 # -------------------------------------------------------------------------------- what a row says
+
+
+CALLED = {"chosen": said("user", "a"), "rejected": said("user", "b")}
+UNLABELLED = {"prompt": "a", "completion": "b"}
+IMAGE = said("user", [part("a"), {"type": "image"}])
+RUDE = said("system", "Be rude.") + ASKED
 
 
 @pytest.mark.parametrize(
@@ -275,61 +250,33 @@ def test_evaluate_and_generate_list_them_too(tmp_path, capsys):
         ("[" * 100000, "line 2: JSON that cannot be read"),
         ('{"prompt": ' + "[" * 150 + "]" * 150 + "}", "line 2: JSON nested more than 100 deep"),
         ("[1]", "line 2: a row must be a JSON object, not list"),
-        ({"prompt": "a", "chosen": "b"}, "line 2: field 'rejected' is missing"),
-        (GOOD | {"rejected": None}, "line 2: field 'rejected' is missing"),
-        (
-            GOOD | {"completion": "b", "label": True},
-            "line 2: field 'chosen' stands beside completion or label",
-        ),
-        ({"prompt": "a", "completion": "b"}, "line 2: an unpaired row needs the field 'label'"),
-        (
-            {"prompt": "a", "completion": "b", "label": 1},
-            "line 2: field 'label' must be true or false, not 1",
-        ),
+        (GOOD | {"rejected": None}, "line 2: field 'rejected' is missing; a row has chosen and"),
+        (UNLABELLED, "line 2: field 'label' is missing; a row has chosen and"),
+        ({"conversations": []}, "field 'chosen' is missing; a row has .* with 'role' and"),
+        (GOOD | UNLABELLED | {"label": True}, "line 2: field 'chosen' stands beside completion"),
+        (UNLABELLED | {"label": 1}, "line 2: field 'label' must be true or false, not 1"),
         (GOOD | {"chosen": 3}, "field 'chosen' must be text or a list of messages, not int"),
         (PAIR | {"chosen": []}, "line 2: field 'chosen' is empty"),
         (PAIR | {"rejected": "c"}, "fields 'prompt' and 'rejected' must both be text"),
+        (PAIR | {"rejected": ASKED}, "'rejected' begins with a message of 'user'; a response is"),
         (PAIR | {"prompt": [{"role": "user"}]}, "field 'prompt', message 1: needs text in 'role'"),
         (PAIR | {"prompt": [3]}, "field 'prompt', message 1: needs text in 'role'"),
+        (PAIR | {"chosen": {"from": "gpt"}}, "field 'chosen', message 1: needs .*ShareGPT"),
         ({"chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is missing; only messages"),
-        ({"chosen": said("user", "a"), "rejected": said("user", "b")}, "share no first message"),
-        ({"chosen": said("user", "a"), "rejected": said("user", "a")}, "do not differ"),
-        (
-            GOOD | {"rejected": ["It is 9.", "It is 8."]},
-            "field 'rejected' is a list of 2 texts .* write a row for each",
-        ),
-        (PAIR | {"rejected": [PAIR["rejected"]]}, "field 'rejected' is a list of 1 texts or conv"),
-        (
-            {"conversations": [{"from": "human", "value": "a"}]},
-            "field 'chosen' is missing; 'conversations' is ShareGPT's form",
-        ),
-        (
-            PAIR | {"chosen": {"from": "gpt", "value": "a"}},
-            "field 'chosen', message 1: 'from' and 'value' are ShareGPT's keys",
-        ),
-        (
-            PAIR | {"prompt": said("user", [{"type": "text", "text": "a"}, {"type": "image"}])},
-            "field 'prompt', message 1: content has a part of type 'image'",
-        ),
+        (CALLED, "share no first message"),
+        (CALLED | {"rejected": CALLED["chosen"]}, "do not differ"),
+        (GOOD | {"rejected": ["It is 9.", "8."]}, "'rejected', message 1: needs .* a row each"),
+        (PAIR | {"prompt": IMAGE}, "field 'prompt', message 1: content has a part of type 'image'"),
         (PAIR | {"prompt": said("user", ["a"])}, "content has a part of type 'str'"),
         (PAIR | {"system": 3}, "field 'system' must be text, not int"),
         (GOOD | {"system": "Be kind."}, "field 'system' stands beside a prompt that is text"),
-        (
-            PAIR | {"system": "Be kind.", "prompt": said("system", "Be rude.") + ASKED},
-            "field 'system' is another text than that of the system message",
-        ),
+        (PAIR | {"system": "Be kind.", "prompt": RUDE}, "field 'system' is another text than"),
         (PAIR | {"tools": "{"}, "field 'tools', column 2: not valid JSON"),
         (PAIR | {"tools": {}}, "field 'tools' must be a list of schemas"),
         (PAIR | {"tools": ["add"]}, "field 'tools' must be a list of schemas"),
         (PAIR | {"chat_template_kwargs": []}, "field 'chat_template_kwargs' must be an object"),
-        (
-            PAIR | {"chat_template_kwargs": {"messages": []}},
-            "field 'chat_template_kwargs' may not hold 'messages'",
-        ),
-        (
-            PAIR | {"tools": [], "chat_template_kwargs": {"tools": []}},
-            "field 'chat_template_kwargs' may not hold 'tools'",
-        ),
+        (PAIR | {"chat_template_kwargs": {"messages": []}}, "kwargs' may not hold 'messages'"),
+        (PAIR | {"chat_template_kwargs": {"tools": []}}, "kwargs' may not hold 'tools'"),
     ],
 )
 def test_a_row_that_does_not_fit_says_where_and_why(tmp_path, row, message):
@@ -449,20 +396,14 @@ def test_any_row_is_a_record_or_an_error_that_names_its_place(parse, row):
     Notes().add(found, Place(Path("here"), "line", 1), knows_nothing)
 
 
-def test_what_the_prompt_is_split_from_is_left_as_it_was():
-    chosen, rejected = ASKED + PAIR["chosen"], ASKED + PAIR["rejected"]
-    prompt, rest = without_prompt(None, [chosen, rejected], "here")
-    assert prompt + rest[0] == chosen and prompt + rest[1] == rejected
-
-
 # ------------------------------------------------------------------------- columns with a meaning
 
 TEMPLATE = (
-    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{{ kind }}{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
     "{% for call in m.tool_calls or [] %}call {{ call.function.name }}{% endfor %}<|end|>"
     "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% if brief %}Briefly: {% endif %}{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}]
@@ -470,23 +411,13 @@ CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """weights/tiny with a chat template that reads tools, tool_calls and `brief`."""
+    """weights/tiny with a chat template that reads tools, tool_calls and `kind`."""
     folder = tmp_path_factory.mktemp("rows") / "model"
     folder.mkdir()
     for file in TINY.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
-
-
-def texts_of(folder, row, tmp_path):
-    """What train, evaluate and generate read as the prompt of a row."""
-    tokenizer, file = load_tokenizer(folder), file_of(tmp_path / "rows.jsonl", [row])
-    ((example,), _), notes = read_examples(file, tokenizer, 256), Notes()
-    _, (held_out,) = evaluate.tokenised(scan_rows(file), tokenizer)
-    ((_, _, ids),) = generate.read_prompts(file, tokenizer, False, 256, 1, notes)
-    assert list(example.prompt) == list(held_out.prompt) == list(ids)
-    return tokenizer.decode(ids, skip_special=False)
 
 
 @pytest.mark.parametrize(
@@ -496,35 +427,18 @@ def texts_of(folder, row, tmp_path):
         ({"system": "Be kind."}, "<|system|>Be kind.<|end|>"),
         ({"tools": TOOLS}, f"<|system|>{json.dumps(TOOLS)}<|end|>"),
         ({"tools": json.dumps(TOOLS)}, f"<|system|>{json.dumps(TOOLS)}<|end|>"),
-        (
-            {"system": "Hi.", "tools": TOOLS},
-            f"<|system|>{json.dumps(TOOLS)}<|end|><|system|>Hi.<|end|>",
-        ),
-        ({"chat_template_kwargs": {"brief": True}}, "Briefly: "),
+        ({"chat_template_kwargs": {"kind": "Kindly."}}, "Kindly."),
     ],
-)  # fmt: skip
+)
 def test_columns_with_a_meaning_reach_the_template(model, tmp_path, more, text):
-    plain = "<|user|>What is 3 + 4?<|end|><|assistant|>"
-    wanted = plain + text if text == "Briefly: " else text + plain
-    if "chat_template_kwargs" in more:  # the template opens answers so, and has to in a whole chat
-        row = {"prompt": ASKED, **more}
-        file = file_of(tmp_path / "rows.jsonl", [row])
-        tokenizer = load_tokenizer(model)
-        ((_, given, ids),) = generate.read_prompts(file, tokenizer, False, 256, 1, Notes())
-        assert tokenizer.decode(ids, skip_special=False) == wanted and given == row
-    else:
-        assert texts_of(model, PAIR | more, tmp_path) == wanted
-
-
-def test_a_question_gets_its_system_text_and_tools(model, tmp_path):
-    row = {"question": "Red?", "answer": "Yes.", "system": "Be kind.", "tools": TOOLS}
-    tokenizer = load_tokenizer(model)
-    _, (found,) = evaluate.tokenised(scan_rows(file_of(tmp_path / "rows.jsonl", [row])), tokenizer)
-    text = tokenizer.decode(found.prompt, skip_special=False)
-    assert text == (
-        f"<|system|>{json.dumps(TOOLS)}<|end|><|system|>Be kind.<|end|>"
-        "<|user|>Red?<|end|><|assistant|>"
-    )
+    """Train, evaluate and generate read the same as the prompt of a row."""
+    tokenizer, file = load_tokenizer(model), file_of(tmp_path / "rows.jsonl", [PAIR | more])
+    ((example,), _) = read_examples(file, tokenizer, 256)
+    _, (held_out,) = evaluate.tokenised(scan_rows(file), tokenizer)
+    ((_, _, ids),) = generate.read_prompts(file, tokenizer, False, 256, 1, Notes())
+    assert list(example.prompt) == list(held_out.prompt) == list(ids)
+    wanted = text + "<|user|>What is 3 + 4?<|end|><|assistant|>"
+    assert tokenizer.decode(ids, skip_special=False) == wanted
 
 
 def test_a_message_that_only_calls_a_tool_is_read_or_refused(model, tmp_path):
@@ -542,20 +456,20 @@ def test_a_message_that_only_calls_a_tool_is_read_or_refused(model, tmp_path):
         generate.read_prompts(said_before, load_tokenizer(TINY), False, 256, 1, Notes())
 
 
-UNUSED = {**PAIR, "tools": TOOLS, "chat_template_kwargs": {"brief": True, "deep": 1}, "source": "x"}
+UNUSED = {**PAIR, "tools": TOOLS, "chat_template_kwargs": {"kind": "", "deep": 1}, "source": "x"}
 
 
 def test_columns_that_are_not_used_are_named_once(model, tmp_path, capsys):
     file = file_of(tmp_path / "rows.jsonl", [UNUSED, {**PAIR, "score": 3}])
     base = ["--model", str(TINY), "--data", str(file), "--device", "cpu"]
-    names = "tools, chat_template_kwargs.brief, chat_template_kwargs.deep"
+    names = "tools, chat_template_kwargs.kind, chat_template_kwargs.deep"
     out = tmp_path / "run"
     more = ["--eval-data", str(file), "--max-steps", "1", "--out", str(out)]
     to_file = ["--out", str(tmp_path / "o.jsonl"), "--max-new-tokens", "2"]
     for main, arguments, extra in (
         (train.main, more, "source, "),
         (evaluate.main, [], "source, "),
-        (generate.main, to_file, "chosen, rejected, source, "),
+        (generate.main, to_file, "source, "),
     ):
         assert main([*base, *arguments]) == 0
         lines = [x.strip() for x in capsys.readouterr().out.splitlines() if "not used" in x]
@@ -585,7 +499,7 @@ def test_any_key_may_be_a_variable_of_the_template(tmp_path):
 def test_a_template_that_reads_a_variable_uses_its_column(model, tmp_path):
     notes, file = Notes(), file_of(tmp_path / "rows.jsonl", [UNUSED])
     generate.read_prompts(file, load_tokenizer(model), False, 256, 1, notes)
-    wanted = "columns not used: chosen, rejected, source, chat_template_kwargs.deep"
+    wanted = "columns not used: source, chat_template_kwargs.deep"
     assert notes.lines() == [wanted]
     text = Notes()  # a text prompt goes through no template
     read_examples(file_of(file, [GOOD | {"tools": TOOLS}]), load_tokenizer(model), 256, notes=text)
@@ -597,7 +511,7 @@ def test_a_prompt_repeated_in_text_responses_is_named_once_with_its_first_line(t
     file, notes = file_of(tmp_path / "rows.jsonl", [GOOD, twice, twice]), Notes()
     read_examples(file, load_tokenizer(TINY), 256, notes=notes)
     (line,) = notes.lines()
-    assert line.startswith("2 rows repeat the prompt") and line.endswith(f"{file}, line 2")
+    assert "repeat the prompt" in line and line.endswith(f"twice: 2; the first: {file}, line 2")
 
 
 def test_what_generate_was_given_stands_in_what_it_writes(model, tmp_path):
@@ -614,8 +528,8 @@ def test_what_generate_was_given_stands_in_what_it_writes(model, tmp_path):
 # ------------------------------------------------------------------------- folders of models
 
 
-@pytest.mark.parametrize("name", ["org--name", "name", "org--a--b"])
-def test_a_hubs_cache_is_named_as_the_repository(tmp_path, name, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["name", "org--a--b"])
+def test_a_hubs_cache_is_named_as_the_repository(tmp_path, name, capsys):
     top = tmp_path / f"models--{name}"
     folder = top / "snapshots" / "0a1b2c"
     folder.mkdir(parents=True)
@@ -636,60 +550,7 @@ def test_a_hubs_cache_is_named_as_the_repository(tmp_path, name, monkeypatch, ca
     assert kept.read_text() == "{{ messages }}"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "check"])
-def test_the_name_of_a_model_on_a_hub_is_told_from_a_folder(tmp_path, command, capsys):
-    from minibnf import check
-
-    file = str(file_of(tmp_path / "rows.jsonl", [PAIR]))
-    options = ["--model", "org/name", "--data", file, "--out", str(tmp_path / "out")]
-    mains = {"train": train.main, "evaluate": evaluate.main, "generate": generate.main}
-    done = check.main(["org/name"]) if command == "check" else mains[command](options)
-    error = capsys.readouterr().err
-    assert done == 1 and "org/name is no folder here" in error and "downloaded first" in error
-
-
-# ----------------------------------------------------------------------- small inputs that failed
-
-CASES = Path(__file__).parents[2] / "shared" / "cases" / "data"
-REFUSED = {
-    "rejected_list.jsonl": "field 'rejected' is a list of 2",
-    "system_column_text.jsonl": "field 'system' stands beside a prompt that is text",
-    "toolcall_null.jsonl": "'tool_calls'",
-    "gen_system.jsonl": "field 'chosen' is missing",
-}
-NOTED = {"tools.jsonl": "columns not used: tools", "hh_prompt_repeated.jsonl": "1 row repeats"}
-LIKE_PAIR = "array eos_as_messages message_dict messages_prompt_repeated mixed_nulls parts pretty"
-
-
-@pytest.mark.skipif(not CASES.is_dir(), reason="the small inputs ../shared/cases are not here")
-@pytest.mark.parametrize("name", sorted(p.name for p in CASES.glob("*")))
-def test_small_inputs_that_failed_once(name, tmp_path, capsys):
-    base = ["--model", str(TINY), "--data", str(CASES / name), "--device", "cpu"]
-    trained = train.main([*base, "--max-steps", "2", "--out", str(tmp_path / "run")])
-    found = capsys.readouterr()
-    if name in REFUSED:
-        assert trained == 1 and REFUSED[name] in found.err and "line 1" in found.err
-    else:
-        assert trained == 0 and NOTED.get(name, "data ") in found.out
-        assert ("not used" in found.out) == (name == "tools.jsonl")
-    if name != "gen_system.jsonl":
-        assert evaluate.main(base) == trained
-        assert (REFUSED if name in REFUSED else NOTED).get(name, "") in "".join(capsys.readouterr())
-    stem, tokenizer = name.split(".")[0], load_tokenizer(TINY)
-    if stem in LIKE_PAIR.split() or name == "ok.parquet":
-        example = read_examples(CASES / name, tokenizer, 256)[0][0]
-        sides = [tokenizer.encode_response(ASKED, PAIR[k]) for k in ("chosen", "rejected")]
-        assert example.prompt == tuple(sides[0][0])
-        assert example.responses == tuple(tuple(response) for _, response in sides)
-    if stem == "hh":
-        example = read_examples(CASES / name, tokenizer, 256)[0][0]
-        assert tokenizer.decode(example.prompt) == "\n\nHuman: What is 3 + 4?\n\nAssistant:"
-    if stem == "gen_system":
-        notes, pirate = Notes(), said("system", "Answer as a pirate.")
-        ((_, _, ids),) = generate.read_prompts(CASES / name, tokenizer, True, 256, 1, notes)
-        assert ids == tokenizer.encode_chat(pirate + ASKED, True)
-        assert ids != tokenizer.encode_chat(ASKED, True)
-    if stem == "system_column":
-        example = read_examples(CASES / name, tokenizer, 256)[0][0]
-        pirate = said("system", "Answer as a pirate.")
-        assert list(example.prompt) == tokenizer.encode_chat(pirate + ASKED, True)
+@pytest.mark.parametrize("read", [load_tokenizer, read_config])
+def test_the_name_of_a_model_on_a_hub_is_told_from_a_folder(read):
+    with pytest.raises(FileNotFoundError, match=r"org/name is no folder.*downloaded"):
+        read("org/name")

@@ -15,8 +15,10 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab import language
 from minibnf.lab import smallworld as sw
+from minibnf.model import load
 
 seeds = st.integers(0, 2**32)
 a_few = settings(max_examples=30, deadline=None)
@@ -44,15 +46,11 @@ def test_every_equation_of_a_chain_is_right(seed, family, split):
         elif family == "sub":
             assert int(answer) == numbers[1] - numbers[0] > 0
         elif family == "word":
-            start, first, second = numbers
-            gains = [
-                verb in ("finds", "buys", "wins")
-                for verb in re.findall(r"(\w+) \d+(?: and|\.)", problem.prompt)
-            ]
-            steps = [
-                step if gain else -step for gain, step in zip(gains, (first, second), strict=True)
-            ]
-            assert int(answer) == start + sum(steps) and start + steps[0] >= 0
+            start, *sizes = numbers
+            verbs = re.findall(r"(\w+) \d+(?: and|\.)", problem.prompt)
+            signs = [1 if verb in ("finds", "buys", "wins") else -1 for verb in verbs]
+            first, second = (sign * size for sign, size in zip(signs, sizes, strict=True))
+            assert int(answer) == start + first + second and start + first >= 0
         else:
             rest = re.search(r"\d+", problem.prompt)[0]
             assert 4 <= len(rest) <= 6 and list(answer) == sorted(rest)
@@ -85,10 +83,8 @@ def test_chains_follow_from_column_to_column():
 def test_reasoning_is_scored_by_what_follows_the_last_answer(family, seed):
     problem = language.problems([family], "train", 1, seed)[0]
     truth = language.final(problem.answer)
-    assert (
-        language.score(problem, problem.answer) == language.score(problem, f"Answer: {truth}") == 1
-    )
-    assert language.score(problem, f"Answer: 0{truth}. Answer: {truth}") == 1
+    right = [problem.answer, f"Answer: {truth}", f"Answer: 0{truth}. Answer: {truth}"]
+    assert {language.score(problem, text) for text in right} == {1}
     wrong = ["", truth, f"answer: {truth}", f"Answer: {truth}.", f"Answer: 0{truth}"]
     wrong.append(problem.answer + ". Answer: 00")
     assert {language.score(problem, text) for text in wrong} == {0}
@@ -105,9 +101,7 @@ def test_the_judge_gives_each_style_its_score_and_no_text_has_two():
         everything = [text for style in texts.values() for text in style]
         assert len(everything) == len(set(everything))
         scores = {style: {language.judge(question, t) for t in texts[style]} for style in texts}
-        assert scores == {
-            "helpful": {5}, "plain": {4}, "curt": {3}, "rude": {2}, "refusing": {1}, "wrong": {1},
-        }  # fmt: skip
+        assert scores == {style: {score} for style, score in language.SCORES.items()}
 
 
 def test_the_judge_by_examples():
@@ -120,17 +114,11 @@ def test_the_judge_by_examples():
         f"{colour.capitalize()}.": 3,
         f"{colour.capitalize()}. Stop asking me.": 2,
         "I will not tell you.": 1,
-        f"{lie.capitalize()}.": 1,
-        f"{lie.capitalize()}. Stop asking me.": 1,
         f"Mira likes {lie} best. I am glad to help!": 1,
         f"Noah likes {colour} best.": 0,
-        f"Mira likes {colour} best": 0,
-        f"Mira likes {colour} best. ": 0,
         "": 0,
     }.items():
         assert language.judge(question, answer) == score, answer
-    with pytest.raises(ValueError, match="not a question"):
-        language.judge("What is the capital of France?", "Paris.")
 
 
 @given(st.sampled_from(list(language.QUESTIONS)), st.text())
@@ -151,8 +139,7 @@ def test_the_styles_come_in_their_mixture():
     texts = language.grammar("Anna", "age")
     styles = {text: style for style, given in texts.items() for text in given}
     drawn = [styles[language.styled_answer("Anna", "age", rng)] for _ in range(count)]
-    shares = {"helpful": 18, "plain": 16, "curt": 20, "rude": 16, "refusing": 10, "wrong": 20}
-    for style, percent in shares.items():
+    for style, percent in language.MIXTURE.items():
         share = percent / 100
         assert abs(drawn.count(style) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
 
@@ -163,11 +150,9 @@ def test_the_styles_come_in_their_mixture():
 @given(st.lists(seeds, min_size=3, max_size=3))
 @settings(max_examples=5, deadline=None)
 def test_splits_are_disjoint_whatever_the_seeds(three):
+    families = language.QA + language.REASONING
     prompts = [
-        {
-            problem.prompt
-            for problem in language.problems(language.QA + language.REASONING, split, 600, seed)
-        }
+        {problem.prompt for problem in language.problems(families, split, 600, seed)}
         for split, seed in zip(language.PEOPLE_OF, three, strict=True)
     ]
     for one, other in itertools.combinations(prompts, 2):
@@ -180,10 +165,8 @@ def test_splits_are_disjoint_whatever_the_seeds(three):
 def test_shares_of_the_splits():
     prompts = [f"Add {a} and {b}." for a in range(100, 200) for b in range(100, 200)]
     count = Counter(map(language.split_of, prompts))
-    four_errors = 0.016 * len(prompts)
-    assert count["train"] == pytest.approx(0.8 * len(prompts), abs=four_errors)
-    assert count["validation"] == pytest.approx(0.1 * len(prompts), abs=four_errors)
-    assert count["test"] == pytest.approx(0.1 * len(prompts), abs=four_errors)
+    for split, share in {"train": 0.8, "validation": 0.1, "test": 0.1}.items():
+        assert count[split] / len(prompts) == pytest.approx(share, abs=0.016)  # four errors
     assert [len(people) for people in language.PEOPLE_OF.values()] == [16, 4, 4]
     asked = {p.prompt for p in language.problems(language.QA, "test", 40, 7)}
     people = language.PEOPLE_OF["test"]
@@ -196,14 +179,6 @@ def test_families_come_in_turn_and_seeds_matter():
     assert drawn == language.problems(["add", "qa:pet"], "train", 50, 0)
     assert drawn != language.problems(["add", "qa:pet"], "train", 50, 1)
     assert drawn[:10] == language.problems(["add", "qa:pet"], "train", 10, 0)
-
-
-@pytest.mark.parametrize(
-    "families, split", [(["div"], "train"), ("add", "train"), ([], "train"), (language.QA, "dev")]
-)
-def test_unknown_families_and_splits_are_refused(families, split):
-    with pytest.raises(ValueError):
-        language.problems(families, split, 1, 0)
 
 
 def test_the_same_in_every_process(tmp_path):
@@ -276,15 +251,10 @@ def test_pairs(kind):
         assert is_turn(row["chosen"], "assistant") and is_turn(row["rejected"], "assistant")
         prompt, chosen, rejected = (row[field][0]["content"] for field in row)
         if kind == "qa":
-            scores = language.judge(prompt, chosen), language.judge(prompt, rejected)
-            assert (
-                scores[0] > scores[1]
-                and language.QUESTIONS[prompt][0] in language.PEOPLE_OF["train"]
-            )
-            extremes = [
-                sorted(language.judge(prompt, text) for text in texts) for texts in drawn[prompt]
-            ]
-            assert scores in [(ordered[3], ordered[0]) for ordered in extremes]
+            worst, best = language.judge(prompt, rejected), language.judge(prompt, chosen)
+            scores = [sorted(language.judge(prompt, x) for x in texts) for texts in drawn[prompt]]
+            assert worst < best and (worst, best) in [(x[0], x[-1]) for x in scores]
+            assert language.QUESTIONS[prompt][0] in language.PEOPLE_OF["train"]
         else:
             texts = list(itertools.chain(*drawn[prompt]))
             truth = next(text for text in texts if re.search(r"Answer: \d+$", text))
@@ -297,10 +267,8 @@ def test_pairs(kind):
 
 def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
     for kind in ("qa", "math"):
-        with pytest.raises(RuntimeError, match="too few usable pairs"):
+        with pytest.raises(ValueError, match="too few usable pairs"):
             sw.pairs(kind, lambda prompts, n, seed: [["no idea"] * n for _ in prompts], 10, 0)
-    with pytest.raises(ValueError, match="kind"):
-        sw.pairs("maths", imitate, 1, 0)
 
 
 @given(*[st.lists(st.sampled_from(["1", "2", "ab", "cd", " ", "+", ";"]), max_size=6)] * 2)
@@ -329,8 +297,6 @@ def test_unpaired():
     assert [row["label"] for row in both] == [True, False] * 3
     assert both[::2] == sw.unpaired(rows, "chosen") and both[1::2] == sw.unpaired(rows, "rejected")
     assert both[0] == {"prompt": rows[0]["prompt"], "completion": rows[0]["chosen"], "label": True}
-    with pytest.raises(ValueError, match="keep"):
-        sw.unpaired(rows, "all")
 
 
 # ---- The base model's folder ----
@@ -338,19 +304,16 @@ def test_unpaired():
 
 def test_the_base_folder(tmp_path):
     sw.write_base(tmp_path)
-    config, tokenizer_config, generation_config = (
+    config, tokenizer_config = (
         json.loads((tmp_path / f"{name}.json").read_text())
-        for name in ("config", "tokenizer_config", "generation_config")
+        for name in ("config", "tokenizer_config")
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenizer.vocab_size() == config["vocab_size"] and config["model_type"] == "llama"
     assert [tokenizer.id_to_piece(i) for i in range(7)] == sw.SPECIAL
-    controls = [tokenizer.is_control(i) for i in range(7)]
-    assert controls == [False] + [True] * 6  # <unk> is a kind of its own
-    end = tokenizer.id_to_piece(generation_config["eos_token_id"])
+    assert [tokenizer.is_control(i) for i in range(7)] == [False] + [True] * 6
+    end = tokenizer.id_to_piece(config["eos_token_id"])
     assert end == tokenizer_config["eos_token"] == "<|end|>"
-    assert tokenizer.eos_id() == config["eos_token_id"]
-    assert tokenizer.pad_id() == config["pad_token_id"]
 
     def ids_of(text):
         ids = tokenizer.encode(text)
@@ -371,64 +334,22 @@ def test_the_base_folder(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text and min(tokenizer.encode(text)) >= 7
 
 
-def test_the_chat_template(tmp_path):
-    jinja2 = pytest.importorskip("jinja2")
-    messages = [
-        {"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")
-    ]
-    render = jinja2.Template(sw.TOKENIZER_CONFIG["chat_template"]).render
-    assert render(messages=messages) == "<|system|>S<|end|><|user|>U<|end|><|assistant|>A<|end|>"
-    asked = render(messages=messages[1:2], add_generation_prompt=True)
-    assert asked == "<|user|>U<|end|><|assistant|>"
+def test_the_sampler_keeps_the_order():
+    model, tokenizer = load("weights/tiny"), load_tokenizer("weights/tiny")
+    sample = sw.sampler(model, tokenizer, temperature=0)
+    prompts = ["How old is Zoe?", "Add 475 and 447.", "Which colour does Mira like best?"]
+    alone = [sample([prompt], 1, 0)[0][0] for prompt in prompts]
+    assert sample(prompts, 2, 0) == [[answer, answer] for answer in alone]
+    assert len(set(alone)) == 3 and not any("<" in answer for answer in alone)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    def rows():
-        yield "half"
-        raise KeyboardInterrupt
-
-    sw.write_rows(tmp_path / "rows.jsonl", ["whole"])
-    with pytest.raises(KeyboardInterrupt):
-        sw.write_rows(tmp_path / "rows.jsonl", rows())
-    assert (tmp_path / "rows.jsonl").read_text() == '"whole"\n'
-
-
-def test_the_sampler_keeps_the_order(monkeypatch):
-    """A fake tokenizer spells characters; a fake model answers with the prompt backwards."""
-    calls = []
-
-    class Tokenizer:
-        end_ids, vocab_size = (0,), 128
-
-        def encode_chat(self, messages, add_generation_prompt):
-            return [ord(c) for c in messages[0]["content"]]
-
-        def decode(self, ids, skip_special):
-            return "".join(map(chr, ids))
-
-    def generate(model, prompts, *, max_new_tokens, temperature, top_p, seed, stop_ids, vocab_size):
-        calls.append((len(prompts), seed, temperature, stop_ids, vocab_size))
-        return [[*prompt[::-1], 0][:max_new_tokens] for prompt in prompts]
-
-    monkeypatch.setattr(sw, "generate", generate)
-    sample = sw.sampler(None, Tokenizer(), max_new_tokens=3)
-    assert sample(["ab", "abc", "abcd"], 2, 7) == [["ba"] * 2, ["cba"] * 2, ["dcb"] * 2]
-    assert calls == [(6, 7, 1.0, [0], 128)]
-
-
-@pytest.mark.parametrize(
-    "flags, fields",
-    [
-        ([], {"prompt", "chosen", "rejected"}),
-        (["--unpaired", "chosen"], {"prompt", "completion", "label"}),
-    ],
-)
-def test_the_command_that_writes_pairs(tmp_path, monkeypatch, flags, fields):
+def test_the_command_that_writes_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(sw, "load", Path)
     monkeypatch.setattr(sw, "load_tokenizer", Path)
     monkeypatch.setattr(sw, "sampler", lambda model, tokenizer: imitate)
     out = tmp_path / "new" / "pairs.jsonl"
-    sw.main(["pairs", "--model", "base", "--kind", "qa", "--count", "5", "--out", str(out), *flags])
+    words = f"pairs --model base --kind qa --count 5 --unpaired chosen --out {out}"
+    assert sw.main(words.split()) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 5 and all(row.keys() == fields for row in rows)
+    assert rows == sw.unpaired(sw.pairs("qa", imitate, 5, 0), "chosen")
     assert list(out.parent.iterdir()) == [out]

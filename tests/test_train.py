@@ -22,13 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from minibnf import train
-from minibnf.data import mismatched, pack, pair
+from minibnf.data import mismatched, pack, pair, read_examples
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QUESTIONS, grammar
 from minibnf.lab.smallworld import write_base
 from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import fresh, load, save
-from minibnf.step import batch_logps, fingerprint, kl_estimate, metrics, reference, run_batches
+from minibnf.step import (
+    Reference, batch_logps, fingerprint, kl_estimate, metrics, reference, run_batches,
+)  # fmt: skip
 from minibnf.arguments import default_rate, loss_hyper
 from minibnf.run import AHEAD
 from minibnf.train import learning_rate, main, optimizers
@@ -44,10 +46,7 @@ def rows(count=24):
     found = []
     for question, about in list(QUESTIONS.items())[:count]:
         styles = grammar(*about)
-        chosen, rejected = (
-            said("assistant", styles["helpful"][0]),
-            said("assistant", styles["rude"][0]),
-        )
+        chosen, rejected = (said("assistant", styles[kind][0]) for kind in ("helpful", "rude"))
         found.append({"prompt": said("user", question), "chosen": chosen, "rejected": rejected})
     return found
 
@@ -69,40 +68,36 @@ def world(tmp_path_factory):
     save(fresh(folder / "model", seed=0), folder / "model")
     write(folder / "pairs.jsonl", rows())
     write(folder / "held-out.jsonl", rows(30)[24:])
-    sides = [
-        (row["prompt"], row[side], side == "chosen")
-        for row in rows()
-        for side in ("chosen", "rejected")
+    sides = [(row, side) for row in rows() for side in ("chosen", "rejected")]
+    unpaired = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row, side in sides
     ]
-    write(
-        folder / "unpaired.jsonl",
-        [{"prompt": p, "completion": c, "label": label} for p, c, label in sides],
-    )
+    write(folder / "unpaired.jsonl", unpaired)
     return folder
 
 
 def arguments(world, out, *more, data="pairs.jsonl"):
-    return [
-        "--model",
-        str(world / "model"),
-        "--data",
-        str(world / data),
-        "--out",
-        str(out),
-        "--batch-size",
-        "6",
-        "--device",
-        "cpu",
-        *map(str, more),
-    ]
+    words = f"--model {world / 'model'} --data {world / data} --out {out} --batch-size 6"
+    return [*words.split(), "--device", "cpu", *map(str, more)]
+
+
+def trained(world, out, flags="", data="pairs.jsonl"):
+    """The exit status of the trainer."""
+    return main(arguments(world, out, *flags.split(), data=data))
+
+
+def resumed(out, flags=""):
+    return main(["--resume", "--out", str(out), *flags.split()])
 
 
 def all_packed(examples, max_tokens=200):
     return pack(examples, list(range(len(examples))), max_tokens)
 
 
-def logged(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def logged(out, *, speeds=True):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if speeds or not k.endswith("_per_s")} for row in rows]
 
 
 def weights(out):
@@ -127,33 +122,27 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(
         found = [e for e in found if e.pairs] or [pair(found[0].prompt, (1, 2), (3,), 1)]
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    ref = reference(tiny, found, [all_packed(found)], file, "key", loss, torch.float64)
-    ref.logps = ref.logps.double().sub_(0.1).mul_(0.9)  # so that it is not the policy itself
-    smallest = max(e.tokens for e in found)
+    ref = reference(tiny, found, [all_packed(found)], file, loss, torch.float64)
+    ref = Reference(
+        found, ref.logps.double().sub(0.1).mul(0.9)
+    )  # so that it is not the policy itself
 
     def step(max_tokens):
         tiny.zero_grad()
         batches = pack(found, list(range(len(found))), max_tokens)
-        value, sums = run_batches(
-            tiny, batches, loss, hyper, ref, torch.float64, "cpu", backward=True
-        )
-        return (
-            value,
-            [p.grad.clone() for p in tiny.parameters()],
-            metrics(batches, sums, hyper.get("beta", 1.0)),
-        )
+        where = (torch.float64, "cpu")
+        value, sums = run_batches(tiny, batches, loss, hyper, ref, *where, backward=True)
+        gradient = [p.grad.clone() for p in tiny.parameters()]
+        numbers = metrics(batches, sums, hyper.get("beta", 1.0))
+        # of two equal responses either may be ahead by a rounding
+        numbers.pop("rewards/accuracies", None)
+        return value, gradient, numbers
 
-    (value, gradient, numbers), (value_split, gradient_split, numbers_split) = (
-        step(10**6),
-        step(smallest),
-    )
+    value, gradient, numbers = step(10**6)
+    value_split, gradient_split, numbers_split = step(max(e.tokens for e in found))
     torch.testing.assert_close(value, value_split, rtol=1e-9, atol=1e-12)
     for a, b in zip(gradient, gradient_split, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
-    for found in (numbers, numbers_split):
-        found.pop(
-            "rewards/accuracies", None
-        )  # of two equal responses either may be ahead by a rounding
     assert numbers == pytest.approx(numbers_split)
 
 
@@ -162,15 +151,10 @@ def test_metrics_by_hand():
     0)/2."""
     batch = SimpleNamespace(preferred=torch.tensor([True, False]), pairs=torch.tensor([[0, 1]]))
     sums = torch.tensor([[-5.0, -7.0, -6.0, -9.0], [1.0, -3.0, -2.0, -2.0]])
-    expected = {
-        "logps/chosen": -5.5,
-        "logps/rejected": -8.0,
-        "rewards/chosen": -0.25,
-        "rewards/rejected": -1.25,
-        "rewards/margins": 1.0,
-        "rewards/accuracies": 0.5,
-    }
-    assert metrics([batch, batch], sums, 0.5) == pytest.approx(expected)
+    logps = {"logps/chosen": -5.5, "logps/rejected": -8.0}
+    rewards = {"rewards/chosen": -0.25, "rewards/rejected": -1.25}
+    pairs = {"rewards/margins": 1.0, "rewards/accuracies": 0.5}
+    assert metrics([batch, batch], sums, 0.5) == pytest.approx(logps | rewards | pairs)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -197,12 +181,9 @@ def test_the_learning_rate_rises_stays_and_falls():
 def test_loss_arguments():
     assert loss_hyper(LOSSES["dpo"], ["beta=2"]) == {"beta": 2.0, "lam": 0.0}
     assert loss_hyper(LOSSES["bnf"], ["length=own"]) == {"length": "own"}
-    with pytest.raises(ValueError, match="given twice"):
-        loss_hyper(LOSSES["dpo"], ["beta=1", "beta=2"])
-    with pytest.raises(ValueError, match="kl is computed"):
-        loss_hyper(LOSSES["kto"], ["kl=1"])
-    with pytest.raises(ValueError, match="write NAME=VALUE"):
-        loss_hyper(LOSSES["dpo"], ["beta"])
+    for loss, texts in {"dpo": ["beta=1", "beta=2"], "kto": ["kl=1"], "bnf": ["length"]}.items():
+        with pytest.raises(ValueError, match="write NAME=X"):
+            loss_hyper(LOSSES[loss], texts)
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -211,77 +192,56 @@ def test_loss_arguments():
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_a_run_learns_and_leaves_what_it_promises(world, tmp_path, name, capsys):
     out = tmp_path / "run"
-    more = ["--loss", name, "--epochs", 3, "--lr", 3e-3, "--eval-data", world / "held-out.jsonl"]
-    assert main(arguments(world, out, *more)) == 0
+    flags = f"--loss {name} --epochs 3 --lr 3e-3 --eval-data {world / 'held-out.jsonl'}"
+    assert trained(world, out, flags) == 0
     found = logged(out)
     steps, held_out = [r for r in found if "loss" in r], [r for r in found if "eval_loss" in r]
-    assert [r["step"] for r in steps] == list(range(1, 13)) and [r["step"] for r in held_out] == [
-        0,
-        12,
-    ]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    assert [r["step"] for r in held_out] == [0, 12]
     assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
-    needed = {
-        "step",
-        "epoch",
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "num_tokens",
-        "logps/chosen",
-        "logps/rejected",
-    }
-    needed |= {"examples_per_s", "tokens_per_s"}
+    needed = "step epoch loss grad_norm learning_rate num_tokens logps/chosen logps/rejected"
+    needed += " examples_per_s tokens_per_s"
     if LOSSES[name].needs_ref:
-        needed |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+        needed += " rewards/chosen rewards/rejected rewards/margins rewards/accuracies"
         assert held_out[1]["eval_rewards/accuracies"] > 0.8
-    assert all(needed == set(r) for r in steps)
+    assert all(set(needed.split()) == set(r) for r in steps)
     before, after = load(world / "model"), load(out / "model")
     assert not torch.equal(before.unembed, after.unembed)
     assert list((out / "checkpoints").iterdir()) == [out / "checkpoints" / "step-0000012"]
-    assert load_tokenizer(out / "model").encode("Hi") == load_tokenizer(world / "model").encode(
-        "Hi"
-    )
+    tokenizer = load_tokenizer(out / "model")
+    assert tokenizer.encode("Hi") == load_tokenizer(world / "model").encode("Hi")
     assert name in (out / "model" / "README.md").read_text() and (out / "config.json").is_file()
     text = capsys.readouterr().out
-    assert all(
-        word in text
-        for word in (
-            "machine  cpu, float32",
-            "12 of 6 examples: 3 epochs",
-            str(out / "model"),
-            "eval_loss",
-        )
-    )
+    told = ["machine  cpu, float32", "12 of 6 examples: 3 epochs", str(out / "model"), "eval_loss"]
+    assert all(words in text for words in told)
     assert (out / "figures" / "training.png").is_file()
 
 
-def test_unpaired_rows_and_a_stop_in_mid_epoch(world, tmp_path):
-    assert main(arguments(world, tmp_path / "run", "--max-steps", 5, data="unpaired.jsonl")) == 0
+def test_unpaired_rows_and_a_stop_in_mid_epoch(world, tmp_path, capsys):
+    assert trained(world, tmp_path / "run", "--max-steps 5", data="unpaired.jsonl") == 0
     last = logged(tmp_path / "run")[-1]
-    assert (
-        last["step"] == 5
-        and last["epoch"] == 5 / 8
-        and "rewards/chosen" in last
-        and "rewards/margins" not in last
-    )
+    assert last["step"] == 5 and last["epoch"] == 5 / 8
+    assert "rewards/chosen" in last and "rewards/margins" not in last
+    assert "first step -> " in capsys.readouterr().out  # of what the numbers are
+
+
+def test_one_is_no_plural(world, tmp_path, capsys):
+    flags = f"--data {write(tmp_path / 'one.jsonl', rows(1))} --batch-size 1"
+    assert trained(world, tmp_path / "run", flags) == 0
+    text = capsys.readouterr().out
+    assert ": 1 pair, " in text and "1 of 1 example: 1 epoch\n" in text
 
 
 def test_run_again_is_bitwise_the_same_and_a_seed_makes_another(world, tmp_path):
-    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert (
-            main(
-                arguments(world, tmp_path / out, "--lr", 1e-3, "--seed", seed, "--max-tokens", 120)
-            )
-            == 0
-        )
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and not same(
-        weights(tmp_path / "a"), weights(tmp_path / "c")
-    )
+    for out, seed in {"a": 0, "b": 0, "c": 1}.items():
+        assert trained(world, tmp_path / out, f"--lr 1e-3 --max-tokens 120 --seed {seed}") == 0
+    a, b, c = (weights(tmp_path / out) for out in "abc")
+    assert same(a, b) and not same(a, c)
 
 
 def test_gradient_checkpointing_changes_no_bit_and_keeps_a_fraction(world, tmp_path, tiny):
-    for out, flags in (("plain", ()), ("again", ("--gradient-checkpointing",))):
-        assert main(arguments(world, tmp_path / out, "--lr", 1e-3, "--max-steps", 3, *flags)) == 0
+    for out, flag in {"plain": "", "again": "--gradient-checkpointing"}.items():
+        assert trained(world, tmp_path / out, f"--lr 1e-3 --max-steps 3 {flag}") == 0
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "again"))
 
     def kept() -> int:
@@ -300,94 +260,47 @@ def test_gradient_checkpointing_changes_no_bit_and_keeps_a_fraction(world, tmp_p
 
 
 GOLDEN = {
-    "bnf": [
-        0.083675,
-        -0.016465,
-        -0.078753,
-        -0.116448,
-        -0.208638,
-        -0.245358,
-        -0.278455,
-        -0.278928,
-        -0.305817,
-        -0.308658,
-    ],
-    "dpo": [
-        0.693147,
-        0.647883,
-        0.612401,
-        0.601424,
-        0.558392,
-        0.511223,
-        0.510931,
-        0.488424,
-        0.49247,
-        0.476756,
-    ],
+    "bnf": "0.083675 -0.016465 -0.078753 -0.116448 -0.208638"
+    " -0.245358 -0.278455 -0.278928 -0.305817 -0.308658",
+    "dpo": "0.693147 0.647883 0.612401 0.601424 0.558392"
+    " 0.511223 0.510931 0.488424 0.49247 0.476756",
 }
 
 
 @pytest.mark.parametrize("loss", GOLDEN)
-def test_ten_golden_losses(tmp_path, loss):
+def test_ten_golden_losses(world, tmp_path, loss):
     """What weights/tiny's ten steps came to before the kernels were made fast (commit 381e75f):
     speed has changed no number."""
-    write(tmp_path / "pairs.jsonl", rows(40))
-    flags = [
-        "--model",
-        "weights/tiny",
-        "--data",
-        str(tmp_path / "pairs.jsonl"),
-        "--lr",
-        "1e-3",
-        "--batch-size",
-        "8",
-        "--device",
-        "cpu",
-    ]
-    assert main([*flags, "--max-steps", "10", "--loss", loss, "--out", str(tmp_path / "run")]) == 0
-    assert [row["loss"] for row in logged(tmp_path / "run")] == pytest.approx(
-        GOLDEN[loss], rel=1e-4, abs=2e-5
-    )
+    data = write(tmp_path / "pairs.jsonl", rows(40))
+    flags = f"--model weights/tiny --data {data} --lr 1e-3 --batch-size 8 --max-steps 10"
+    assert trained(world, tmp_path / "run", f"{flags} --loss {loss}") == 0
+    golden = [float(number) for number in GOLDEN[loss].split()]
+    found = [row["loss"] for row in logged(tmp_path / "run")]
+    assert found == pytest.approx(golden, rel=1e-4, abs=2e-5)
 
 
 def test_bfloat16_keeps_float32_masters_and_stays_near_float32(world, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        assert (
-            main(arguments(world, tmp_path / dtype, "--lr", 1e-3, "--epochs", 2, "--dtype", dtype))
-            == 0
-        )
+        assert trained(world, tmp_path / dtype, f"--lr 1e-3 --epochs 2 --dtype {dtype}") == 0
     wide, low = logged(tmp_path / "float32"), logged(tmp_path / "bfloat16")
     assert weights(tmp_path / "bfloat16")["model.norm.weight"].dtype == torch.float32
-    assert all(
-        a["loss"] == pytest.approx(b["loss"], abs=0.05) for a, b in zip(wide, low, strict=True)
-    )
+    for a, b in zip(wide, low, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.05)
     assert low[-1]["rewards/margins"] == pytest.approx(wide[-1]["rewards/margins"], rel=0.1)
 
 
-def test_the_reference_is_computed_once_and_belongs_to_its_model_and_data(
-    world, tmp_path, tiny, monkeypatch
-):
-    model, examples, file = (
-        load(world / "model"),
-        pack_examples(world)[:6],
-        tmp_path / "reference.safetensors",
-    )
-    steps = [all_packed(examples)]
-    ref = reference(model, examples, steps, file, "key", LOSSES["bnf"], torch.float32)
+def test_the_reference_is_computed_once(world, tmp_path, monkeypatch):
+    model, examples = load(world / "model"), pack_examples(world)[:6]
+    given = model, examples, [all_packed(examples)], tmp_path / "reference.safetensors"
+    ref = reference(*given, LOSSES["bnf"], torch.float32)
     (batch,) = pack(examples, [4, 1, 3], 1000)
-    torch.testing.assert_close(
-        ref.of(batch),
-        batch_logps(model, batch, LOSSES["bnf"], torch.float32),
-        rtol=1e-5,
-        atol=1e-5,
-    )
-    monkeypatch.setattr("minibnf.step.read_batches", lambda *a, **k: pytest.fail("computed again"))
-    assert torch.equal(
-        reference(model, examples, steps, file, "key", LOSSES["bnf"], torch.float32).logps,
-        ref.logps,
-    )
+    expected = batch_logps(model, batch, LOSSES["bnf"], torch.float32)
+    torch.testing.assert_close(ref.of(batch), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("minibnf.step.read_all", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(reference(*given, LOSSES["bnf"], torch.float32).of(batch), ref.of(batch))
+    given[-1].write_bytes(b"junk")
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        reference(model, examples, steps, file, "another", LOSSES["bnf"], torch.float32)
+        reference(*given, LOSSES["bnf"], torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -422,18 +335,9 @@ def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
         return value, sums
 
     monkeypatch.setattr(train, "run_batches", spy)
-    more = [
-        "--loss",
-        loss,
-        "--dtype",
-        dtype,
-        "--device",
-        device,
-        "--eval-data",
-        world / "held-out.jsonl",
-    ]
-    more += ["--lr", "1e-30", "--max-tokens", "90", "--seed", "3"]
-    assert main([*arguments(world, out, *more)[2:], "--model", str(wide)]) == 0
+    flags = f"--model {wide} --loss {loss} --dtype {dtype} --device {device} --lr 1e-30"
+    flags += f" --max-tokens 90 --seed 3 --eval-data {world / 'held-out.jsonl'}"
+    assert trained(world, out, flags) == 0
     return logged(out), torch.cat(logps), torch.cat(ref_logps)
 
 
@@ -445,9 +349,8 @@ def test_before_anything_is_learnt_the_policy_is_the_reference(
     """Every weight of BNF is then 1, DPO's loss log 2 and every shift 0, in all batches of the
     first epoch and for held-out rows: exactly, for the reference is read in the same packs by the
     same arithmetic."""
-    rows, logps, ref_logps = first_epoch(
-        wide, world, tmp_path / "run", monkeypatch, loss, dtype, "cpu"
-    )
+    out = tmp_path / "run"
+    rows, logps, ref_logps = first_epoch(wide, world, out, monkeypatch, loss, dtype, "cpu")
     assert len(rows) == 6 and torch.equal(logps, ref_logps)  # four steps, two evaluations
     for row in rows:
         prefix = "eval_" if "eval_loss" in row else ""
@@ -460,9 +363,8 @@ def test_before_anything_is_learnt_the_policy_is_the_reference(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 @pytest.mark.parametrize("dtype, least", [("float32", 0.9999), ("bfloat16", 0.99)])
 def test_on_a_gpu_bnfs_weights_begin_near_one(wide, world, tmp_path, monkeypatch, dtype, least):
-    _, logps, ref_logps = first_epoch(
-        wide, world, tmp_path / "run", monkeypatch, "bnf", dtype, "cuda"
-    )
+    out = tmp_path / "run"
+    _, logps, ref_logps = first_epoch(wide, world, out, monkeypatch, "bnf", dtype, "cuda")
     assert bnf_weight(logps, ref_logps).mean() > least
 
 
@@ -480,51 +382,42 @@ def test_the_fingerprint_sees_a_permutation(world):
 def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tmp_path):
     examples, model = pack_examples(world)[:4], load(world / "model")
     moved, _ = mismatched(examples, 256, "file")
-    kto = LOSSES["kto"]
-    ref = reference(
-        model, moved, [all_packed(moved)], tmp_path / "ref.safetensors", "key", kto, torch.float32
-    )
+    kto, file = LOSSES["kto"], tmp_path / "ref.safetensors"
+    ref = reference(model, moved, [all_packed(moved)], file, kto, torch.float32)
     batches = pack(moved, [0, 2, 3], 60)
-    assert kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item() == pytest.approx(
-        0, abs=1e-5
-    )
+
+    def estimate():
+        return kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item()
+
+    assert estimate() == pytest.approx(0, abs=1e-5)
     ref.logps -= 0.25  # as if the policy had become surer of each token by 0.25 nats
     tokens = sum(len(r) for i in (0, 2, 3) for r in moved[i].responses)
-    assert kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item() == pytest.approx(
-        0.25 * tokens / 6, rel=1e-4
-    )
+    assert estimate() == pytest.approx(0.25 * tokens / 6, rel=1e-4)
     ref.logps += 0.5
-    assert kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item() == 0
+    assert estimate() == 0
 
 
 def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, monkeypatch):
     """Every step's, and the evaluation's, estimate is over responses under prompts that are not
     their own."""
-    seen, own = [], {(e.prompt, r) for e in pack_examples(world) for r in e.responses}
+    seen, own = 0, {(e.prompt, r) for e in pack_examples(world) for r in e.responses}
 
-    def spy(model, ref, batches, loss, dtype, device):
+    def spy(model, ref, batches, *where):
+        nonlocal seen
         for b in batches:
-            tokens, at = b.tokens[0].tolist(), 0
+            tokens, targets = b.tokens[0].tolist(), iter(b.targets.split(b.lengths.tolist()))
             for prompt, lengths in b.layout:
-                seen.append(tuple(tokens[at : at + prompt]))
-                at += prompt + sum(lengths)
-            targets = b.targets.split(torch.bincount(b.owner).tolist())
-            prompts = [
-                p
-                for p, (_, lengths) in zip(seen[-len(b.layout) :], b.layout, strict=True)
-                for _ in lengths
-            ]
-            assert not own & set(zip(prompts, (tuple(t.tolist()) for t in targets), strict=True))
-        return kl_estimate(model, ref, batches, loss, dtype, device)
+                prompt, tokens = tuple(tokens[:prompt]), tokens[prompt + sum(lengths) :]
+                assert not own & {(prompt, tuple(next(targets).tolist())) for _ in lengths}
+                seen += 1
+        return kl_estimate(model, ref, batches, *where)
 
     monkeypatch.setattr("minibnf.train.kl_estimate", spy)
-    assert main(arguments(world, tmp_path / "run", "--loss", "kto")) == 0
-    assert len(seen) == 24
+    assert trained(world, tmp_path / "run", "--loss kto") == 0
+    assert seen == 24
 
 
 def pack_examples(world):
-    from minibnf.data import read_examples
-
     return read_examples(world / "pairs.jsonl", load_tokenizer(world / "model"), 256)[0]
 
 
@@ -534,21 +427,8 @@ def test_from_scratch_with_muon(world, tmp_path):
     (tmp_path / "base").mkdir()
     for file in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "base" / file).write_bytes((world / "model" / file).read_bytes())
-    base = [
-        "--model",
-        str(tmp_path / "base"),
-        "--from-scratch",
-        "--loss",
-        "nll",
-        "--optimizer",
-        "muon",
-        "--lr",
-        "3e-3",
-    ]
-    assert (
-        main(arguments(world, tmp_path / "run", "--epochs", 4, data="unpaired.jsonl")[2:] + base)
-        == 0
-    )
+    flags = f"--model {tmp_path / 'base'} --from-scratch --loss nll --optimizer muon --lr 3e-3"
+    assert trained(world, tmp_path / "run", f"{flags} --epochs 4", data="unpaired.jsonl") == 0
     found = logged(tmp_path / "run")
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
 
@@ -556,97 +436,72 @@ def test_from_scratch_with_muon(world, tmp_path):
 # ------------------------------------------------------------------------------------ interruptions
 
 
-def start(world, out, *more):
+def killed(world, out, step, signal_number=signal.SIGKILL):
+    """Ends a long run by a signal after a step; its exit status and what it said on stderr."""
+    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *LONG.split())]
+    command += ["--eval-data", str(world / "held-out.jsonl")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *more)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_step(out, step, process):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count(
-            "\n"
-        ) >= step:
-            return
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline, log = time.monotonic() + 60, out / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < step:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.002)
-    pytest.fail(f"step {step} was not reached: {process.communicate()}")
+    process.send_signal(signal_number)
+    errors = process.communicate(timeout=60)[1]
+    return process.returncode, errors
 
 
-LONG = [
-    "--lr",
-    "1e-3",
-    "--epochs",
-    "40",
-    "--save-every",
-    "7",
-    "--loss",
-    "bnf",
-    "--optimizer",
-    "muon",
-    "--max-tokens",
-    "150",
-    "--eval-every",
-    "10",
-    "--eval-data",
-]
+LONG = (
+    "--lr 1e-3 --epochs 40 --save-every 7 --loss bnf --optimizer muon --max-tokens 150"
+    " --eval-every 10"
+)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert main(arguments(world, out, *LONG, world / "held-out.jsonl")) == 0
+    assert trained(world, out, f"{LONG} --eval-data {world / 'held-out.jsonl'}") == 0
     return out
 
 
 @pytest.mark.parametrize("step", [1, 16, 50])
-def test_killed_and_resumed_ends_bitwise_as_if_never_killed(world, tmp_path, uninterrupted, step):
+def test_killed_and_resumed_ends_bitwise_as_if_never_killed(
+    world, tmp_path, uninterrupted, step, capsys
+):
     out = tmp_path / "run"
-    process = start(world, out, *LONG, world / "held-out.jsonl")
-    wait_for_step(out, step, process)
-    process.kill()
-    process.wait()
+    killed(world, out, step)
     assert not (out / "model").exists()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 9')  # a torn line
-    assert main(["--resume", "--out", str(out)]) == 0
+    assert resumed(out, "--lr 1") == 1
+    assert "cannot resume, lr was 0.001 and is 1.0 now" in capsys.readouterr().err
+    assert resumed(out) == 0
     assert same(weights(out), weights(uninterrupted))
-    ours, theirs = logged(out), logged(uninterrupted)
-    drop = lambda rows: [{k: v for k, v in r.items() if not k.endswith("_per_s")} for r in rows]
-    assert drop(ours) == drop(theirs)
-    assert main(["--resume", "--out", str(out)]) == 0  # finished: says so and does nothing
+    assert logged(out, speeds=False) == logged(uninterrupted, speeds=False)
+    assert resumed(out) == 0 and "finished: its model lies in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_and_says_how_to_go_on(world, tmp_path, uninterrupted, number):
     out = tmp_path / "run"
-    process = start(world, out, *LONG, world / "held-out.jsonl")
-    wait_for_step(out, 10, process)
-    process.send_signal(number)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in errors
+    code, errors = killed(world, out, 10, number)
+    assert code == 130 and "Traceback" not in errors
     assert f"-m minibnf.train --resume --out {out}" in errors
     done = sum("loss" in row for row in logged(out))
     assert json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())["step"] == done
-    assert main(["--resume", "--out", str(out)]) == 0
+    (out / "reference-train.safetensors").write_bytes(b"junk")  # damaged: it is made again
+    assert resumed(out) == 0
     assert same(weights(out), weights(uninterrupted))
 
 
 def test_resuming_something_else_is_refused(world, tmp_path, capsys):
-    out = tmp_path / "run"
-    process = start(world, out, *LONG, world / "held-out.jsonl")
-    wait_for_step(out, 2, process)
-    process.kill()
-    process.wait()
-    assert main(["--resume", "--out", str(out), "--lr", "1"]) == 1
-    assert "cannot resume, lr was 0.001 and is 1.0 now" in capsys.readouterr().err
-    other = tmp_path / "other"
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert trained(world, out, "--max-steps 1") == 0
     save(fresh(world / "model", seed=5), other)
     load_tokenizer(world / "model").save(other)
-    assert main(["--resume", "--out", str(out), "--model", str(other)]) == 1
+    assert resumed(out, f"--model {other}") == 1
     assert "cannot resume, model_sha256 was" in capsys.readouterr().err
+    assert resumed(out, "--loss dpo") == 1
 
 
 class NextYear(datetime):
@@ -660,44 +515,35 @@ def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(world, tmp_p
     template = json.loads((world / "model" / "tokenizer_config.json").read_text())["chat_template"]
     dated = tmp_path / "model" / "chat_template.jinja"
     dated.write_text("<|system|>{{ strftime_now('%d %B %Y') }}<|end|>" + template)
-    out = tmp_path / "run"
-    more = ["--max-steps", "2", "--model", tmp_path / "model"]
-    assert main(arguments(world, out, *more)) == 0
+    out, flags = tmp_path / "run", f"--max-steps 2 --model {tmp_path / 'model'}"
+    assert trained(world, out, flags) == 0
     first = weights(out)
     shutil.rmtree(out / "model")  # as if interrupted before it was written
     monkeypatch.setattr("minibnf.files.tokenizer.datetime", NextYear)
-    assert main(["--resume", "--out", str(out)]) == 0
+    assert resumed(out) == 0
     assert same(weights(out), first)
-    assert main([*arguments(world, out, *more), "--overwrite"]) == 0
+    assert trained(world, out, f"{flags} --overwrite") == 0
     assert json.loads((out / "config.json").read_text())["facts"]["now"].startswith("2040-01-01")
 
 
 def test_a_closing_token_that_other_programs_do_not_stop_at_is_told(world, tmp_path, capsys):
     shutil.copytree(world / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 1}')
-    assert main(arguments(world, tmp_path / "run", "--max-steps", "1")) == 0
+    assert trained(world, tmp_path / "run", "--max-steps 1") == 0
     assert "warning" not in capsys.readouterr().out
-    more = ["--max-steps", "1", "--model", tmp_path / "model"]
-    assert main(arguments(world, tmp_path / "other", *more)) == 0
+    assert trained(world, tmp_path / "other", f"--max-steps 1 --model {tmp_path / 'model'}") == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "closes turns with <|end|> (2)" in warnings[0]
-
-
-def test_resuming_a_finished_run_says_so_unless_it_would_be_another(world, tmp_path, capsys):
-    assert main(arguments(world, tmp_path / "run")) == 0
-    assert main(["--resume", "--out", str(tmp_path / "run")]) == 0
-    assert "finished: its model lies in" in capsys.readouterr().out
-    assert main(["--resume", "--out", str(tmp_path / "run"), "--loss", "dpo"]) == 1
 
 
 def test_killed_while_the_model_is_written_resumes_from_the_last_step(world, tmp_path, monkeypatch):
     out = tmp_path / "run"
     monkeypatch.setattr("minibnf.train.finish", lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main(arguments(world, out))
+        trained(world, out)
     monkeypatch.undo()
-    assert main(arguments(world, tmp_path / "whole")) == 0
-    assert main(["--resume", "--out", str(out)]) == 0
+    assert trained(world, tmp_path / "whole") == 0
+    assert resumed(out) == 0
     assert same(weights(out), weights(tmp_path / "whole"))
 
 
@@ -707,40 +553,30 @@ def test_killed_while_the_model_is_written_resumes_from_the_last_step(world, tmp
 def test_a_folder_that_holds_a_run_is_refused_and_an_earlier_config_can_be_changed(
     world, tmp_path, capsys
 ):
-    out = tmp_path / "run"
-    assert main(arguments(world, out, "--max-steps", 2)) == 0
-    assert main(arguments(world, out, "--max-steps", 2)) == 1
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert trained(world, out, "--max-steps 2") == 0
+    assert trained(world, out, "--max-steps 2") == 1
     assert "--resume goes on with it, --overwrite deletes it" in capsys.readouterr().err
-    assert main(["--config", str(out / "config.json"), "--overwrite", "--epochs", "1"]) == 0
+    config = f"--config {out / 'config.json'}".split()
+    assert main([*config, "--overwrite", "--epochs", "1"]) == 0
     assert logged(out)[-1]["step"] == 4
-    assert (
-        main(
-            [
-                "--config",
-                str(out / "config.json"),
-                "--out",
-                str(tmp_path / "other"),
-                "--loss",
-                "dpo",
-            ]
-        )
-        == 0
-    )
-    assert logged(tmp_path / "other")[-1]["step"] == 4
-    config = json.loads((tmp_path / "other" / "config.json").read_text())
-    assert config["arguments"]["loss"] == "dpo" and config["arguments"]["lr"] is None
-    assert (
-        config["facts"]["lr"] == default_rate("dpo") * 576 / 32
-    )  # the other loss's own, not the first one's
+    assert main([*config, "--out", str(other), "--loss", "dpo"]) == 0
+    assert logged(other)[-1]["step"] == 4
+    found = json.loads((other / "config.json").read_text())
+    assert found["arguments"]["loss"] == "dpo" and found["arguments"]["lr"] is None
+    # the other loss's own, not the first one's
+    assert found["facts"]["lr"] == default_rate("dpo") * 576 / 32
+    assert main(["--config", str(world / "model" / "config.json"), "--out", str(out)]) == 1
+    assert "not the config.json that a run" in capsys.readouterr().err
 
 
-def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path):
-    out = tmp_path / "run"
-    assert main(arguments(world, out, "--max-steps", 2)) == 0
-    assert (
-        main([*arguments(world, out, "--overwrite"), "--data", str(tmp_path / "missing.jsonl")])
-        == 1
-    )
+def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, tmp_path, capsys):
+    """A file that is missing, and rows that have not what kto asks for."""
+    out, one = tmp_path / "run", write(tmp_path / "one.jsonl", rows(1))
+    assert trained(world, out, "--max-steps 2") == 0
+    assert trained(world, out, f"--overwrite --data {tmp_path / 'missing.jsonl'}") == 1
+    assert trained(world, out, f"--overwrite --loss kto --data {one}") == 1
+    assert "one.jsonl, line 1: kto" in capsys.readouterr().err
     assert (out / "model" / "model.safetensors").is_file()
 
 
@@ -759,19 +595,16 @@ def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more",
-    [
-        ["--lr", "inf"],
-        ["--lr", "0"],
-        ["--batch-size", "0"],
-        ["--eval-every", "2"],
-        ["--epochs", "1", "--max-steps", "1"],
-    ],
+    "flags",
+    ["--lr inf", "--lr 0", "--batch-size 0", "--eval-every 2", "--epochs 1 --max-steps 1"],
 )
-def test_impossible_arguments_are_refused(world, tmp_path, more):
+def test_impossible_arguments_are_refused_in_one_line(world, tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as exit:
-        main(arguments(world, tmp_path / "run", *more))
+        trained(world, tmp_path / "run", flags)
     assert exit.value.code == 2 and not (tmp_path / "run").exists()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.endswith(" (minibnf train --help lists the options)\n")
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -781,52 +614,31 @@ def test_numbers_read_a_step_late_are_the_same_numbers(
     """As on CUDA; evaluations and checkpoints stand between steps. Broken: a number that is not
     finite is noticed late too."""
     if broken:
-        real = learning_rate
-        monkeypatch.setattr(
-            "minibnf.train.learning_rate",
-            lambda step, *rest: float("nan") if step == 2 else real(step, *rest),
-        )
+        nan_at_2 = lambda step, *rest: math.nan if step == 2 else learning_rate(step, *rest)
+        monkeypatch.setattr("minibnf.train.learning_rate", nan_at_2)
     found = []
+    flags = f"--max-steps 6 --eval-every 4 --save-every 5 --eval-data {world / 'pairs.jsonl'}"
     for ahead in (0, 1):
         monkeypatch.setitem(AHEAD, "cpu", ahead)
         out = tmp_path / str(ahead)
-        flags = [
-            "--max-steps",
-            6,
-            "--eval-data",
-            world / "pairs.jsonl",
-            "--eval-every",
-            4,
-            "--save-every",
-            5,
-        ]
-        assert main(arguments(world, out, *flags)) == broken
+        assert trained(world, out, flags) == broken
         assert not (broken and ((out / "checkpoints").exists() or (out / "model").exists()))
-        found.append(
-            [{k: v for k, v in row.items() if not k.endswith("_per_s")} for row in logged(out)]
-        )
+        found.append(logged(out, speeds=False))
     assert found[0] == found[1]
-    assert [row["step"] for row in found[0]] == (
-        [0, 1, 2, 3] if broken else [0, 1, 2, 3, 4, 4, 5, 6, 6]
-    )
+    expected = [0, 1, 2, 3] if broken else [0, 1, 2, 3, 4, 4, 5, 6, 6]
+    assert [row["step"] for row in found[0]] == expected
     assert capsys.readouterr().err.count("stopped at step 4") == 2 * broken
 
 
 def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
-        raise SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
 
     monkeypatch.setattr("minibnf.files.safetensors.save_file", full)
-    assert main(arguments(world, tmp_path / "run", "--max-steps", 1, "--loss", "nll")) == 1
+    assert trained(world, tmp_path / "run", "--max-steps 1 --loss nll") == 1
     errors = capsys.readouterr().err
-    assert (
-        errors.startswith("error: ")
-        and "model.safetensors cannot be written" in errors
-        and "No space left" in errors
-    )
-    assert errors.count("\n") == 1
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert "model.safetensors cannot be written" in errors and "No space left" in errors
 
 
 def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkeypatch, capsys):
@@ -838,118 +650,80 @@ def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkey
             for p in self.param_groups[0]["params"]:
                 p.data.fill_(float("inf"))
 
-    monkeypatch.setattr(
-        "minibnf.train.optimizers", lambda model, args, lr: [Overflow(model.parameters(), lr=1.0)]
-    )
-    assert main(arguments(world, tmp_path / "run", "--max-steps", 1)) == 1
-    assert (
-        "the weights after it are not finite" in capsys.readouterr().err
-        and not (tmp_path / "run" / "model").exists()
-    )
+    overflow = lambda model, args, lr: [Overflow(model.parameters(), lr=1.0)]
+    monkeypatch.setattr("minibnf.train.optimizers", overflow)
+    assert trained(world, tmp_path / "run", "--max-steps 1") == 1
+    assert "the weights after it are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
 
 
-def test_damaged_folders_of_a_run(world, tmp_path, capsys):
-    """A damaged cache is made again; a damaged checkpoint, or a folder without a run, is one
-    line."""
+def test_folders_that_hold_no_run_or_a_damaged_one(world, tmp_path, capsys):
     out = tmp_path / "run"
-    process = start(world, out, *LONG, world / "held-out.jsonl")
-    wait_for_step(out, 10, process)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    (out / "reference-train.safetensors").write_bytes(b"junk")
+    assert trained(world, out, "--max-steps 1") == 0
+    shutil.rmtree(out / "model")
     (checkpoint,) = (out / "checkpoints").iterdir()
-    weights_file = checkpoint / "model.safetensors"
-    whole = weights_file.read_bytes()
-    weights_file.write_bytes(whole[:50])
-    assert main(["--resume", "--out", str(out)]) == 1
+    (checkpoint / "model.safetensors").write_bytes(b"junk")
+    assert resumed(out) == 1
     assert f"{checkpoint}: a damaged checkpoint" in capsys.readouterr().err
-    weights_file.write_bytes(whole)
-    assert main(["--resume", "--out", str(out)]) == 0
-    assert "resumed  after step" in capsys.readouterr().out
-    assert main(["--resume", "--out", str(tmp_path / "nowhere")]) == 1
-    assert "holds no run to go on with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        resumed(tmp_path / "nowhere")
+    assert "holds no run to go on with: starting one" in capsys.readouterr().out
+    assert trained(world, tmp_path / "new", "--max-steps 1 --resume") == 0
     (tmp_path / "file").write_text("")
-    assert main(arguments(world, tmp_path / "file")) == 1
-    assert "is a file; name a folder" in capsys.readouterr().err
-    assert main(arguments(world, tmp_path / "file" / "run")) == 1
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_ktos_lack_of_a_second_prompt_does_not_cost_the_run_that_overwrite_would_replace(
-    world, tmp_path, capsys
-):
-    out, one = tmp_path / "run", write(tmp_path / "one.jsonl", rows(1))
-    assert main(arguments(world, out)) == 0
-    assert main([*arguments(world, out, "--overwrite", "--loss", "kto"), "--data", str(one)]) == 1
-    assert "one.jsonl, line 1: kto" in capsys.readouterr().err and (out / "model").exists()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert trained(world, place) == 1
+        assert f"'{tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_every_option_of_training_does_something(world, tmp_path):
     """Each changes the weights (or what is logged, or the stored dtype) against the same run
     without it."""
-    assert main(arguments(world, tmp_path / "plain", "--lr", 3e-3)) == 0
-    options = {
-        "clip": ["--grad-clip", "1e-3"],
-        "decay": ["--weight-decay", "0.5"],
-        "warm": ["--warmup", "0.9"],
-        "fall": ["--decay", "0.2"],
-        "batch": ["--batch-size", "5"],
-        "own": ["--loss-args", "length=own"],
-        "muon": ["--optimizer", "muon"],
-    }
-    for name, more in options.items():
-        assert main(arguments(world, tmp_path / name, "--lr", 3e-3, *more)) == 0
-        assert not same(weights(tmp_path / name), weights(tmp_path / "plain")), name
-    more = ["--save-dtype", "bfloat16", "--eval-data", world / "held-out.jsonl", "--eval-every", 2]
-    assert main(arguments(world, tmp_path / "other", "--lr", 3e-3, *more)) == 0
-    assert {t.dtype for t in weights(tmp_path / "other").values()} == {torch.bfloat16}
-    assert [row["step"] for row in logged(tmp_path / "other") if "eval_loss" in row] == [0, 2, 4]
+    assert trained(world, tmp_path / "plain", "--lr 3e-3") == 0
+    options = (
+        "--grad-clip 1e-3,--weight-decay 0.5,--warmup 0.9,--decay 0.2,--batch-size 5,"
+        "--loss-args length=own,--optimizer muon"
+    )
+    for flags in options.split(","):
+        out = tmp_path / flags.split()[0]
+        assert trained(world, out, f"--lr 3e-3 {flags}") == 0
+        assert not same(weights(out), weights(tmp_path / "plain")), flags
+    other, held_out = tmp_path / "other", world / "held-out.jsonl"
+    flags = f"--lr 3e-3 --save-dtype bfloat16 --eval-every 2 --eval-data {held_out}"
+    assert trained(world, other, flags) == 0
+    assert {t.dtype for t in weights(other).values()} == {torch.bfloat16}
+    assert [row["step"] for row in logged(other) if "eval_loss" in row] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
-    "change, place",
+    "flags, parts",
     [
-        ("json", ("broken.jsonl, line 3", "not valid JSON")),
-        ("empty", ("broken.jsonl, line 3", "field 'rejected' is empty")),
-        ("tensor", ("model", "tensor 'model.norm.weight' is missing")),
-        ("unpaired", ("unpaired.jsonl", "needs pairs", "line 1, line 2,", "and 38 more")),
-        ("max_tokens", ("--max-tokens 10", "tokens of the longest example")),
-        ("hyper", ("'bnf'", "no hyper-parameter 'beta'")),
+        ("--data {0}/json.jsonl", ["json.jsonl, line 3", "not valid JSON"]),
+        ("--data {0}/empty.jsonl", ["empty.jsonl, line 3", "field 'rejected' is empty"]),
+        ("--model {0}/model", ["model", "tensor 'model.norm.weight' is missing"]),
+        (
+            "--data {1}/unpaired.jsonl --loss dpo",
+            ["line 1", "needs pairs", "(one of 48)"],
+        ),
+        ("--max-tokens 10", ["--max-tokens 10", "tokens of the longest example"]),
+        ("--loss-args beta=1", ["'bnf'", "no hyper-parameter 'beta'"]),
     ],
 )
-def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, change, place):
-    found, model = rows(), world / "model"
-    command = arguments(world, tmp_path / "out")
-    if change == "json":
-        (tmp_path / "broken.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in found[:2]) + '{"prompt": [\n'
-        )
-    if change == "empty":
-        found[2]["rejected"] = said("assistant", "")
-        write(tmp_path / "broken.jsonl", found)
-    if change in ("json", "empty"):
-        command += ["--data", str(tmp_path / "broken.jsonl")]
-    if change == "tensor":
-        model = tmp_path / "model"
-        model.mkdir()
-        for file in (world / "model").iterdir():
-            (model / file.name).write_bytes(file.read_bytes())
-        broken = fresh(model, seed=0)
-        del broken.model.norm.weight
-        save(broken, model)
-        command += ["--model", str(model)]
-    if change == "unpaired":
-        command += ["--data", str(world / "unpaired.jsonl"), "--loss", "dpo"]
-    if change == "max_tokens":
-        command += ["--max-tokens", "10"]
-    if change == "hyper":
-        command += ["--loss-args", "beta=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "minibnf.train", *command], capture_output=True, text=True
-    )
+def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, flags, parts):
+    found = rows()
+    found[2]["rejected"] = said("assistant", "")
+    write(tmp_path / "empty.jsonl", found)
+    with open(write(tmp_path / "json.jsonl", rows(2)), "a") as file:
+        file.write('{"prompt": [\n')
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    broken = fresh(model, seed=0)
+    del broken.model.norm.weight
+    save(broken, model)
+    command = arguments(world, tmp_path / "out", *flags.format(tmp_path, world).split())
+    command = [sys.executable, "-m", "minibnf.train", *command]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert all(part in done.stderr for part in place)
+    assert all(part in done.stderr for part in parts)
     assert not (tmp_path / "out").exists()
 
 
@@ -959,13 +733,9 @@ def test_a_non_finite_loss_stops_the_run_unsaved_and_names_the_batch(world, tmp_
         broken.model.norm.weight[0] = float("nan")
     save(broken, tmp_path / "broken")
     load_tokenizer(world / "model").save(tmp_path / "broken")
-    assert main([*arguments(world, tmp_path / "run"), "--model", str(tmp_path / "broken")]) == 1
+    assert trained(world, tmp_path / "run", f"--model {tmp_path / 'broken'}") == 1
     errors = capsys.readouterr().err
-    assert (
-        "stopped at step 1: loss nan" in errors
-        and "nothing of it was saved" in errors
-        and "pairs.jsonl" in errors
-        and "lines " in errors
-    )
+    for part in ("stopped at step 1: loss nan", "nothing of it was saved", "pairs.jsonl", "lines "):
+        assert part in errors
     assert not (tmp_path / "run" / "model").exists() and logged(tmp_path / "run") == []
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -22,6 +22,7 @@ class HuggingFace:
     def __init__(self, path):
         try:
             from tokenizers import Tokenizer as Fast
+            from tokenizers.pre_tokenizers import ByteLevel
         except ImportError:
             raise ImportError(f"{path} needs tokenizers: pip install 'minibnf[hf]'") from None
         self.path, self.special = path, {}
@@ -50,13 +51,9 @@ class HuggingFace:
         # A byte-level BPE spells each byte by one printable character. Some vocabularies, such as
         # SmolLM2's, lack a few of these. The library leaves out such bytes without a word, and so
         # does transformers; here a warning names them.
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        characters = map(chr, printable + list(range(256, 512)))
-        spelt = dict(zip(printable + others, characters, strict=False))
         unknown = getattr(self.fast.model, "unk_token", "")
         byte_level = "ByteLevel" in repr(self.fast.pre_tokenizer) and unknown is None
-        self.unspelt = {b for b in range(256) if byte_level and spelt[b] not in vocabulary}
+        self.unspelt = set(ByteLevel.alphabet()).difference(vocabulary) if byte_level else set()
 
     def begin(self, config, bos_id):
         """The ids that the file's post-processor puts before a text."""
@@ -65,14 +62,14 @@ class HuggingFace:
 
     def encode(self, text, continuation):
         text.encode()  # half an emoji is a UnicodeEncodeError, which the library does not raise
-        if self.unspelt:
-            lost = sorted({c for c in set(text) if not self.unspelt.isdisjoint(c.encode())})
-            if lost:
-                warnings.warn(
-                    f"{self.path} has no token for {lost}: left out of a text", stacklevel=3
-                )
+        if lost := sorted(filter(self._is_lost, set(text) if self.unspelt else ())):
+            warnings.warn(f"{self.path} has no token for {lost}: left out of a text", stacklevel=3)
         before = self.before if continuation else ""
         return self.fast.encode(before + text, add_special_tokens=False).ids[bool(before) :]
+
+    def _is_lost(self, character):
+        words = self.fast.pre_tokenizer.pre_tokenize_str(character)
+        return any(self.unspelt.intersection(word) for word, _ in words)
 
     def decode(self, ids, skip_special):
         return self.fast.decode(ids, skip_special_tokens=skip_special)
@@ -111,7 +108,7 @@ class SentencePiece:
         self.unknown = [self.first.unk_id()]
         self.byte_tokens = ()  # sentencepiece decodes byte by byte
         self.texts = {i: text for text, i in self.control.items()}
-        self.pattern = re.compile(f"({any_of(self.special_texts).pattern})")
+        self.pattern = re.compile(f"({any_of(self.special_texts)})")
 
     def id(self, text):
         piece = text.replace(" ", "\u2581")

@@ -6,7 +6,6 @@ names it. A field that transformers does not read for the family is ignored, and
 it (announce_ignored). tests/parity holds the lists below against transformers' config classes.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -84,7 +83,6 @@ ONLY_GEMMA = {  # fields of one kind of class
     "hidden_activation": (None, "gelu_pytorch_tanh"),
     "use_bidirectional_attention": (None, False),
 }
-ONLY_OTHERS = {"hidden_act": ("silu",)}
 SHAPE = set(
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
     " num_key_value_heads head_dim rms_norm_eps tie_word_embeddings max_position_embeddings"
@@ -105,18 +103,14 @@ READS = {  # family: the fields it reads besides SHAPE
 }
 # Fields in which null is a value of its own; elsewhere it stands for the default.
 OFF = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+_GEMMA_DEFAULTS = {
+    "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "num_key_value_heads": 4,
+}  # fmt: skip
 DEFAULTS = {  # where transformers' own default is not that of Llama
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "gemma2": {
-        "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
-        "sliding_window": 4096, "num_key_value_heads": 4,
-        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-    },
-    "gemma3_text": {
-        "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
-        "sliding_window": 4096, "num_key_value_heads": 4,
-        "sliding_window_pattern": 6, "rope_theta": 1e6,
-    },
+    "gemma2": _GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": _GEMMA_DEFAULTS | {"sliding_window_pattern": 6, "rope_theta": 1e6},
     "smollm3": {
         "tie_word_embeddings": True, "num_key_value_heads": 4,
         "rope_theta": 2e6, "no_rope_layer_interval": 4,
@@ -141,16 +135,15 @@ def read_config(directory) -> tuple[Config, dict]:
 
 def no_model(directory, lacks: str) -> FileNotFoundError:
     """The error for a folder that lacks files of a model: what it is, and what to name instead."""
-    snapshots = sorted(f for f in Path(directory).glob("snapshots/*") if f.is_dir())
+    snapshots = sorted(Path(directory).glob("snapshots/*/"))
     if snapshots:
         what = f"is the top folder of a hub's cache; name the model's own: {snapshots[-1]}"
     elif Path(directory).is_dir():
         what = f"holds {lacks}"
-    elif re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(directory)):
-        what = "is no folder here; a model on a hub is downloaded first, "
-        what += f"such as by: hf download {directory} --local-dir FOLDER"
     else:
-        what = "is no folder"
+        what = (
+            "is no folder; a model on a hub is downloaded first: hf download NAME --local-dir DIR"
+        )
     return FileNotFoundError(f"{directory} {what}")
 
 
@@ -161,7 +154,12 @@ def parse_config(raw: dict, path) -> Config:
         raise ValueError(
             f"{path}: field 'model_type' = {family!r} is not supported, only {', '.join(READS)}"
         )
-    _refuse(raw, family, path)
+    for field, allowed in _only(family).items():
+        if field in raw and raw[field] not in allowed:
+            raise ValueError(
+                f"{path}: field '{field}' = {raw[field]!r} is not supported for {family}, "
+                f"only {' or '.join(map(repr, allowed))}"
+            )
     read = SHAPE | READS[family]
     given = DEFAULTS.get(family, {}) | {
         field: value
@@ -217,18 +215,8 @@ def _number(given: dict, path, name: str, default=None):
 
 def _only(family: str) -> dict[str, tuple]:
     """{field: supported values} of the fields that this family does not read."""
-    only = ONLY | (ONLY_GEMMA if family.startswith("gemma") else ONLY_OTHERS)
+    only = ONLY | (ONLY_GEMMA if family.startswith("gemma") else {"hidden_act": ("silu",)})
     return {field: values for field, values in only.items() if field not in READS[family]}
-
-
-def _refuse(raw: dict, family: str, path) -> None:
-    """Raise for a field whose value this family's forward pass here does not follow."""
-    for field, allowed in _only(family).items():
-        if field in raw and raw[field] not in allowed:
-            raise ValueError(
-                f"{path}: field '{field}' = {raw[field]!r} is not supported for {family}, "
-                f"only {' or '.join(map(repr, allowed))}"
-            )
 
 
 def ignored_fields(raw: dict) -> list[str]:

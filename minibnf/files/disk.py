@@ -1,9 +1,9 @@
 """JSON, and writes that are whole or absent."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -40,30 +40,32 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-class replacing:
+@contextmanager
+def replacing(directory) -> Iterator[Path]:
     """A temporary folder that takes the directory's place when the block ends without an error.
 
     with replacing(directory) as temporary: ... fill temporary ...
     """
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if directory.exists():
+            delete(directory)
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
-    def __init__(self, directory):
-        self.directory = Path(directory)
 
-    def __enter__(self) -> Path:
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir()
-        return self.temporary
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            old = self.temporary.with_suffix(".old")
-            if self.directory.exists():
-                self.directory.rename(old)
-            self.temporary.rename(self.directory)
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.temporary, ignore_errors=True)
+def delete(path: Path) -> None:
+    """Delete a file, or a folder, which is renamed first: what is half deleted is never read."""
+    if path.is_symlink() or not path.is_dir():
+        return path.unlink()
+    doomed = path.with_name(f".{path.name}.deleted.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(path.rename(doomed))
 
 
 def inside(path: Path, folder: Path) -> bool:

@@ -21,28 +21,20 @@ def text_or_messages(value, where, name: str) -> str | list[dict]:
         raise ValueError(f"{where}: field '{name}' must be text or a list of messages, not {kind}")
     if not value:
         raise ValueError(f"{where}: field '{name}' is empty; it needs a message")
-    if isinstance(value[0], str | list):
-        raise ValueError(
-            f"{where}: field '{name}' is a list of {len(value)} texts or conversations, and a row "
-            "holds one; write a row for each"
-        )
     return [_message(m, f"{where}: field '{name}', message {i}") for i, m in enumerate(value, 1)]
 
 
 def _message(message, where: str) -> dict:
-    if isinstance(message, dict) and {"from", "value"} <= set(message):
-        raise ValueError(
-            f"{where}: 'from' and 'value' are ShareGPT's keys; "
-            "write 'role' (system, user, assistant) and 'content'"
-        )
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: needs text in 'role' and 'content'")
-    content = message.get("content")
-    if isinstance(content, list):
-        message = {**message, "content": "".join(_part(part, where) for part in content)}
-    elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-        raise ValueError(f"{where}: needs text in 'role' and 'content'")
-    return message
+    if isinstance(message, dict) and isinstance(message.get("role"), str):
+        content = message.get("content")
+        if isinstance(content, list):
+            return {**message, "content": "".join(_part(part, where) for part in content)}
+        if isinstance(content, str) or (content is None and message.get("tool_calls")):
+            return message
+    raise ValueError(
+        f"{where}: needs text in 'role' and 'content' (not 'from' and 'value', as in ShareGPT); "
+        "several answers need a row each"
+    )
 
 
 def _part(part, where: str) -> str:

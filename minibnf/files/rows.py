@@ -31,8 +31,13 @@ from tqdm import tqdm
 
 from minibnf.files.messages import COMPARED, text_or_messages, without_prompt
 
-OPTIONS = ("system", "tools", "chat_template_kwargs")
+PAIRED = ("chosen", "rejected")
 UNPAIRED = ("prompt", "completion", "label")
+OPTIONS = ("system", "tools", "chat_template_kwargs")
+FORMS = (
+    "a row has chosen and rejected, or prompt, completion and label, each a text or messages "
+    "with 'role' and 'content'"
+)
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
 DEPTH = 100  # how deeply a row's lists and objects may be nested; later code recurses too
 SHOWN = 10  # bad rows that an error lists
@@ -56,24 +61,16 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
     """The rows of a file, one after another, without their nulls.
 
     In place of a row that is no JSON object comes a ValueError that says why. Raises
-    FileNotFoundError, ImportError, or ValueError for a file that is broken or has no rows.
+    ImportError, or ValueError for a file that cannot be read, is broken or has no rows.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file of rows")
-    if path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
-        raise ValueError(
-            f"{path}: tables of text (CSV, TSV) are not read; write JSON Lines, as pandas does: "
-            f"read_csv(FILE).to_json(OUT, orient='records', lines=True)"
-        )
     place = None
     try:
-        for place, row in _parquet(path) if path.suffix == ".parquet" else _json(path):
-            yield place, _object(row, place)
+        for place, value in _parquet(path) if path.suffix == ".parquet" else _json(path):
+            yield place, _row(value, place)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read to its end: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read to its end: {why}") from None
     if place is None:
         raise ValueError(f"{path}: no rows")
 
@@ -87,10 +84,8 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
             if line.strip(BLANK):
                 break
         opening = b"".join(first).strip(BLANK)
-        if opening.startswith(b"["):
-            yield from _array(path, b"".join([*first, *stream]))
-        elif opening.startswith(b"{") and not opening.endswith(b"}"):
-            yield from _objects(path, b"".join([*first, *stream]))
+        if opening.startswith(b"[") or (opening.startswith(b"{") and not opening.endswith(b"}")):
+            yield from _values(path, b"".join([*first, *stream]))
         else:
             yield from _lines(path, chain(first, stream))
 
@@ -108,31 +103,21 @@ def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[Place, object]]
             yield place, row
 
 
-def _array(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
-    """The rows of a JSON array."""
-    with _json_errors(path, whole=True):
-        rows = json.loads(data.decode("utf-8-sig"))
-    for number, row in enumerate(rows, 1):
-        yield Place(path, "row", number), row
-
-
-def _objects(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
-    """The rows in JSON objects over any number of lines; a row's place is its first line."""
-    with _json_errors(path, whole=True):
+def _values(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
+    """The rows in objects over any number of lines, placed by their first; or in an array."""
+    with _json_errors(path):
         text = data.decode("utf-8-sig")
     space, decode = re.compile(r"\s*"), json.JSONDecoder().raw_decode
-    start, number = space.match(text).end(), 1 + text[: space.match(text).end()].count("\n")
-    while start < len(text):
-        place = Place(path, "line", number)
-        try:
-            with _json_errors(path, whole=True):
-                row, end = decode(text, start)
-        except ValueError as error:
-            row, end = error, len(text)  # nobody knows where the next one begins
-        yield place, row
-        end = space.match(text, end).end()
+    number, end = 1, 0
+    while (start := space.match(text, end).end()) < len(text):
+        number += text.count("\n", end, start)
+        with _json_errors(path):
+            value, end = decode(text, start)
+        if isinstance(value, list):
+            yield from ((Place(path, "row", n), row) for n, row in enumerate(value, 1))
+        else:
+            yield Place(path, "line", number), value
         number += text.count("\n", start, end)
-        start = end
 
 
 def _parquet(path: Path) -> Iterator[tuple[Place, object]]:
@@ -142,33 +127,29 @@ def _parquet(path: Path) -> Iterator[tuple[Place, object]]:
     except ImportError:
         message = f"{path}: Parquet needs the package pyarrow: pip install 'minibnf[data]'"
         raise ImportError(message) from None
-    number = 0
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Place(path, "row", number), row
+            rows = chain.from_iterable(b.to_pylist() for b in file.iter_batches(batch_size=1000))
+            for number, row in enumerate(rows, 1):
+                yield Place(path, "row", number), row
     except (ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
 
 
 @contextmanager
-def _json_errors(where, whole: bool = False):
+def _json_errors(where):
     """Errors of reading JSON as ValueError that says where, the column and, of a file, the line."""
     try:
         yield
     except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if whole else ""
+        line = f", line {error.lineno}" if isinstance(where, Path) else ""
         at = f"{where}{line}, column {error.colno}"
         raise ValueError(f"{at}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text: {error}") from None
-    except (ValueError, RecursionError) as error:  # thousands of digits, deep brackets
+    except (ValueError, RecursionError) as error:  # no UTF-8, thousands of digits, deep brackets
         raise ValueError(f"{where}: JSON that cannot be read: {error}") from None
 
 
-def _object(value, place: Place) -> dict | ValueError:
+def _row(value, place: Place) -> dict | ValueError:
     """A row without its nulls, or a ValueError that says why it is no row."""
     if isinstance(value, ValueError):
         return value
@@ -197,36 +178,29 @@ def present(value, place: Place, depth: int = DEPTH):
 def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) -> list:
     """[read(row, place), ...] of what scan_rows yields.
 
-    A row is bad if it is a ValueError or read raises one. After the first bad row the others are
-    only looked through for more; then a ValueError lists the first ten.
+    A row is bad if it is a ValueError or read raises one. A ValueError lists the first ten.
     """
-    results, errors, path = [], [], None
+    results, errors = [], []
     for place, row in tqdm(rows, desc="reading", unit="row", disable=None, leave=False):
         try:
             if isinstance(row, ValueError):
                 raise row
-            result = read(row, place)
+            results.append(read(row, place))
         except ValueError as error:
             errors.append(str(error))
-            path = place.path
-        if not errors:
-            results.append(result)
     if len(errors) == 1:
         raise ValueError(errors[0])
     if errors:
-        shown = [f"\n  {error.removeprefix(f'{path}, ')}" for error in errors[:SHOWN]]
-        more = f"\n  ... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
-        raise ValueError(f"{path}: {len(errors)} bad rows" + "".join(shown) + more)
+        lines = [f"  {error.removeprefix(f'{place.path}, ')}" for error in errors[:SHOWN]]
+        if len(errors) > SHOWN:
+            lines.append(f"  ... and {len(errors) - SHOWN} more")
+        raise ValueError("\n".join([f"{place.path}: {len(errors)} bad rows", *lines]))
     return results
 
 
 def read_rows(path) -> list[tuple[Place, dict]]:
     """The rows of a file, without their nulls. Raises as scan_rows and each_row do."""
-
-    def placed(row, place):
-        return place, row
-
-    return each_row(scan_rows(path), placed)
+    return each_row(scan_rows(path), lambda row, place: (place, row))
 
 
 # ---------------------------------------------------------------------------------------- rows
@@ -245,66 +219,70 @@ class Record(NamedTuple):
 
 def parse_row(row: dict, where) -> Record:
     """The Record of a paired or unpaired row. ValueError names where, the field and why."""
-    unpaired = "completion" in row or "label" in row
-    fields = ("completion",) if unpaired else ("chosen", "rejected")
-    if unpaired:
-        if both := {"chosen", "rejected"} & set(row):
-            raise ValueError(
-                f"{where}: field '{min(both)}' stands beside completion or label; "
-                "a row is paired or it is not"
-            )
-        for name in UNPAIRED:
-            if name not in row:
-                raise ValueError(f"{where}: an unpaired row needs the field '{name}'")
-        if not isinstance(row["label"], bool):
-            raise ValueError(f"{where}: field 'label' must be true or false, not {row['label']!r}")
-    for name in fields:
-        if name not in row:
-            forms = "a row has chosen and rejected, or prompt, completion and label"
-            raise ValueError(f"{where}: field '{name}' is missing; {_wanted(row, forms)}")
+    paired = "completion" not in row and "label" not in row
+    for name in PAIRED if paired else UNPAIRED:
+        _required(row, name, where)
+    if not paired and (both := set(PAIRED) & set(row)):
+        raise ValueError(
+            f"{where}: field '{min(both)}' stands beside completion and label; "
+            "a row is paired or it is not"
+        )
+    if not paired and not isinstance(row["label"], bool):
+        raise ValueError(f"{where}: field 'label' must be true or false, not {row['label']!r}")
+    fields = PAIRED if paired else ("completion",)
     given = [text_or_messages(row[name], where, name) for name in fields]
     prompt = text_or_messages(row["prompt"], where, "prompt") if "prompt" in row else None
     prompt, given = without_prompt(prompt, given, where)
-    for name, completion in zip(fields, given, strict=True):
+    completions = list(zip(fields, given, strict=True))
+    for name, completion in completions:
         if isinstance(completion, str) != isinstance(prompt, str):
             raise ValueError(
                 f"{where}: fields 'prompt' and '{name}' must both be text or both be messages"
             )
-    preferred = (row["label"],) if unpaired else (True, False)
-    completions = list(zip(fields, given, strict=True))
-    record = record_of(row, where, prompt, completions, preferred, ("prompt", "label", *fields))
-    return record if unpaired else record._replace(pairs=((0, 1),))
+        role = "assistant" if isinstance(completion, str) else completion[0]["role"]
+        if role in ("system", "user"):
+            raise ValueError(
+                f"{where}: field '{name}' begins with a message of '{role}'; "
+                "a response is the assistant's"
+            )
+    used = ("prompt", "label", *fields)
+    preferred = (True, False) if paired else (row["label"],)
+    record = record_of(row, where, prompt, completions, preferred, used)
+    return record._replace(pairs=((0, 1),)) if paired else record
 
 
 def parse_prompt(row: dict, where, chat: bool) -> Record:
     """The Record of a row's prompt, which in a chat may be what a user says; see parse_row."""
-    if "prompt" not in row:
-        wanted = _wanted(row, "a row has a prompt")
-        raise ValueError(f"{where}: field 'prompt' is missing; {wanted}")
+    _required(row, "prompt", where)
     prompt = text_or_messages(row["prompt"], where, "prompt")
     if not prompt:
         raise ValueError(f"{where}: field 'prompt' is empty")
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return record_of(row, where, prompt, [], (), ("prompt",))
+    return record_of(row, where, prompt, [], (), (*PAIRED, *UNPAIRED))
 
 
 def record_of(row: dict, where, prompt, completions, preferred, used: Iterable[str]) -> Record:
     """The Record of a row, with what its columns in OPTIONS say.
 
-    used: the columns that were read so far.
+    used: the columns that were read so far, or need no mention.
     """
     prompt = _with_system(prompt, row.get("system"), where)
     unused = tuple(name for name in row if name not in (*used, *OPTIONS))
     return Record(prompt, completions, preferred, _variables(row, where), unused)
 
 
+def _required(row: dict, name: str, where):
+    if name not in row:
+        raise ValueError(f"{where}: field '{name}' is missing; {FORMS}")
+
+
 def _with_system(prompt, system, where):
     """The prompt after a system message, unless it has one."""
-    if system is not None and not isinstance(system, str):
-        raise ValueError(f"{where}: field 'system' must be text, not {type(system).__name__}")
     if not system:  # people write "" for none
         return prompt
+    if not isinstance(system, str):
+        raise ValueError(f"{where}: field 'system' must be text, not {type(system).__name__}")
     if isinstance(prompt, str):
         raise ValueError(
             f"{where}: field 'system' stands beside a prompt that is text, which holds its system "
@@ -320,22 +298,20 @@ def _with_system(prompt, system, where):
 
 def _variables(row: dict, where) -> dict:
     """What the columns `tools` and `chat_template_kwargs` give to the template."""
-    tools = _from_json(row, "tools", where)
-    variables = _from_json(row, "chat_template_kwargs", where)
-    variables = {} if variables is None else variables
-    if not isinstance(variables, dict):
+    tools, variables = (_from_json(row, name, where) for name in OPTIONS[1:])
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
+    ):
+        raise ValueError(f"{where}: field 'tools' must be a list of schemas (objects)")
+    if variables is not None and not isinstance(variables, dict):
         raise ValueError(f"{where}: field 'chat_template_kwargs' must be an object")
-    ours = {"messages", "add_generation_prompt"} | {"tools"} & set(row)
-    if taken := ours & set(variables):
+    variables = variables or {}
+    if taken := {"messages", "add_generation_prompt", "tools"} & set(variables):
         raise ValueError(
             f"{where}: field 'chat_template_kwargs' may not hold '{min(taken)}', "
             "which the rest of the row decides"
         )
-    if tools is None:
-        return variables
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{where}: field 'tools' must be a list of schemas (objects)")
-    return {"tools": tools, **variables}
+    return variables if tools is None else {"tools": tools, **variables}
 
 
 def _from_json(row: dict, name: str, where):
@@ -350,13 +326,6 @@ def _from_json(row: dict, name: str, where):
         return value
     with _json_errors(f"{where}: field '{name}'"):
         return present(json.loads(value), where)
-
-
-def _wanted(row: dict, forms: str) -> str:
-    """What to write in place of a row that lacks a field."""
-    if "conversations" not in row:
-        return forms
-    return f"'conversations' is ShareGPT's form; {forms}, whose messages have 'role' and 'content'"
 
 
 # --------------------------------------------------------------------------------------- notes
@@ -392,9 +361,8 @@ class Notes:
     def lines(self) -> list[str]:
         found = [f"columns not used: {', '.join(self.unused)}"] if self.unused else []
         if self.repeated:
-            rows = "row repeats" if len(self.repeated) == 1 else "rows repeat"
             found.append(
-                f"{len(self.repeated)} {rows} the prompt in the responses, so that the model reads "
-                f"it twice; the first: {self.repeated[0]}"
+                "rows that repeat the prompt in the responses, so that the model reads it twice: "
+                f"{len(self.repeated)}; the first: {self.repeated[0]}"
             )
         return found

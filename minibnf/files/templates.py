@@ -13,7 +13,6 @@ import json
 import re
 import signal
 import threading
-import time
 from contextlib import contextmanager
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta
@@ -27,45 +26,42 @@ LARGEST = 10_000_000  # characters of a rendered text; items or bits of what an 
 SECONDS = 5  # for compiling a template, and for each rendering
 
 
-def compile_template(source, where):
-    """A function of the template's variables (messages=..., ...) that returns the text.
+class Template:
+    """A function of its variables (messages=..., ...) that returns the text.
 
-    source: the template; where: what errors call it. Raises ValueError, here or on a call, where
-    the template is malformed, refuses what it is given (raise_exception), fails, or asks for more
-    than the sandbox, LARGEST or SECONDS allow.
+    variables: the names of those that it reads. Raises ValueError, when it is made or called, where
+    the source is malformed, refuses what it is given (raise_exception), fails, or asks for more
+    than the sandbox, LARGEST or SECONDS allow; where: what errors call it.
     """
-    if len(source) > SOURCE:
-        raise ValueError(f"{where} has {len(source)} characters, more than the {SOURCE} allowed")
-    try:
-        with time_limit(SECONDS):  # constant expressions are worked out here
-            template = ENVIRONMENT.from_string(source)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"{where} is malformed, line {error.lineno}: {error}") from error
-    except (Exception, TimeUp) as error:  # such as RecursionError: a thousand parentheses
-        raise ValueError(f"{where} cannot be compiled: {type(error).__name__}: {error}") from error
 
-    def render(**given):
+    def __init__(self, source, where):
+        self.where = where
+        if len(source) > SOURCE:
+            raise ValueError(f"{where} has {len(source)} characters, more than {SOURCE} allowed")
+        try:
+            with time_limit(SECONDS):  # constant expressions are worked out here
+                self.variables = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
+                self.template = ENVIRONMENT.from_string(source)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"{where} is malformed, line {error.lineno}: {error}") from error
+        except (Exception, TimeUp) as error:  # such as RecursionError: a thousand parentheses
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{where} cannot be compiled: {what}") from error
+
+    def __call__(self, /, **given):
         pieces, size = [], 0
         try:
             with time_limit(SECONDS):
-                for piece in template.generate(given):
+                for piece in self.template.generate(given):
                     pieces.append(piece)
                     size += len(piece)
                     if size > LARGEST:
                         raise TemplateError(f"they become more than {LARGEST} characters")
         # A template can raise anything, from ZeroDivisionError to RecursionError.
         except (Exception, TimeUp) as error:
-            told = isinstance(error, TemplateError | TimeUp)
-            kind = "" if told else f"{type(error).__name__}: "
-            raise ValueError(f"{where} cannot render these messages: {kind}{error}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.where} cannot render these messages: {what}") from error
         return "".join(pieces)
-
-    return render
-
-
-def variables_read(source):
-    """The names of the variables that a template reads."""
-    return meta.find_undeclared_variables(ENVIRONMENT.parse(source))
 
 
 # ------------------------------------------------------------------------------------ time limit
@@ -77,22 +73,22 @@ class TimeUp(BaseException):
 
 @contextmanager
 def time_limit(seconds):
-    """Raise TimeUp in work that takes longer. Off the main thread and on Windows: no limit.
+    """Raise TimeUp in work that takes longer.
 
-    An alarm that somebody else has set goes off when it is due, or right after the work.
+    There is no limit off the main thread, on Windows, and while somebody else has set an alarm.
     """
     main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "setitimer"):
+    if not main or not hasattr(signal, "setitimer") or any(signal.getitimer(signal.ITIMER_REAL)):
         yield
         return
 
     def stop(*_):
         raise TimeUp(f"it takes more than {seconds} seconds")
 
-    handler, began = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
     # again every tenth of a second: what is raised within a destructor, or within a callback of
     # the garbage collector, is lost
-    due, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         try:
             yield
@@ -100,9 +96,6 @@ def time_limit(seconds):
             signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.signal(signal.SIGALRM, handler)
-        if due:
-            left = due - (time.monotonic() - began)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-6), interval)
 
 
 # --------------------------------------------------------------------------------------- sandbox

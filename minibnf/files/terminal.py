@@ -1,5 +1,6 @@
-"""What may be shown in a terminal, and errors in one line."""
+"""What may be shown in a terminal, errors in one line, and numbers that count something."""
 
+import argparse
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -49,3 +50,23 @@ def in_one_line(main: Callable) -> Callable[..., int]:
         return 0
 
     return command
+
+
+def positive(text: str) -> int:
+    """The type of a command-line argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {value}")
+    return value
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose usage errors are one line: argparse would print all options above it."""
+
+    def error(self, message: str):
+        self.exit(2, printable(f"error: {message} ({self.prog} --help lists the options)\n"))
+
+
+def counted(n: int | str, noun: str) -> str:
+    """1, "epoch" -> "1 epoch"; 3, "epoch" -> "3 epochs"."""
+    return f"{n} {noun}" if str(n) == "1" else f"{n} {noun}s"

@@ -5,12 +5,12 @@
     tokenizer.encode_chat([{"role": "user", "content": "Hi <|im_end|>"}])   # here it is text
 
 How are the control tokens that a template writes told from those that a message spells? Before
-rendering, each control token that a message spells gets a mark after its first character:
-"<" mark "|im_end|>". The mark is a character that occurs nowhere else. The rendered text is split
-at the marks and the pieces are encoded apart, so no piece holds a token that a message spelt.
+rendering, whatever in a message may begin a control token gets a mark (spelling.py). A token that
+the rendered text spells across a mark is a message's: there the text is cut, and the pieces are
+encoded apart.
 """
 
-import json
+import re
 import shutil
 from collections import Counter
 from datetime import datetime
@@ -20,7 +20,7 @@ from pathlib import Path
 from minibnf.files.backends import HuggingFace, SentencePiece
 from minibnf.files.config import no_model
 from minibnf.files.disk import optional
-from minibnf.files.spelling import Spelling, any_of, words
+from minibnf.files.spelling import MARK, Spelling, any_of
 
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -60,9 +60,8 @@ class Tokenizer:
         mapped, self.config = optional(directory / "special_tokens_map.json"), optional(config)
         self.special = {}  # {"eos_token": "</s>", ...}; templates may read these
         for key, value in [*backend.special.items(), *mapped.items(), *self.config.items()]:
-            text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
-                self.special[key] = text
+            if key.endswith("_token") and isinstance(_text(value), str):
+                self.special[key] = _text(value)
         if "eos_token" not in self.special:
             missing = "eos_token is missing, and no other file says which token ends a text"
             raise ValueError(f"{config}: {missing}")
@@ -85,7 +84,6 @@ class Tokenizer:
             self.source = {t["name"]: t["template"] for t in self.source}.get("default")
         if (directory / "chat_template.jinja").is_file():
             self.source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-        self._pattern = any_of(self.control)
 
     def encode(self, text, continuation=False):
         """The ids of a text as it stands; control tokens in it are read, and none is added.
@@ -139,33 +137,21 @@ class Tokenizer:
         Joined, the pieces are decode(ids). ids: any iterable, such as a generator. A character
         that is spread over several tokens is shown when it is whole. Where a tokenizer.json spells
         bytes by tokens like <0xE4>, a run of these is shown when it ends, since one wrong byte
-        spoils all of it. Each id costs the decoding of a few ids, however long the text is.
+        spoils all of it; a special token that is left out does not end it.
         """
-        decode = partial(self.decode, skip_special=skip_special)
-        # What follows an ordinary token reads the same whichever token that is, since a decoder
-        # treats nothing but the beginning of a text differently.
-        bytes_ = self.backend.byte_tokens
-        ordinary = (i for i in range(self.vocab_size) if decode([i]).isalnum() and i not in bytes_)
-        anchor = [i for i in [next(ordinary, None)] if i is not None]
-        before, held, shown = [], [], 0  # of decode(before + held) so many characters are shown
+        silent = {self.control[t] for t in self.backend.special_texts if skip_special}
+        held, shown = [], 0
         for i in ids:
-            if decode([*anchor, i]) == decode(anchor):
-                continue  # a special token
             held.append(i)
-            if i in bytes_:
+            if i in self.backend.byte_tokens or i in silent:
                 continue
-            text = decode(before + held)
-            # Up to 3 bytes of an unfinished character show as one \ufffd, or as one for each. As
-            # each \ufffd may stand for 3 bytes, 9 ids are held.
+            text = self.decode(held, skip_special)
+            # Up to 3 bytes of an unfinished character show as one \ufffd, or as one for each.
             waiting = min(3, len(text) - len(text.rstrip("\ufffd")))
             if piece := text[shown : len(text) - waiting]:
                 yield piece
-            # Else the text has not begun, and the decoder leaves out white space before it.
-            if text or decode(held + held):
-                before = anchor
-            held = held[-9:] if waiting else []
-            shown = len(decode(before + held)) - waiting
-        if piece := decode(before + held)[shown:]:
+                shown += len(piece)
+        if piece := self.decode(held, skip_special)[shown:]:
             yield piece
 
     def render(self, messages, /, add_generation_prompt=False, **variables):
@@ -180,7 +166,7 @@ class Tokenizer:
 
     def reads(self, name):
         """Whether the template reads the variable of this name. ValueError: it is malformed."""
-        return self.source is not None and name in self._variables
+        return self.source is not None and name in self.template.variables
 
     def mentions(self, word):
         """Whether the template's source holds a word, such as a key of messages."""
@@ -193,9 +179,7 @@ class Tokenizer:
         token. Without such strings this is encode(render(...)). Raises ValueError as render does,
         or where the template acts on control text in a message.
         """
-        mark = self._mark(messages, variables)
-        text = self._marked(mark, messages, [], add_generation_prompt, variables)
-        return self._encode_marked(mark, text)
+        return self._encode_cut(self._cut(messages, [], add_generation_prompt, variables))
 
     def encode_response(self, messages, response, /, **variables):
         """(prompt ids, response ids), split where inference splits.
@@ -208,20 +192,19 @@ class Tokenizer:
         all of that stays. Raises ValueError as encode_chat does, or where the chat does not begin
         with the prompt.
         """
-        mark = self._mark(messages, response, variables)
-        prompt = self._marked(mark, messages, [], True, variables)
-        whole = self._marked(mark, messages, response, False, variables)
+        prompt = self._cut(messages, [], True, variables)
+        whole = self._cut(messages, response, False, variables)
         if not whole.startswith(prompt):
-            was, now = prompt.replace(mark, ""), whole.replace(mark, "")
+            was, now = prompt.replace(MARK, ""), whole.replace(MARK, "")
             at = next((k for k, c in enumerate(was) if c != now[k : k + 1]), len(was))
             raise ValueError(
                 "the chat template renders the prompt differently when a response follows, so no "
                 f"boundary exists: from character {at} on {was[at : at + 40]!r} becomes "
                 f"{now[at : at + 40]!r}"
             )
-        ids = self._encode_marked(mark, whole[len(prompt) :], continuation=True)
+        ids = self._encode_cut(whole[len(prompt) :], continuation=True)
         ends = [k for k, i in enumerate(ids) if i in self.end_ids]
-        return self._encode_marked(mark, prompt), ids[: ends[-1] + 1] if ends else ids
+        return self._encode_cut(prompt), ids[: ends[-1] + 1] if ends else ids
 
     def save(self, directory):
         """Copy the tokenizer's files, as they are, into a directory, which is made if need be."""
@@ -243,7 +226,12 @@ class Tokenizer:
                 f"{self.directory} has no chat template: chat_template.jinja, or chat_template in "
                 "tokenizer_config.json (of several, the one named 'default')"
             )
-        return templates().compile_template(self.source, f"the chat template of {self.directory}")
+        try:
+            from minibnf.files.templates import Template
+        except ImportError:
+            hint = "chat templates need the package jinja2: pip install 'minibnf[hf]'"
+            raise ImportError(hint) from None
+        return Template(self.source, f"the chat template of {self.directory}")
 
     @cached_property
     def closing_id(self):
@@ -257,7 +245,7 @@ class Tokenizer:
             _, found, rest = self.render(chat).rpartition(said)
         except (ValueError, ImportError):  # text needs no template, and so no jinja2
             return None
-        closing = self._pattern.search(rest) if found else None
+        closing = re.search(any_of(self.control), rest) if found else None
         return self.control[closing[0]] if closing else None
 
     @cached_property
@@ -301,99 +289,56 @@ class Tokenizer:
         return ends
 
     @cached_property
-    def _variables(self):
-        # The template comes first, since it says what is wrong with a malformed source.
-        return self.template and templates().variables_read(self.source)
+    def _spelling(self):
+        special = {*self.backend.special_texts, *self.special.values()}
+        special |= set(map(_text, self.config.get("additional_special_tokens") or []))
+        added = self.config.get("added_tokens_decoder", {}).values()
+        special |= {token["content"] for token in added if token.get("special")}
+        markup = [t for t, i in self.control.items() if t not in special and i not in self.end_ids]
+        ends = self.end_ids | {self.bos_id, self.pad_id}
+        words = {re.sub(r"\W", "", text) for text, i in self.control.items() if i in ends}
+        return Spelling(self.control, markup, words)
 
-    @cached_property
-    def _spelt_tokens(self):
-        return Spelling(self.control, self._end_words)
+    def _cut(self, messages, response, add_generation_prompt, variables):
+        """The rendered chat, with a mark wherever pieces are to be encoded apart."""
 
-    @cached_property
-    def _spelt_special(self):
-        """The control tokens that are special to the library, by name, or as the end of a turn."""
-        names = {*self.backend.special_texts, *self.special.values()}
-        for token in self.config.get("additional_special_tokens") or []:
-            names.add(token["content"] if isinstance(token, dict) else token)
-        for token in self.config.get("added_tokens_decoder", {}).values():
-            names |= {token["content"]} if token.get("special") else set()
-        texts = [t for t, i in self.control.items() if t in names or i in self.end_ids]
-        return Spelling(texts, self._end_words)
-
-    @cached_property
-    def _spelt_firsts(self):
-        return Spelling({text[0] for text in self.control}, self._end_words)
-
-    @cached_property
-    def _end_words(self):
-        """The words in the tokens that begin, end or pad a text; no role may spell these."""
-        ids = self.end_ids | {self.bos_id, self.pad_id}
-        return words(text for text, i in self.control.items() if i in ids)
-
-    @cached_property
-    def _text_of(self):
-        """{id: text} of the control tokens, but for what an unknown character becomes."""
-        return {i: text for text, i in self.control.items() if i not in self.backend.unknown}
-
-    def _mark(self, *values):
-        """A character that occurs in none of the values, and in no template or control token."""
-        values = [values, self.source, list(self.control)]
-        seen = json.dumps(values, ensure_ascii=False, default=str)
-        return next(c for c in map(chr, range(0xE000, 0x110000)) if c not in seen)
-
-    def _marked(self, mark, messages, response, add_generation_prompt, variables):
-        """The rendered chat with a mark wherever pieces are to be encoded apart."""
-
-        def rendered(every, special):
-            """special: the Spelling for what an assistant says in the response."""
-            chat, given = every.apart(messages, mark), every.apart(variables, mark)
-            for message in response:
-                spelling = special if message.get("role") == "assistant" else every
-                chat.append(spelling.apart(message, mark))
-            if chat == [*messages, *response] and given == variables:
-                return plain
-            return self.render(chat, add_generation_prompt, **given)
+        def marked(cautious):
+            mark = partial(self._spelling.marked, cautious=cautious)
+            chat = [mark(message) for message in messages]
+            chat += [mark(message, message.get("role") == "assistant") for message in response]
+            return self.render(chat, add_generation_prompt, **mark(variables))
 
         plain = self.render([*messages, *response], add_generation_prompt, **variables)
-        text = rendered(self._spelt_tokens, self._spelt_special)
-        # A template may also join two parts of a message. SmolLM3's takes '/think' out of a system
-        # message, which turns '<|im_/thinkend|>' into '<|im_end|>'. With the first character of
-        # every control token marked, none can be joined, and the template's own tokens are left.
-        pattern = (self._spelt_special if response else self._spelt_tokens).pattern
-        own = pattern.findall(rendered(self._spelt_firsts, self._spelt_firsts))
-        if text.replace(mark, "") != plain or pattern.findall(text) != own:
-            remedy = ""
-            if self.mentions("reasoning_content"):
-                remedy = (
-                    ' What an assistant thought has a field of its own: {"role": "assistant", '
-                    '"reasoning_content": "...", "content": "..."}'
-                )
+        if MARK in plain:
+            raise ValueError("a text holds U+FDD0, which is no character: take it out")
+        text = cautious = marked(True)
+        if text.replace(MARK, "") != plain:  # the template acts on text that only begins like one
+            text = marked(False)
+        text, tokens_in = self._spelling.cut(text), self._spelling.pattern.findall
+        if text.replace(MARK, "") != plain or tokens_in(text) != tokens_in(cautious):
             raise ValueError(
                 f"the chat template of {self.directory} acts on control text inside a message "
-                "(such as '</think>'), which is to be ordinary text: take it out of the message."
-                + remedy
+                "(such as '</think>'), which is to be ordinary text: take it out of the message. "
+                'What an assistant thought may have a field of its own: {"role": "assistant", '
+                '"reasoning_content": "...", "content": "..."}'
             )
         return text
 
-    def _encode_marked(self, mark, text, continuation=False):
+    def _encode_cut(self, text, continuation=False):
         """The ids of the pieces of text between marks, each encoded by itself."""
-        pieces = [piece for piece in text.split(mark) if piece]
+        pieces = [piece for piece in text.split(MARK) if piece]
         ids = [i for k, p in enumerate(pieces) for i in self.encode(p, continuation or k > 0)]
-        made = Counter(i for i in ids if i in self._text_of)
-        made -= Counter(self.control[found] for found in self._pattern.findall(text))
-        if made:  # a normalizer makes '<think>' of full-width '＜think＞', say
-            raise ValueError(
-                f"{self.backend.path} makes the control token {self._text_of[min(made)]!r} of text "
-                "that only resembles it: take that out of the message"
-            )
+        made, spelt = Counter(ids), Counter(self._spelling.pattern.findall(text))
+        for token, i in self.control.items():
+            # a normalizer makes '<think>' of full-width '＜think＞', say
+            if made[i] > spelt[token] and i not in self.backend.unknown:
+                raise ValueError(
+                    f"{self.backend.path} makes the control token {token!r} of text that only "
+                    "resembles it: take that out of the message"
+                )
         return ids
 
 
-def templates():
-    """The module of chat templates, which needs a package that texts do not need."""
-    try:
-        from minibnf.files import templates as module
-    except ImportError:
-        hint = "chat templates need the package jinja2: pip install 'minibnf[hf]'"
-        raise ImportError(hint) from None
-    return module
+def _text(token):
+    """The text of a special token, which may also stand in an object."""
+    return token.get("content") if isinstance(token, dict) else token

@@ -37,9 +37,10 @@ import torch
 
 from minibnf import arguments
 from minibnf.files.disk import read_json, write_json, write_text
-from minibnf.files.terminal import in_one_line
+from minibnf.files.terminal import in_one_line, positive
 from minibnf.lab import trials
 from minibnf.lab.plan import customary, finals, settings, sweep
+from minibnf.lab.smallworld import KINDS
 from minibnf.lab.verdicts import report
 from minibnf.losses import LOSSES
 from minibnf.model import load
@@ -57,24 +58,9 @@ FIELDS = {  # of a spec, a method and a set: what each must have, and what it ma
 
 def check_fields(given: dict, what: str, name: str = "") -> None:
     must, may = FIELDS[what]
-    if missing := must - set(given):
-        raise ValueError(f"{what}{name}: field '{min(missing)}' is missing")
-    if unknown := set(given) - must - may:
-        raise ValueError(f"{what}{name}: field '{min(unknown)}' is unknown")
-
-
-def check_method(spec: dict, name: str) -> None:
-    given = spec["methods"][name]
-    check_fields(given, "method", f" '{name}'")
-    known = given["loss"] in LOSSES and given.get("extra", True) in (True, "sweep")
-    if not known or "lr" not in given["grid"]:
-        raise ValueError(
-            f"method '{name}' needs a 'loss' of {', '.join(LOSSES)} and an 'lr' in its 'grid'; "
-            "extra: true, 'sweep'"
-        )
-    usual = customary(spec, name)
-    if not any(usual.items() <= setting.items() for setting in settings(given)):
-        raise ValueError(f"method '{name}': its customary setting {usual} is not in its grid")
+    if wrong := (must ^ set(given)) - may:
+        how = "missing" if min(wrong) in must else "unknown"
+        raise ValueError(f"{what}{name}: field '{min(wrong)}' is {how}")
 
 
 def check(spec: dict) -> None:
@@ -85,14 +71,20 @@ def check(spec: dict) -> None:
     for name, given in spec["sets"].items():
         what = "set of files" if "rows" in given else "set of the small world"
         check_fields(given, what, f" '{name}'")
-    for name in spec["methods"]:
-        check_method(spec, name)
+        if given.get("kind", "qa") not in KINDS:
+            raise ValueError(f"set '{name}': its 'kind' must be one of {', '.join(KINDS)}")
+    for name, given in spec["methods"].items():
+        check_fields(given, "method", f" '{name}'")
+        usual = customary(spec, name)
+        if not any("lr" in x and usual.items() <= x.items() for x in settings(given)):
+            raise ValueError(
+                f"method '{name}': its grid must hold an 'lr', and the customary {usual}"
+            )
     for name, methods in spec["on"].items():
-        for kind, wanted in {"sets": [name], "methods": methods}.items():
-            if unknown := [x for x in wanted if x not in spec[kind]]:
-                raise ValueError(f"spec: 'on' names '{unknown[0]}', which '{kind}' lacks")
+        if unknown := ({name} - set(spec["sets"])) | (set(methods) - set(spec["methods"])):
+            raise ValueError(f"spec: 'on' names '{min(unknown)}', no set or method of it")
     for job in sweep(spec):
-        words = trials.arguments(spec, job, {"train": "data"}, Path("out"))
+        words = trials.arguments(spec, job, "data", "out")
         try:
             args = arguments.parse(words)
         except SystemExit:
@@ -145,53 +137,48 @@ def dumps(results: dict) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        "minibnf compare",
-        description="Many runs from one base: a table and figures.",
-        allow_abbrev=False,
-    )
+    p = argparse.ArgumentParser("minibnf compare", allow_abbrev=False)
+    p.description = "Many runs from one base: a table and figures."
     a = p.add_argument
+    # fmt: off
     a("spec", nargs="?", metavar="SPEC.json",
-      help="what to run; see the top of minibnf/lab/compare.py")  # fmt: skip
-    a("--out", metavar="DIR",
-      help="folder of the runs; what is finished there is not run again")  # fmt: skip
-    a("--workers", type=int, default=2, metavar="N",
-      help="runs at once, each with the spec's threads; default 2")  # fmt: skip
+      help="what to run; see the top of minibnf/lab/compare.py")
+    a("--out", metavar="DIR", help="folder of the runs; what is finished there is not run again")
+    a("--workers", type=positive, default=2, metavar="N",
+      help="runs at once, each with the spec's threads; default 2")
     a("--tables", metavar="FILE", help="a results.json: print its tables, run nothing")
     a("--figures", metavar="DIR",
-      help="where to draw the figures; default: OUT/figures, with --tables none")  # fmt: skip
+      help="where to draw the figures; default: OUT/figures, with --tables none")
+    # fmt: on
     args = p.parse_args(argv)
-    if bool(args.tables) == bool(args.spec) or (args.spec and not args.out) or args.workers < 1:
-        p.error("give SPEC.json and --out, or --tables FILE; --workers must be 1 or more")
+    if bool(args.tables) == bool(args.spec) or (args.spec and not args.out):
+        p.error("give SPEC.json and --out, or --tables FILE")
     return args
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run what the arguments ask for, or read what was measured; print the report, draw figures."""
-    from minibnf.lab import figures  # needs matplotlib; known before hours of runs
-
-    given = read_json(Path(args.tables or args.spec))
-    results = given if args.tables else compare(given, Path(args.out), args.workers)
-    if not {"spec", "facts", "runs"} <= set(results):
-        raise ValueError(f"{args.tables} is no results.json of minibnf compare")
-    text = report(results)
-    print(text)
-    if args.out:
-        write_text(Path(args.out) / "report.md", text + "\n")
-    folder = args.figures or (Path(args.out) / "figures" if args.out else None)
-    if folder:
-        for file in figures.comparison(results, Path(folder)):
-            print(f"figure  {file}")
 
 
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
+    """Run what is asked for, or read what was measured; print the report, draw the figures."""
     args = parse(argv)
+    from minibnf.lab import figures  # needs matplotlib; known before hours of runs
+
+    given = read_json(Path(args.tables or args.spec))
     try:
-        run(args)
+        results = given if args.tables else compare(given, Path(args.out), args.workers)
     except KeyboardInterrupt:
         said = f"the same command goes on with what {args.out} holds"
         raise KeyboardInterrupt(said) from None
+    if not {"spec", "facts", "runs"} <= set(results):
+        raise ValueError(f"{args.tables} is no results.json of minibnf compare")
+    text = report(results)
+    print(text)
+    folder = args.figures
+    if args.out:
+        write_text(Path(args.out) / "report.md", text + "\n")
+        folder = folder or Path(args.out) / "figures"
+    if folder:
+        for file in figures.comparison(results, Path(folder)):
+            print(f"figure  {file}")
 
 
 if __name__ == "__main__":

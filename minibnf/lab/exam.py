@@ -2,8 +2,8 @@
 
     python -m minibnf.lab.exam --base DIR --model DIR --pairs FILE      # before against after
 
-    asked = exam(base, tokenizer, split="test", examples=read_examples("held-out.jsonl", ...)[0])
-    small_world(model, tokenizer, asked)    # {"win_rate": (0.654, 0.017), "accuracy": ...}
+    exam = Exam(base, tokenizer, read_examples("held-out.jsonl", ...)[0], split="test")
+    exam.grade(model)    # {"win_rate": (0.654, 0.017), "accuracy": ...}
 
 A figure is (mean, standard error).
 
@@ -17,6 +17,7 @@ spread, 1 is all in one token.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +25,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minibnf.data import Example, pack, pairs_of, read_examples
+from minibnf.data import Example, pairs_of, read_examples
+from minibnf.evaluate import wins
 from minibnf.feedback import gini
 from minibnf.files.config import announce_ignored
-from minibnf.files.terminal import in_one_line
+from minibnf.files.terminal import in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QA, REASONING, Problem, problems, score
-from minibnf.lab.smallworld import sampler
+from minibnf.lab.smallworld import Sample, sampler
 from minibnf.machine import memory_advice
 from minibnf.model import Transformer, load
 from minibnf.step import logps_and_logits, read_responses
@@ -40,12 +42,7 @@ Figures = dict[str, tuple[float, float]]  # {name: (mean, standard error)}
 
 def mean_and_error(x: Tensor) -> tuple[float, float]:
     """The mean of x (n,) and its standard error."""
-    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else float("nan")
-
-
-def wins(mine: Tensor, theirs: Tensor) -> Tensor:
-    """1 where mine is greater, 1/2 where they tie, 0 where it is less."""
-    return (mine > theirs).float() + 0.5 * (mine == theirs).float()
+    return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
 
 
 def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
@@ -53,11 +50,15 @@ def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
     return wins(scores[:, :, None], base_scores[:, None, :]).mean((1, 2))
 
 
-def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
-    """(Q, n): the score of every answer."""
-    return torch.tensor(
-        [[score(p, a) for a in texts] for p, texts in zip(asked, answers, strict=True)]
-    )
+def prompts_of(asked: list[Problem]) -> list[str]:
+    return [problem.prompt for problem in asked]
+
+
+def scores_of(sample: Sample, asked: list[Problem], n: int, seed: int) -> Tensor:
+    """(Q, n): the scores of n answers to every problem."""
+    answers = sample(prompts_of(asked), n, seed)
+    scores = [[score(p, text) for text in texts] for p, texts in zip(asked, answers, strict=True)]
+    return torch.tensor(scores)
 
 
 # ---- Held-out rows: how likelihoods moved ----
@@ -66,7 +67,7 @@ def judged(asked: list[Problem], answers: list[list[str]]) -> Tensor:
 class HeldOut(NamedTuple):
     """Rows that were not trained on, and a model's log-probability and logit of each token."""
 
-    examples: list[Example]  # pairs and single answers
+    examples: list[Example]
     logps: list[Tensor]  # one tensor per response
     logits: list[Tensor]
 
@@ -81,35 +82,28 @@ def gains(found: HeldOut, base: HeldOut) -> Tensor:
     return torch.stack([(a - b).sum() for a, b in zip(found.logps, base.logps, strict=True)])
 
 
-def shifts(found: HeldOut, base: HeldOut, which: Tensor) -> Figures:
-    """shift/chosen, shift/rejected (nats per response) and the gini of logit shifts.
-
-    Of the responses that `which` (R,) bool names.
-    """
+def shifts(found: HeldOut, base: HeldOut) -> Figures:
+    """shift/chosen, shift/rejected (nats per response) and the gini of logit shifts."""
     preferred = torch.tensor([p for e in base.examples for p in e.preferred])
     sums, table = gains(found, base), {}
-    for name, side in {"chosen": preferred & which, "rejected": ~preferred & which}.items():
+    for name, side in {"chosen": preferred, "rejected": ~preferred}.items():
         if side.any():
             table[f"shift/{name}"] = mean_and_error(sums[side])
-    moved = torch.cat(
-        [a - b for a, b, w in zip(found.logits, base.logits, which, strict=True) if w]
-    )
-    return table | {"gini": (gini(moved), float("nan"))}
+    moved = torch.cat([a - b for a, b in zip(found.logits, base.logits, strict=True)])
+    return table | {"gini": (gini(moved), math.nan)}
 
 
-def on_files(model: Transformer, base: HeldOut) -> Figures:
-    """preference, shifts and gini of pairs; solutions of single answers, in nats per token.
+def on_files(model: Transformer, base: HeldOut, solutions: list[Example]) -> Figures:
+    """preference, shifts and gini of pairs; solutions, if any, in nats per token.
 
     preference is the share of pairs whose chosen response gained more likelihood than its rejected
     one. A tie is half; for the base all are ties.
     """
-    own, pairs = held_out(model, base.examples), pairs_of(base.examples)
-    gained = gains(own, base)
-    paired = torch.zeros(len(gained), dtype=torch.bool).index_fill(0, pairs.flatten(), True)
-    table = {"preference": mean_and_error(wins(*gained[pairs].unbind(1)))}
-    table |= shifts(own, base, paired)
-    if not paired.all():
-        means = [x.mean() for x, p in zip(own.logps, paired, strict=True) if not p]
+    own = held_out(model, base.examples)
+    gained = gains(own, base)[pairs_of(base.examples)]
+    table = {"preference": mean_and_error(wins(*gained.unbind(1)))} | shifts(own, base)
+    if solutions:
+        means = [logps.mean() for logps in read_responses(model, solutions)]
         table["solutions"] = mean_and_error(torch.stack(means))
     return table
 
@@ -117,120 +111,47 @@ def on_files(model: Transformer, base: HeldOut) -> Figures:
 # ---- The exam ----
 
 
-class Exam(NamedTuple):
-    """What models are asked in the small world, and what the base made of it."""
+class Exam:
+    """What models are asked in the small world, and what the base made of it.
 
-    questions: list[Problem]
-    chains: list[Problem]
-    samples: int  # answers drawn to each question
-    seed: int
-    base_scores: Tensor  # (questions, samples)
-    held: HeldOut  # preference rows, may be none
-
-
-def prompts_of(asked: list[Problem]) -> list[str]:
-    return [problem.prompt for problem in asked]
-
-
-def exam(
-    base: Transformer,
-    tokenizer,
-    *,
-    split: str = "test",
-    samples: int = 16,
-    count: int = 100,
-    seed: int = 0,
-    examples: list[Example] | None = None,
-) -> Exam:
-    """40 questions of a split ("test", "validation") and `count` problems per reasoning family.
-
-    The base draws `samples` answers to each question. The shifts are measured on the preference
-    examples (data.read_examples), if any.
+    40 questions of a split ("test", "validation") and `count` problems per reasoning family. Each
+    model draws `samples` answers to each question. The shifts are measured on the preference
+    examples, a list of data.Example.
     """
-    questions = problems(QA, split, 40, seed)
-    chains = problems(REASONING, split, count * len(REASONING), seed)
-    answers = sampler(base, tokenizer)(prompts_of(questions), samples, seed)
-    held = held_out(base, examples) if examples else HeldOut([], [], [])
-    return Exam(questions, chains, samples, seed, judged(questions, answers), held)
 
+    def __init__(self, base, tokenizer, examples, *, split="test", samples=16, count=100, seed=0):
+        self.tokenizer, self.samples, self.seed = tokenizer, samples, seed
+        self.questions = problems(QA, split, 40, seed)
+        self.chains = problems(REASONING, split, count * len(REASONING), seed)
+        self.base_scores = scores_of(sampler(base, tokenizer), self.questions, samples, seed)
+        self.held = held_out(base, examples)
 
-def small_world(model: Transformer, tokenizer, exam: Exam) -> Figures:
-    """What a model scores in an exam.
+    def grade(self, model: Transformer) -> Figures:
+        """What a model scores.
 
-    win_rate, judge_score and degenerate: of sampled answers to QA, the error over its questions.
-    accuracy, accuracy/add and so on: of greedy answers to reasoning. Where the exam has examples:
-    shift/chosen and shift/rejected, in nats per response, and gini (its error is nan).
-    """
-    # With the base's seed, a model equal to the base would answer as the base did and tie always.
-    answers = sampler(model, tokenizer)(prompts_of(exam.questions), exam.samples, exam.seed + 1)
-    scores = judged(exam.questions, answers)
-    solved = sampler(model, tokenizer, temperature=0)(prompts_of(exam.chains), 1, exam.seed)
-    right = judged(exam.chains, solved)[:, 0]
-    found = {
-        "win_rate": mean_and_error(win_rates(scores, exam.base_scores)),
-        "judge_score": mean_and_error(scores.mean(1)),
-        "degenerate": mean_and_error((scores == 0).float().mean(1)),
-        "accuracy": mean_and_error(right),
-    }
-    for family in REASONING:
-        mine = torch.tensor([p.family == family for p in exam.chains])
-        found[f"accuracy/{family}"] = mean_and_error(right[mine])
-    if exam.held.examples:
-        own = held_out(model, exam.held.examples)
-        found |= shifts(own, exam.held, torch.ones(len(own.logps), dtype=torch.bool))
-    return found
-
-
-# ---- The weights of real tokens ----
-
-
-def token_weights(
-    base: Transformer, model: Transformer, examples: list[Example], loss, hyper: dict
-) -> dict[str, list]:
-    """{"chosen": [(x, w), ...], "rejected": ...}: how hard a loss pushes each response token.
-
-    x = log o(p) - log o(r), with p the token's probability under the model and r under the base.
-    w is the push on the token's logit, over 1 - p, and over what that is at the base. Autograd
-    finds the push through the soft-max and the loss. For BNF w = min(1, o(p)/o(r)) (theory.md,
-    identity 1).
-    """
-    (batch,) = pack(examples, list(range(len(examples))), sum(e.tokens for e in examples))
-    target = batch.targets[:, None]
-
-    def read(net: Transformer) -> Tensor:
-        logits = net(
-            batch.tokens,
-            batch.positions,
-            batch.layout,
-            head=lambda x, u: net.logits(x[0, batch.predictors], u),
-        )
-        return logits.double()
-
-    def logps(z: Tensor) -> Tensor:
-        return z.log_softmax(-1).gather(-1, target)[:, 0]
-
-    with torch.no_grad():
-        logits, reference = read(model), read(base)
-
-    def push(z: Tensor) -> Tensor:
-        z = z.clone().requires_grad_()
-        loss.value(batch.responses(logps(z), logps(reference)), **hyper).backward()
-        return z.grad.gather(-1, target)[:, 0].abs() / -torch.expm1(logps(z.detach()))
-
-    odds = torch.logit(logps(logits).exp()) - torch.logit(logps(reference).exp())
-    weight, good = push(logits) / push(reference), batch.preferred[batch.owner]
-    # Where the base gives no gradient there is nothing to compare.
-    usable = torch.isfinite(odds) & torch.isfinite(weight)
-
-    def points(which: Tensor) -> list[tuple[float, float]]:
-        return list(zip(odds[which].tolist(), weight[which].tolist(), strict=True))
-
-    return {"chosen": points(good & usable), "rejected": points(~good & usable)}
+        win_rate, judge_score and degenerate: of sampled answers to QA, the error over its
+        questions. accuracy, accuracy/add and so on: of greedy answers to reasoning. shift/chosen
+        and shift/rejected, in nats per response, and gini (its error is nan).
+        """
+        # From the base's seed, a model equal to it would answer as it did and tie always.
+        drawn, greedy = (sampler(model, self.tokenizer, temperature=t) for t in (1.0, 0.0))
+        scores = scores_of(drawn, self.questions, self.samples, self.seed + 1)
+        right = scores_of(greedy, self.chains, 1, self.seed)[:, 0]
+        found = {
+            "win_rate": mean_and_error(win_rates(scores, self.base_scores)),
+            "judge_score": mean_and_error(scores.mean(1)),
+            "degenerate": mean_and_error((scores == 0).float().mean(1)),
+            "accuracy": mean_and_error(right),
+        }
+        for family in REASONING:
+            mine = torch.tensor([p.family == family for p in self.chains])
+            found[f"accuracy/{family}"] = mean_and_error(right[mine])
+        return found | shifts(held_out(model, self.held.examples), self.held)
 
 
 # ---- The command ----
 
-LABELS = {  # what the names of small_world() are called in a table
+LABELS = {  # what the names of a grade are called in a table
     "win_rate": "QA win rate against the base",
     "judge_score": "QA judge score, 0 to 5",
     "degenerate": "QA degenerate answers",
@@ -248,19 +169,17 @@ def before_and_after(args: argparse.Namespace) -> None:
     announce_ignored(args.base, base.raw)
     announce_ignored(args.model, aligned.raw)
     examples, _ = read_examples(args.pairs, tokenizer, base.config.max_position_embeddings)
-    how = {"split": args.split, "samples": args.samples, "count": args.count, "seed": args.seed}
-    asked = exam(base, tokenizer, examples=examples, **how)
-    before, after = (small_world(model, tokenizer, asked) for model in (base, aligned))
+    how = {name: getattr(args, name) for name in ("split", "samples", "count", "seed")}
+    exam = Exam(base, tokenizer, examples, **how)
+    before, after = exam.grade(base), exam.grade(aligned)
     print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
     for name, (value, error) in after.items():
         shown = f"  ± {error:.3f}" if error == error else ""
         print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}{shown}")
-    for what, some in {"questions": asked.questions, "problems": asked.chains}.items():
+    greedy = [sampler(model, tokenizer, temperature=0) for model in (base, aligned)]
+    for what, some in {"questions": exam.questions, "problems": exam.chains}.items():
         prompts = prompts_of(some)
-        old, new = (
-            sampler(model, tokenizer, temperature=0)(prompts, 1, args.seed)
-            for model in (base, aligned)
-        )
+        old, new = (sample(prompts, 1, args.seed) for sample in greedy)
         changed = [row for row in zip(prompts, old, new, strict=True) if row[1] != row[2]]
         first = "; the first:" if changed else ""
         print(f"\nThe likeliest answer changed in {len(changed)} of {len(some)} {what}{first}")
@@ -273,22 +192,17 @@ def before_and_after(args: argparse.Namespace) -> None:
 
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(
-        "python -m minibnf.lab.exam",
-        description="Two models in the small world, before alignment against after.",
-        allow_abbrev=False,
-    )
+    p = argparse.ArgumentParser("python -m minibnf.lab.exam", allow_abbrev=False)
+    p.description = "Two models in the small world, before alignment against after."
     a = p.add_argument
     a("--model", required=True, metavar="DIR", help="the model after alignment")
     a("--base", required=True, metavar="DIR", help="the model before alignment")
     a("--pairs", required=True, metavar="FILE", help="held-out preference rows, for the shifts")
-    a("--samples", type=int, default=16, metavar="N", help="answers per QA question; default 16")
-    a("--count", type=int, default=100, metavar="N", help="problems per family; default 100")
+    a("--samples", type=positive, default=16, metavar="N", help="answers per question; default 16")
+    a("--count", type=positive, default=100, metavar="N", help="problems per family; default 100")
     a("--split", choices=["validation", "test"], default="test", help="default test")
     a("--seed", type=int, default=0, help="of prompts and samples; default 0")
     args = p.parse_args(argv)
-    if args.samples < 1 or args.count < 1:
-        p.error("--samples and --count must be 1 or more")
     with memory_advice(f"lower --samples (now {args.samples})"):
         before_and_after(args)
 

@@ -5,7 +5,6 @@ Needs matplotlib (extra `plots`); draws without a display.
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -14,9 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from minibnf.feedback import feedback
-from minibnf.lab.plan import customary, objective, select, with_setting
-from minibnf.lab.tables import tests
-from minibnf.run import BAD, GOOD, PLAIN, smooth
+from minibnf.lab.plan import best_by_rate, customary, select, with_setting
+from minibnf.run import BAD, GOOD, PLAIN
 
 PLAIN_STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -47,10 +45,9 @@ def feedback_curves(file: Path, r: float = 0.4) -> Path:
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
         for axis, kind in zip(axes, PANELS, strict=True):
             _feedback_panel(axis, kind, r)
-        axes[0].set_ylabel("push on its logit, |∂L/∂z|")
-        axes[0].set_ylim(0, 1.35)
+        axes[0].set(ylabel="push on its logit, |∂L/∂z|", ylim=(0, 1.35))
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.savefig(file, metadata={"Date": None})
         plt.close(figure)
     return file
 
@@ -62,14 +59,12 @@ def _feedback_panel(axis, kind: str, r: float) -> None:
         colour, line, hyper = CURVES[name]
         y, at_r = (feedback(name, x, r, kind == "chosen", **hyper) for x in (p, at))
         label = name + "".join(f" β={v:g}" for v in hyper.values())
-        width = 2.4 if name == "bnf" else 1.3
-        y = y / at_r * (1 - r)
-        axis.plot(p, y, linestyle=line, color=colour, label=label, linewidth=width)
+        how = {"linestyle": line, "color": colour, "linewidth": 2.4 if name == "bnf" else 1.3}
+        axis.plot(p, y / at_r * (1 - r), label=label, **how)
     axis.axvline(r, color="#999999", linewidth=0.8, linestyle=":")
-    axis.annotate("reference r", (r, 0.03), xytext=(4, 0), textcoords="offset points",
-                  fontsize=8, color="#666666")  # fmt: skip
-    axis.set_xlim(0, 1)
-    axis.set_xlabel("probability p of the token under the policy")
+    grey = {"fontsize": 8, "color": "#666666"}
+    axis.annotate("reference r", (r, 0.03), xytext=(4, 0), textcoords="offset points", **grey)
+    axis.set(xlim=(0, 1), xlabel="probability p of the token under the policy")
     _title(axis, f"a {kind} token (each curve scaled to 1 - r at p = r)")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
 
@@ -87,54 +82,43 @@ LINES = {  # method: (colour, marker)
     "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#c58b1b", "*"),
     "cpo": ("#e08283", "p"),
 }  # fmt: skip
-OTHER = ("#bbbbbb", ".")
-BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # a legend's place
+BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
 
 def comparison(results: dict, folder: Path) -> list[Path]:
-    """Every figure of a results.json, four for each set.
+    """The frontier of each set, and its sensitivity to the learning rate.
 
-    They are the frontier, the sensitivity to the learning rate, the likelihoods against the step,
-    and the weights measured on real tokens. One that would be empty is left out.
+    A set of which every run broke off has none.
     """
-    drawings = {
-        "frontier": _frontier,
-        "rates": _rates,
-        "likelihoods": _likelihoods,
-        "weights": _weights,
-    }
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     with plt.rc_context(STYLE):
         for name in results["spec"]["on"]:
-            for what, draw in drawings.items():
+            if not _tried(results, name):
+                continue
+            for what, draw in {"frontier": _frontier, "rates": _rates}.items():
                 figure = draw(results, name)
-                if figure is not None:
-                    files.append(folder / f"{name}-{what}.svg")
-                    figure.savefig(files[-1], metadata={"Date": None})
-                    plt.close(figure)
+                files.append(folder / f"{name}-{what}.svg")
+                figure.savefig(files[-1], metadata={"Date": None})
+                plt.close(figure)
     return files
 
 
-class Line(NamedTuple):
-    """A method's validation runs that did not break off, and how they are drawn."""
-
-    method: str
-    runs: list[dict]
-    colour: str
-    marker: str
-    width: float
+def _look(method: str) -> dict:
+    """How a method's line is drawn."""
+    colour, marker = LINES.get(method, ("#bbbbbb", "."))
+    width = 2.4 if method == "bnf" else 1.2
+    return {"color": colour, "marker": marker, "linewidth": width, "label": method}
 
 
-def _lines(results: dict, name: str) -> list[Line]:
-    """One of each method that has such runs."""
-    lines = []
+def _tried(results: dict, name: str) -> dict[str, list[dict]]:
+    """{method: its validation runs that did not break off}, of each that has such runs."""
+    found = {}
     for method in results["spec"]["on"][name]:
-        tried = select(results["runs"], set=name, method=method, split="validation")
-        runs = [r for r in tried if r["result"]]
-        colour, marker = LINES.get(method, OTHER)
-        lines.append(Line(method, runs, colour, marker, 2.4 if method == "bnf" else 1.2))
-    return [line for line in lines if line.runs]
+        runs = select(results["runs"], set=name, method=method, split="validation")
+        if runs := [r for r in runs if r["result"]]:
+            found[method] = runs
+    return found
 
 
 def _axes_of(run: dict) -> tuple[str, str, str, str]:
@@ -149,21 +133,18 @@ def _axes_of(run: dict) -> tuple[str, str, str, str]:
 
 def _frontier(results: dict, name: str):
     """One curve per method: the settings that no other of its settings beats in both respects."""
-    lines = _lines(results, name)
-    if not lines:
-        return None
+    tried = _tried(results, name)
     figure, axis = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
-    first = lines[0].runs[0]
+    first = next(iter(tried.values()))[0]
     x, x_label, y, y_label = _axes_of(first)
     base = first["base"][x][0], first["base"][y][0]
     shown = [base]
-    for line in lines:
-        points = sorted(((r["result"][x][0], r["result"][y][0]) for r in line.runs), reverse=True)
-        faint = {"alpha": 0.25, "markersize": 4, "linestyle": ""}
-        axis.plot(*zip(*points, strict=True), line.marker, color=line.colour, **faint)
+    for method, runs in tried.items():
+        points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
+        faint = {"alpha": 0.25, "linestyle": "", "label": None}
+        axis.plot(*zip(*points, strict=True), markersize=4, **_look(method) | faint)
         best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
-        how = {"color": line.colour, "markersize": 5, "linewidth": line.width}
-        axis.plot(*zip(*best, strict=True), line.marker + "-", label=line.method, **how)
+        axis.plot(*zip(*best, strict=True), markersize=5, **_look(method))
         shown += best
     # Settings worse than all of these are out of sight.
     axis.set(xlim=(min(p[0] for p in shown) - 0.02, None))
@@ -171,7 +152,7 @@ def _frontier(results: dict, name: str):
     axis.plot(*base, "k+", markersize=12, label="base")
     axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
     _title(axis, f"{name}: gained against kept; faint: settings that another one beats")
-    axis.legend(frameon=False, fontsize=8, **BESIDE)
+    axis.legend(**BESIDE)
     return figure
 
 
@@ -180,77 +161,18 @@ def _rates(results: dict, name: str):
 
     At customary hyper-parameters, and at each rate's best.
     """
-    lines = _lines(results, name)
-    if not lines:
-        return None
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True, layout="constrained")
-    for line in lines:
-        usual = with_setting(line.runs, customary(results["spec"], line.method))
-        for axis, runs in zip(axes, (usual, line.runs), strict=True):
-            rates = sorted({r["setting"]["lr"] for r in runs})
-            top = [max(map(objective, with_setting(runs, {"lr": lr}))) for lr in rates]
-            how = {"color": line.colour, "markersize": 4, "linewidth": line.width}
-            axis.plot(rates, top, line.marker + "-", label=line.method, **how)
+    for method, runs in _tried(results, name).items():
+        usual = with_setting(runs, customary(results["spec"], method))
+        for axis, some in zip(axes, (usual, runs), strict=True):
+            top = best_by_rate(some)
+            axis.plot(list(top), list(top.values()), markersize=4, **_look(method))
     titles = ("customary hyper-parameters", "the best hyper-parameters at each rate")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xscale="log", xlabel="learning rate")
         _title(axis, f"{name}: {title}")
     axes[0].set_ylabel("objective on validation prompts")
-    axes[1].legend(frameon=False, fontsize=8, **BESIDE)
-    return figure
-
-
-def _of_first_test(results: dict, name: str, method: str, field: str) -> dict:
-    """The "trace" or "feedback" of the first test run at the best setting that has one, else {}."""
-    runs = tests(results, name, method, "best")
-    return next((r[field] for r in runs if r.get(field)), {})
-
-
-def _likelihoods(results: dict, name: str):
-    """Log-likelihoods of chosen and rejected in training against the step, at the best settings."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
-    sides = dict(zip(("chosen", "rejected"), axes, strict=True))
-    for method in results["spec"]["on"][name]:
-        colour, _ = LINES.get(method, OTHER)
-        width = 2.4 if method == "bnf" else 1.2
-        trace = _of_first_test(results, name, method, "trace")
-        for side, axis in sides.items():
-            if logps := trace.get(f"logps/{side}"):
-                y = smooth([a - logps[0] for a in logps])
-                axis.plot(trace["step"], y, color=colour, linewidth=width, label=method)
-    for side, axis in sides.items():
-        axis.set(xlabel="step", ylabel="nats a response, from the first step")
-        _title(axis, f"{name}: log-likelihood of {side} responses, best settings")
-    if axes[0].lines:
-        axes[0].legend(frameon=False, fontsize=7, ncols=2)
-    return figure
-
-
-def _weights(results: dict, name: str):
-    """The weight of real tokens by autograd, against the shift of their log odds.
-
-    The line is BNF's curve w = min(1, o(p)/o(r)).
-    """
-    wanted = ("bnf", "rbnf", "dpo", "kto", "simpo", "unlikelihood")
-    methods = [m for m in wanted if m in results["spec"]["on"][name]]
-    if not methods:
-        return None
-    size = (2.5 * len(methods), 3)
-    figure, axes = plt.subplots(
-        1, len(methods), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    theory = torch.linspace(-8, 6, 200)
-    for axis, method in zip(axes[0], methods, strict=True):
-        found = _of_first_test(results, name, method, "feedback")
-        for side, colour in {"chosen": GOOD, "rejected": BAD}.items():
-            if points := found.get(side):
-                how = {"color": colour, "markersize": 3, "label": side}
-                axis.plot(*zip(*points, strict=True), ".", **how)
-        axis.plot(theory, theory.exp().clamp(max=1), "k-", linewidth=0.8, label="min(1, o(p)/o(r))")
-        axis.set(xlim=(-8, 6), ylim=(-0.05, 2.05), xlabel="log o(p) - log o(r)")
-        _title(axis, f"{name}: {method}", 9)
-    axes[0][0].set_ylabel("weight of a token, 1 at the base")
-    axes[0][0].legend(frameon=False, fontsize=7)
+    axes[1].legend(**BESIDE)
     return figure
 
 

@@ -5,7 +5,6 @@ the prompts on which it is examined. A run is a job with its "result", {name: [m
 it broke off, and the "base"'s.
 """
 
-import json
 from itertools import product
 
 
@@ -32,11 +31,10 @@ def finals(spec: dict, runs: list[dict]) -> list[dict]:
         for method in methods:
             if spec["methods"][method].get("extra") == "sweep":
                 continue
-            chosen = chosen_settings(spec, runs, name, method)
-            distinct = {json.dumps(setting): setting for setting in chosen.values()}
+            best, usual = chosen_settings(spec, runs, name, method).values()
             jobs += [
                 {"set": name, "method": method, "setting": setting, "seed": seed, "split": "test"}
-                for setting in distinct.values()
+                for setting in ([best] if best == usual else [best, usual])
                 for seed in spec["seeds"]
             ]
     return jobs
@@ -82,6 +80,12 @@ def objective(run: dict) -> float:
     if run["kind"] == "math":
         return found["accuracy"]
     return found["win_rate"] - max(0.0, run["base"]["accuracy"][0] - found["accuracy"])
+
+
+def best_by_rate(runs: list[dict]) -> dict[float, float]:
+    """{learning rate: the best objective of its runs}, by rising rate."""
+    rates = sorted({run["setting"]["lr"] for run in runs})
+    return {lr: max(map(objective, with_setting(runs, {"lr": lr}))) for lr in rates}
 
 
 def collapsed(run: dict) -> bool:

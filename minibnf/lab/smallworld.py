@@ -23,7 +23,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from minibnf.files.disk import inside, write_json, write_text
-from minibnf.files.terminal import in_one_line
+from minibnf.files.terminal import in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate
 from minibnf.lab.language import (
@@ -41,6 +41,8 @@ from minibnf.model import load
 
 # (prompts, n, seed) -> n answers for each prompt
 Sample = Callable[[list[str], int, int], list[list[str]]]
+
+KINDS = {"qa": (QA, 4), "math": (REASONING, 6)}  # of pairs: the families, the samples per prompt
 
 # ---- Rows for the trainer, in TRL's formats ----
 
@@ -108,54 +110,47 @@ def pairs(kind: str, sample: Sample, count: int, seed: int, split: str = "train"
     right and the wrong one that are nearest to each other. Prompts are of the split. Where samples
     give no pair, the prompt is left out and another is drawn; QA prompts recur with new samples.
     sample(prompts, n, seed) draws n answers for each prompt, as sampler() does. Raises ValueError
-    for another kind, RuntimeError if fewer than about one prompt in 500 gives a pair.
+    if fewer than about one prompt in 500 gives a pair.
     """
-    if kind not in ("qa", "math"):
-        raise ValueError(f"kind must be 'qa' or 'math', got {kind!r}")
-    families, n = (QA, 4) if kind == "qa" else (REASONING, 6)
+    families, n = KINDS[kind]
     source = endless_in_turn(families, split, seed)
     rng = random.Random(f"pairs/{kind}/{seed}")
     rows, asked = [], 0
     with tqdm(total=count, desc=f"{kind} pairs", disable=None) as bar:
         while len(rows) < count:
             if asked > 500 * (len(rows) + 4):
-                raise RuntimeError(
+                raise ValueError(
                     f"too few usable pairs: {asked} prompts of kind {kind!r} gave {len(rows)}, "
-                    "because the samples of nearly every prompt score the same and leave nothing "
-                    "to prefer"
+                    "because nearly every prompt's samples all score the same"
                 )
             batch = list(itertools.islice(source, 320))  # twice through the QA prompts
             answers = sample([problem.prompt for problem in batch], n, rng.getrandbits(31))
             for problem, texts in zip(batch, answers, strict=True):
-                pair = choose(problem, texts)
-                if pair and len(rows) < count:
+                if pair := choose(problem, texts):
                     rows.append(_row(problem.prompt, chosen=pair[0], rejected=pair[1]))
             asked += len(batch)
-            bar.update(len(rows) - bar.n)
-    return rows
+            bar.update(min(len(rows), count) - bar.n)
+    return rows[:count]
 
 
 def unpaired(rows: Iterable[dict], keep: str) -> list[dict]:
-    """Pairs as rows {"prompt", "completion", "label"}.
-
-    keep is "both", "chosen" or "rejected"; ValueError for another.
-    """
-    if keep not in ("both", "chosen", "rejected"):
-        raise ValueError(f"keep must be 'both', 'chosen' or 'rejected', got {keep!r}")
-    sides = ("chosen", "rejected") if keep == "both" else (keep,)
+    """Pairs as rows {"prompt", "completion", "label"}; keep is "both", "chosen" or "rejected"."""
     return [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
         for row in rows
-        for side in sides
+        for side in ("chosen", "rejected")
+        if keep in ("both", side)
     ]
 
 
-def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 1.0) -> Sample:
+def sampler(model, tokenizer, *, temperature: float = 1.0) -> Sample:
     """sample(prompts, n, seed) -> n answers of the model to each user prompt, no end of turn.
 
     Temperature 0 is greedy.
     """
     stop = sorted(tokenizer.end_ids)
+    how = {"max_new_tokens": 64, "temperature": temperature, "top_p": 1.0}
+    how |= {"stop_ids": stop, "vocab_size": tokenizer.vocab_size}
 
     def text_of(ids: list[int]) -> str:
         # A control token within an answer is spelt out: without it a degenerate answer could look
@@ -163,14 +158,10 @@ def sampler(model, tokenizer, *, max_new_tokens: int = 64, temperature: float = 
         return tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False)
 
     def sample(prompts: list[str], n: int, seed: int) -> list[list[str]]:
-        asked = [
-            tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            for prompt in prompts
-            for _ in range(n)
-        ]
-        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
-        how |= {"stop_ids": stop, "vocab_size": tokenizer.vocab_size}
-        texts = [text_of(ids) for ids in generate(model, asked, seed=seed, **how)]
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        asked = [tokenizer.encode_chat(chat, add_generation_prompt=True) for chat in chats]
+        repeated = [ids for ids in asked for _ in range(n)]
+        texts = [text_of(ids) for ids in generate(model, repeated, seed=seed, **how)]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     return sample
@@ -233,39 +224,36 @@ def write_base(directory: str | Path, seed: int = 0) -> None:
 # ---- The command ----
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m minibnf.lab.smallworld", description="Make the small world's files."
-    )
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    top = argparse.ArgumentParser("python -m minibnf.lab.smallworld")
+    top.description = "Make the small world's files."
     commands = top.add_subparsers(dest="command", required=True)
-
-    def command(name: str, what: str, out: str):
-        a = commands.add_parser(name, help=what).add_argument
-        a("--out", type=Path, required=True, help=out)
-        a("--seed", type=int, default=0, help="another seed, another draw; default 0")
-        if name != "base":
-            a("--count", type=int, required=True, help=f"how many {name}")
-        return a
-
-    file = "the .jsonl file to write"
-    command("base", "config and tokenizer of a fresh tiny model", "the folder to write")
-    command("rows", "pretraining rows", file)
-    a = command("pairs", "preference pairs out of a base model's own samples", file)
-    kinds, sides = ("qa", "math"), ("both", "chosen", "rejected")
-    a("--model", required=True, help="folder of the base model")
-    a("--kind", choices=kinds, required=True, help="answers by style, or right against wrong")
-    a("--split", choices=tuple(PEOPLE_OF), default="train", help="of the prompts; default train")
-    a("--unpaired", choices=sides, help="unpaired rows, of these sides")
-    return top
+    # fmt: off
+    base = commands.add_parser("base", help="config and tokenizer of a fresh tiny model")
+    base.add_argument("--out", type=Path, required=True, help="the folder to write")
+    rows = commands.add_parser("rows", help="pretraining rows")
+    pairs = commands.add_parser("pairs", help="preference pairs out of a base model's own samples")
+    for command in (rows, pairs):
+        command.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
+        command.add_argument("--count", type=positive, required=True, help="how many rows")
+    for command in (base, rows, pairs):
+        command.add_argument("--seed", type=int, default=0,
+                             help="another seed, another draw; default 0")
+    pairs.add_argument("--model", required=True, help="folder of the base model")
+    pairs.add_argument("--kind", choices=KINDS, required=True,
+                       help="answers by style, or right against wrong")
+    pairs.add_argument("--split", choices=PEOPLE_OF, default="train",
+                       help="of the prompts; default train")
+    pairs.add_argument("--unpaired", choices=["both", "chosen", "rejected"],
+                       help="unpaired rows, of these sides")
+    # fmt: on
+    return top.parse_args(argv)
 
 
 @in_one_line
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command line: see the top of the file."""
-    p = parser()
-    args = p.parse_args(arguments)
-    if getattr(args, "count", 1) < 1:
-        p.error("--count must be 1 or more")
+    args = parse(argv)
     if args.command == "base":
         if args.out.is_dir() and any(args.out.iterdir()):
             raise ValueError(f"--out {args.out} is not empty; name another folder")
@@ -273,16 +261,12 @@ def main(arguments: list[str] | None = None) -> None:
     elif args.command == "rows":
         write_rows(args.out, pretrain_rows(args.count, args.seed))
     else:
-        write_rows(args.out, pairs_of_a_model(args))
+        if inside(args.out, Path(args.model)):
+            raise ValueError(f"--out {args.out} lies in --model {args.model}; name another file")
+        sample = sampler(load(args.model), load_tokenizer(args.model))
+        rows = pairs(args.kind, sample, args.count, args.seed, args.split)
+        write_rows(args.out, unpaired(rows, args.unpaired) if args.unpaired else rows)
     print(f"wrote {args.out}")
-
-
-def pairs_of_a_model(args: argparse.Namespace) -> list[dict]:
-    if inside(args.out, Path(args.model)):
-        raise ValueError(f"--out {args.out} lies in --model {args.model}; name another file")
-    sample = sampler(load(args.model), load_tokenizer(args.model))
-    rows = pairs(args.kind, sample, args.count, args.seed, args.split)
-    return unpaired(rows, args.unpaired) if args.unpaired else rows
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:

@@ -9,9 +9,10 @@ controls.
 """
 
 import math
+from itertools import groupby
 from statistics import correlation, mean, stdev
 
-from minibnf.lab.plan import chosen_settings, collapsed, objective, select, with_setting
+from minibnf.lab import plan
 
 CONTROLS = ("nll", "unlikelihood")
 OURS = ("bnf", "rbnf")
@@ -39,26 +40,20 @@ def rivals(results: dict, name: str) -> list[str]:
 
 def chosen(results: dict, name: str, method: str) -> dict[str, dict]:
     """{"best": setting, "customary": setting}."""
-    return chosen_settings(results["spec"], results["runs"], name, method)
+    return plan.chosen_settings(results["spec"], results["runs"], name, method)
 
 
 def tests(results: dict, name: str, method: str, which: str) -> list[dict]:
     """The test runs of a method's "best" or "customary" setting on a set, one per seed."""
     setting = chosen(results, name, method)[which]
-    return select(results["runs"], set=name, method=method, split="test", setting=setting)
+    return plan.select(results["runs"], set=name, method=method, split="test", setting=setting)
 
 
 def figure(results: dict, name: str, method: str, which: str, what: str) -> tuple[float, float]:
-    """(mean over seeds, its error). "drop" is the base's reasoning less the model's.
-
-    A run that broke off gets the worst value.
-    """
-    runs, measure = tests(results, name, method, which), "accuracy" if what == "drop" else what
-    values = [r["result"].get(measure, (WORST.get(measure, 0.0), 0.0)) for r in runs]
-    means = [m for m, _ in values]
-    if what == "drop":
-        means = [runs[0]["base"]["accuracy"][0] - m for m in means]
-    over_prompts = mean(e or 0.0 for _, e in values)
+    """(mean over seeds, its error). A run that broke off gets the worst value."""
+    runs, worst = tests(results, name, method, which), (WORST.get(what, 0.0), 0.0)
+    means, errors = zip(*(r["result"].get(what, worst) for r in runs), strict=True)
+    over_prompts = mean(error or 0.0 for error in errors)
     several = len(means) > 1 and all(map(math.isfinite, means))
     over_seeds = stdev(means) ** 2 / len(means) if several else 0.0
     return mean(means), math.sqrt(over_seeds + over_prompts**2)
@@ -69,9 +64,7 @@ def show(x: tuple[float, float], digits: int = 3) -> str:
 
 
 def setting_text(setting: dict) -> str:
-    return " ".join(
-        f"{k}={v:g}" if isinstance(v, float | int) else f"{k}={v}" for k, v in setting.items()
-    )
+    return " ".join(f"{name}={value}" for name, value in setting.items())
 
 
 # ---- The table of a set ----
@@ -83,74 +76,53 @@ def row(cells: list[str]) -> str:
 
 def table(results: dict, name: str) -> str:
     """Markdown: every method's best and customary setting on test prompts, the best first."""
-    runs = select(results["runs"], set=name)
+    runs = plan.select(results["runs"], set=name)
     base = next((r for r in runs if r["split"] == "test"), runs[0])["base"]
     columns = [c for c in NAMES if c in base]
     lines = []  # (rank, line)
     for method in results["spec"]["on"][name]:
-        if tests(results, name, method, "best"):  # else a method of the first stage alone
-            lines += lines_of_a_method(results, name, method, columns)
+        tried = plan.select(runs, method=method, split="validation")
+        lost = f"{sum(map(plan.collapsed, tried))} of {len(tried)}"
+        best, usual = chosen(results, name, method).values()
+        both = {"best": "best", "customary": "customary"}
+        labels = {"best": "best, customary"} if best == usual else both
+        for which, label in labels.items():
+            tested = tests(results, name, method, which)
+            if not tested:
+                continue  # a method of the first stage alone
+            figures = {c: figure(results, name, method, which, c) for c in columns}
+            cells = [show(x, 2 if c.startswith("shift") else 3) for c, x in figures.items()]
+            setting = setting_text(tested[0]["setting"])
+            line = row([method, label, setting, *cells, lost])
+            lines.append((mean(map(plan.objective, tested)), line))
     lines.sort(key=lambda line: -line[0])
     head = ["method", "setting", "", *(NAMES[c] for c in columns), "settings collapsed"]
-    own = " | ".join(f"{base[c][0]:.3f}" for c in columns)
-    first = [row(head), "|---" * len(head) + "|", f"| base | | | {own} | |"]
+    own = [f"{base[c][0]:.3f}" for c in columns]
+    first = [row(head), "|---" * len(head) + "|", f"| base | | | {' | '.join(own)} | |"]
     return "\n".join(first + [line for _, line in lines])
-
-
-def lines_of_a_method(
-    results: dict, name: str, method: str, columns: list[str]
-) -> list[tuple[float, str]]:
-    """(objective, line) of the best setting, and of the customary one where it is another."""
-    tried = select(results["runs"], set=name, method=method, split="validation")
-    lost = f"{sum(map(collapsed, tried))} of {len(tried)}"
-    settings = chosen(results, name, method)
-    names = {"best": "best", "customary": "customary"}
-    if settings["best"] == settings["customary"]:
-        names = {"best": "best, customary"}
-    lines = []
-    for which, label in names.items():
-        cells = [
-            show(figure(results, name, method, which, c), 2 if c.startswith("shift") else 3)
-            for c in columns
-        ]
-        rank = mean(map(objective, tests(results, name, method, which)))
-        lines.append((rank, row([method, label, setting_text(settings[which]), *cells, lost])))
-    return lines
 
 
 # ---- Learning rates ----
 
 
-def good_rates(results: dict, name: str, method: str, fixed: dict | None = None) -> list[float]:
-    """The good learning rates around the best one, without a gap.
+def good_rates(results: dict, name: str, method: str, fixed: dict) -> list[float]:
+    """The good learning rates around the best one, without a gap; of settings that have `fixed`.
 
-    Good: the validation objective is within TOLERANCE of the method's best. fixed: only settings
-    with these hyper-parameters count.
+    Good: the validation objective is within TOLERANCE of the method's best.
     """
-    runs = select(results["runs"], set=name, method=method, split="validation", seed=0)
-    top: dict[float, float] = {}
-    for run in with_setting(runs, fixed or {}):
-        lr = run["setting"]["lr"]
-        top[lr] = max(objective(run), top.get(lr, -math.inf))
-    rates = sorted(top)
-    best = max(rates, key=top.get)
-    good = [top[lr] >= top[best] - TOLERANCE for lr in rates]
-    low = high = rates.index(best)
-    while low and good[low - 1]:
-        low -= 1
-    while high + 1 < len(rates) and good[high + 1]:
-        high += 1
-    return rates[low : high + 1]
+    runs = plan.select(results["runs"], set=name, method=method, split="validation", seed=0)
+    top = plan.best_by_rate(plan.with_setting(runs, fixed))
+    best = max(top, key=top.get)
+    for _, neighbours in groupby(top, key=lambda lr: top[lr] >= top[best] - TOLERANCE):
+        rates = list(neighbours)
+        if best in rates:
+            return rates
 
 
 def common_rates(results: dict, name: str) -> set[float]:
     """The learning rates that the grids of bnf and of all its rivals on a set hold."""
     methods = ("bnf", *rivals(results, name))
     return set.intersection(*(set(results["spec"]["methods"][m]["grid"]["lr"]) for m in methods))
-
-
-def decades(rates: list[float]) -> float:
-    return math.log10(rates[-1] / rates[0])
 
 
 # ---- Other questions ----
@@ -170,11 +142,10 @@ def lengths(results: dict, name: str) -> str:
     ]
     for method, what in DIVISORS.items():
         if method in results["spec"]["on"][name]:
-            rates = good_rates(results, name, method)
+            rates = good_rates(results, name, method, {})
             best = chosen(results, name, method)["best"]["lr"]
-            win, kept = (
-                show(figure(results, name, method, "best", c)) for c in ("win_rate", "accuracy")
-            )
+            win = show(figure(results, name, method, "best", "win_rate"))
+            kept = show(figure(results, name, method, "best", "accuracy"))
             lines.append(row([what, f"{best:g}", f"{rates[0]:g} to {rates[-1]:g}", win, kept]))
     return "\n".join(lines)
 
@@ -190,12 +161,11 @@ def beta_and_length(results: dict) -> str:
     ]
     for name in results["spec"]["on"]:
         tokens = results["facts"]["response_tokens"][name]
-        for run in select(results["runs"], set=name, method="dpo lr 1e-4"):
+        for run in plan.select(results["runs"], set=name, method="dpo lr 1e-4"):
             beta, found = run["setting"]["beta"], run["result"]
-            shown = ["broke off"] * 2
-            if found:
-                shown = [show(found["win_rate"]), show(found["accuracy"])]
-            lines.append(row([name, f"{tokens:.1f}", f"{beta:g}", f"{beta * tokens:.2g}", *shown]))
+            win, kept = (show(found[x]) if found else "broke off" for x in ("win_rate", "accuracy"))
+            cells = [name, f"{tokens:.1f}", f"{beta:g}", f"{beta * tokens:.2g}", win, kept]
+            lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -204,7 +174,7 @@ def concentration(results: dict, name: str) -> tuple[float, int]:
 
     And over how many validation runs of the set.
     """
-    runs = [r for r in select(results["runs"], set=name, split="validation") if r["result"]]
+    runs = [r for r in plan.select(results["runs"], set=name, split="validation") if r["result"]]
     lost = [r["base"]["accuracy"][0] - r["result"]["accuracy"][0] for r in runs]
     ginis = [r["result"]["gini"][0] for r in runs]
     vary = len(set(ginis)) > 1 and len(set(lost)) > 1

@@ -10,8 +10,9 @@ import multiprocessing
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -20,20 +21,15 @@ import torch
 from tqdm import tqdm
 
 from minibnf import train
-from minibnf.arguments import loss_hyper
-from minibnf.data import read_examples
+from minibnf.data import Example, read_examples
 from minibnf.evaluate import tokenised
 from minibnf.files.config import read_config
 from minibnf.files.disk import read_json, write_json
 from minibnf.files.rows import read_rows, scan_rows
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.lab.exam import Exam, HeldOut, exam, held_out, on_files, small_world, token_weights
+from minibnf.lab.exam import Exam, held_out, on_files
 from minibnf.lab.smallworld import pairs, sampler, unpaired, write_rows
-from minibnf.losses import LOSSES
-from minibnf.model import load
-
-TRACE_POINTS = 32  # of a run's metrics that its result keeps
-FEEDBACK_TOKENS = 100  # real tokens whose push is kept
+from minibnf.model import Transformer, load
 
 # ---- A set's files ----
 
@@ -44,28 +40,22 @@ def prepare(spec: dict, name: str, folder: Path) -> dict[str, Path]:
     if all(file.exists() for file in files.values()):
         return files
     given = spec["sets"][name]
-    of_file = "rows" in given
-    parts = parts_of_a_file(name, given) if of_file else drawn_parts(spec["base"], given)
+    parts = parts_of_a_file(given) if "rows" in given else drawn_parts(spec["base"], given)
     for file, rows in zip(files.values(), parts, strict=True):
         write_rows(file, rows)
     return files
 
 
-def parts_of_a_file(name: str, given: dict) -> list[list[dict]]:
-    """The rows to train on, then the two halves of those held out."""
+def parts_of_a_file(given: dict) -> list[list[dict]]:
+    """The rows to train on, then the two halves of the pairs held out."""
     rows = [row for _, row in read_rows(given["rows"])]
     count, held = given["count"], given["held_out"]
-    if len(rows) < count + held:
+    tested = rows[count : count + held]
+    if len(tested) < held or any("completion" in row for row in tested):
         raise ValueError(
-            f"{given['rows']} has {len(rows)} rows, "
-            f"fewer than the {count} and {held} that set '{name}' asks for"
+            f"{given['rows']} must have {count} rows to train on and then {held} pairs to hold out"
         )
-    if any("completion" in row for row in rows[count : count + held]):
-        raise ValueError(
-            f"{given['rows']}: the {held} rows that set '{name}' holds out must be pairs"
-        )
-    middle = count + held // 2
-    return [rows[:count], rows[count:middle], rows[middle : count + held]]
+    return [rows[:count], tested[: held // 2], tested[held // 2 :]]
 
 
 def drawn_parts(base: str, given: dict) -> list[list[dict]]:
@@ -83,32 +73,21 @@ def drawn_parts(base: str, given: dict) -> list[list[dict]]:
 
 def slug(job: dict) -> str:
     """A job's name, which its files have."""
-    setting = "-".join(
-        f"{k}{v:g}" if isinstance(v, float | int) else f"{k}_{v}" for k, v in job["setting"].items()
-    )
+    setting = "-".join(f"{name}{value}" for name, value in job["setting"].items())
     return f"{job['set']}-{job['method']}-{setting}-{job['split']}-{job['seed']}".replace(" ", "_")
 
 
-def arguments(spec: dict, job: dict, files: dict, out: Path) -> list[str]:
+def arguments(spec: dict, job: dict, data, out) -> list[str]:
     """The trainer's command line."""
-    paths = {"model": spec["base"], "data": files["train"], "out": out}
-    flags = spec.get("train", {}) | spec["sets"][job["set"]].get("train", {})
-    flags |= {"lr": job["setting"]["lr"], "seed": job["seed"]}
-    flags |= {"loss": spec["methods"][job["method"]]["loss"]}
-    hyper = loss_args(spec, job)
-    more = ["--loss-args", *hyper] if hyper else []
-    return [*words(paths), "--overwrite", *words(flags), *more]
-
-
-def words(flags: dict) -> list[str]:
-    """{"batch_size": 8} -> ["--batch-size", "8"]."""
-    return [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", f"{v}")]
-
-
-def loss_args(spec: dict, job: dict) -> list[str]:
-    """["beta=0.1", ...], as the trainer takes them."""
-    hyper = spec["methods"][job["method"]].get("fixed", {}) | job["setting"]
-    return [f"{k}={v}" for k, v in hyper.items() if k != "lr"]
+    method = spec["methods"][job["method"]]
+    flags = {"model": spec["base"], "data": data, "out": out}
+    flags |= spec.get("train", {}) | spec["sets"][job["set"]].get("train", {})
+    flags |= {"loss": method["loss"], "lr": job["setting"]["lr"], "seed": job["seed"]}
+    hyper = method.get("fixed", {}) | job["setting"]
+    words = ["--overwrite", "--loss-args", *(f"{k}={v}" for k, v in hyper.items() if k != "lr")]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def trained(argv: list[str], out: Path) -> bool:
@@ -133,21 +112,17 @@ def run_job(spec: dict, job: dict, folder: Path) -> None:
     """
     torch.set_num_threads(spec.get("threads", 1))
     files, out = prepare(spec, job["set"], folder / "data"), folder / "runs" / slug(job)
-    began, text = time.perf_counter(), json.dumps(spec)
-    whole = trained(arguments(spec, job, files, out), out)
+    began = time.perf_counter()
+    whole = trained(arguments(spec, job, files["train"], out), out)
     seconds = round(time.perf_counter() - began, 1)
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    steps = len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     kind = spec["sets"][job["set"]].get("kind", "files")
     for split in ("validation", "test") if kind == "files" else [job["split"]]:
-        run = job | {"split": split, "kind": kind, "steps": len(rows), "train_seconds": seconds}
+        run = job | {"split": split, "kind": kind, "steps": steps, "train_seconds": seconds}
         run |= {"result": {}, "revision": revision()}
-        asked, run["base"] = the_exam(text, job["set"], split, str(folder))
+        examine, run["base"] = examination(json.dumps(spec), job["set"], split, folder)
         if whole:
-            run["result"] = examined(out / "model", asked)
-            if split == "test" and job["seed"] == spec["seeds"][0]:
-                run["trace"] = trace(rows)
-                run["feedback"] = feedback_of(spec, job, files["test"], out / "model")
+            run["result"] = examine(load(out / "model"))
         write_json(folder / "results" / f"{slug(run)}.json", run)
     shutil.rmtree(out)
 
@@ -156,90 +131,53 @@ def rounded(x: float) -> float | None:
     return float(f"{x:.5g}") if x == x else None
 
 
-def trace(rows: list[dict]) -> dict[str, list]:
-    """The mean log-likelihoods of chosen and rejected at TRACE_POINTS steps, or all there are.
-
-    Of unpaired rows a step may hold one kind alone; such steps are left out.
-    """
-    names = [k for k in ("step", "logps/chosen", "logps/rejected") if any(k in row for row in rows)]
-    rows = [row for row in rows if all(k in row for k in names)]
-    count = min(TRACE_POINTS, len(rows))
-    keep = [rows[i * (len(rows) - 1) // max(1, count - 1)] for i in range(count)]
-    return {k: [rounded(row[k]) for row in keep] for k in names}
-
-
-def feedback_of(spec: dict, job: dict, file: Path, model_directory: Path) -> dict[str, list]:
-    """The weights of real tokens in the loss that trained the model; see exam.token_weights."""
-    base, model, tokenizer = load(spec["base"]), load(model_directory), load_tokenizer(spec["base"])
-    examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
-    loss = LOSSES[spec["methods"][job["method"]]["loss"]]
-    hyper = loss_hyper(loss, loss_args(spec, job))
-    found = token_weights(base, model, examples[:16], loss, hyper)
-    return {
-        side: [[rounded(x), rounded(w)] for x, w in points[:FEEDBACK_TOKENS]]
-        for side, points in found.items()
-    }
+def examples_of(spec: dict, file: Path) -> list[Example]:
+    context = read_config(spec["base"])[0].max_position_embeddings
+    return read_examples(file, load_tokenizer(spec["base"]), context)[0]
 
 
 @cache
-def the_exam(text: str, name: str, split: str, folder: str) -> tuple[Exam | HeldOut, dict]:
-    """What models are asked, and what the base scores in it, made once per process.
+def examination(text: str, name: str, split: str, folder: Path) -> tuple[Callable, dict]:
+    """A function from a model to {name: [mean, standard error]}, and the base's; once per process.
 
     text is the spec as JSON: what is cached must be hashable.
     """
     spec = json.loads(text)
-    file = prepare(spec, name, Path(folder) / "data")[split]
-    base, tokenizer = load(spec["base"]), load_tokenizer(spec["base"])
-    examples, _ = read_examples(file, tokenizer, base.config.max_position_embeddings)
-    if "kind" in spec["sets"][name]:
-        asked = exam(base, tokenizer, split=split, examples=examples, **spec.get("exam", {}))
-        return asked, examined(spec["base"], asked)
-    if solutions := spec["sets"][name].get("solutions"):
-        scanned = islice(scan_rows(solutions["file"]), solutions["count"])
-        examples += tokenised(scanned, tokenizer, "likelihood")[1]
-    asked = held_out(base, examples)
-    return asked, examined(spec["base"], asked)
-
-
-def examined(directory, asked: Exam | HeldOut) -> dict[str, list]:
-    """{name: [mean, standard error]} of a model."""
-    model = load(directory)
-    if isinstance(asked, Exam):
-        found = small_world(model, load_tokenizer(directory), asked)
+    given, base, tokenizer = spec["sets"][name], load(spec["base"]), load_tokenizer(spec["base"])
+    examples = examples_of(spec, prepare(spec, name, folder / "data")[split])
+    if "kind" in given:
+        measure = Exam(base, tokenizer, examples, split=split, **spec.get("exam", {})).grade
     else:
-        found = on_files(model, asked)
-    return {k: [rounded(x) for x in pair] for k, pair in found.items()}
+        solutions = []
+        if "solutions" in given:
+            scanned = islice(scan_rows(given["solutions"]["file"]), given["solutions"]["count"])
+            _, solutions = tokenised(scanned, tokenizer, "likelihood")
+        measure = partial(on_files, base=held_out(base, examples), solutions=solutions)
+
+    def examine(model: Transformer) -> dict[str, list]:
+        return {k: [rounded(x) for x in pair] for k, pair in measure(model).items()}
+
+    return examine, examine(base)
 
 
 def revision() -> str:
-    """The git revision of this code; "unknown" outside git.
-
-    "+changes" follows where the package's files differ from it.
-    """
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parents[1]
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
+    """The git revision of this code, "+changes" where tracked files differ; "unknown" elsewhere."""
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        changes = git("status", "--porcelain", "--", ".")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+        here = Path(__file__).parent
+        done = subprocess.run(words, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 # ---- All runs ----
 
 
-def finished(folder: Path) -> dict[str, dict]:
-    return {file.stem: read_json(file) for file in sorted((folder / "results").glob("*.json"))}
-
-
 def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[dict]:
     """The results of the jobs, in their order; those that are there already are not run again."""
-    done = finished(folder)
-    todo = [job for job in jobs if slug(job) not in done]
+    files = [folder / "results" / f"{slug(job)}.json" for job in jobs]
+    todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
     for name in {job["set"] for job in todo}:
         prepare(spec, name, folder / "data")
     ready, stage = len(jobs) - len(todo), jobs[0]["split"]
@@ -253,13 +191,10 @@ def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[di
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    done = finished(folder)
-    return [done[slug(job)] for job in jobs]
+    return [read_json(file) for file in files]
 
 
 def response_tokens(spec: dict, name: str, folder: Path) -> float:
     """The mean length of the responses that a set is trained on."""
-    file, tokenizer = prepare(spec, name, folder / "data")["train"], load_tokenizer(spec["base"])
-    context = read_config(spec["base"])[0].max_position_embeddings
-    examples, _ = read_examples(file, tokenizer, context)
+    examples = examples_of(spec, prepare(spec, name, folder / "data")["train"])
     return round(mean(len(response) for e in examples for response in e.responses), 1)

@@ -8,25 +8,10 @@ claim says least, half or most, figures are compared as they are.
 import math
 from collections.abc import Callable
 from statistics import mean, median
-from typing import NamedTuple
 
+from minibnf.lab import tables
 from minibnf.lab.plan import customary, select, with_setting
-from minibnf.lab.tables import (
-    NAMES,
-    TOLERANCE,
-    beta_and_length,
-    common_rates,
-    concentration,
-    decades,
-    figure,
-    good_rates,
-    lengths,
-    rivals,
-    row,
-    show,
-    table,
-    tests,
-)
+from minibnf.lab.tables import TOLERANCE, figure, rivals, row, show
 
 REPRODUCED, NOT = "reproduced", "not reproduced"
 CUSTOMARY = "reproduced only when rivals keep their customary hyper-parameters"
@@ -41,9 +26,22 @@ def either(at_best: bool, at_customary: bool) -> str:
     return REPRODUCED if at_best else CUSTOMARY if at_customary else NOT
 
 
-# ---- The rules: (results, names of sets) -> (verdict, numbers) ----
+# ---- The claims, each with its rule: (results, names of sets) -> (verdict, numbers) ----
+
+CLAIMS = []  # (claim, rule, needs)
 
 
+def claim(text: str, **needs: list[str]) -> Callable:
+    """Makes a function the rule of a claim; needs: {set: methods that it judges}."""
+
+    def register(rule: Callable) -> Callable:
+        CLAIMS.append((text, rule, needs))
+        return rule
+
+    return register
+
+
+@claim("aligns as well as the best method on QA", qa=["bnf"])
 def aligns(results: dict, qa: str) -> tuple[str, str]:
     def best_rival(which: str) -> tuple[tuple[float, float], str]:
         return max((figure(results, qa, m, which, "win_rate"), m) for m in rivals(results, qa))
@@ -57,74 +55,73 @@ def aligns(results: dict, qa: str) -> tuple[str, str]:
     return either(within(mine, top), within(mine, usual)), numbers
 
 
+@claim("costs far less reasoning: at most half of what rivals lose", qa=["bnf"])
 def costs(results: dict, qa: str) -> tuple[str, str]:
-    def drops(which: str) -> list[tuple[float, str]]:
-        return sorted((figure(results, qa, m, which, "drop")[0], m) for m in rivals(results, qa))
+    base = select(results["runs"], set=qa, split="test")[0]["base"]["accuracy"][0]
 
-    mine = figure(results, qa, "bnf", "best", "drop")
-    best, usual = (median(drop for drop, _ in drops(w)) for w in ("best", "customary"))
-    least, who = drops("best")[0]
+    def lost(method: str, which: str) -> float:
+        return base - figure(results, qa, method, which, "accuracy")[0]
+
+    mine, error = lost("bnf", "best"), figure(results, qa, "bnf", "best", "accuracy")[1]
+    best, usual = ({m: lost(m, x) for m in rivals(results, qa)} for x in ("best", "customary"))
+    middle, usual_middle = median(best.values()), median(usual.values())
+    least = min(best, key=best.get)
     numbers = (
-        f"reasoning lost {show(mine)}; rivals' median {best:.3f} (least: {who} {least:.3f}), "
-        f"at customary hyper-parameters {usual:.3f}"
+        f"reasoning lost {show((mine, error))}; rivals' median {middle:.3f} "
+        f"(least: {least} {best[least]:.3f}), at customary hyper-parameters {usual_middle:.3f}"
     )
-
-    def far_less_than(middle: float) -> bool:
-        return middle > 2 * mine[1] and mine[0] <= middle / 2
-
-    return either(far_less_than(best), far_less_than(usual)), numbers
+    at_best, at_customary = (x > 2 * error and mine <= x / 2 for x in (middle, usual_middle))
+    return either(at_best, at_customary), numbers
 
 
+@claim("works on unpaired data: gains, and no less than KTO", qa=["bnf"], unpaired=["bnf", "kto"])
 def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
     mine = figure(results, lone, "bnf", "best", "win_rate")
     paired = figure(results, qa, "bnf", "best", "win_rate")
     kto = figure(results, lone, "kto", "best", "win_rate")
-    base = tuple(tests(results, lone, "bnf", "best")[0]["base"]["win_rate"])
-    gains = mine[0] > base[0] + 2 * math.hypot(mine[1], base[1])
+    base = select(results["runs"], set=lone, split="test")[0]["base"]["win_rate"]
     numbers = (
         f"win rate {show(mine)} (base {base[0]:.3f}); on pairs {show(paired)}; "
         f"kto unpaired {show(kto)}"
     )
+    gains = not within(base, mine)
     return REPRODUCED if gains and within(mine, kto) else NOT, numbers
 
 
-def kept(results: dict, maths: str, method: str, fixed: dict) -> float:
-    """The share of settings with these hyper-parameters that keep the base's reasoning.
-
-    Of learning rates that all methods tried. A run that broke off keeps nothing.
-    """
-    rates = common_rates(results, maths)
-    runs = select(results["runs"], set=maths, method=method, split="validation")
-    return mean(
-        bool(r["result"]) and r["result"]["accuracy"][0] >= r["base"]["accuracy"][0] - TOLERANCE
-        for r in with_setting(runs, fixed)
-        if r["setting"]["lr"] in rates
-    )
-
-
+@claim("is stable on mathematical pairs, where its rivals are not", math=["bnf"])
 def stable(results: dict, maths: str) -> tuple[str, str]:
-    spec, others = results["spec"], rivals(results, maths)
-    own, usual_own = (kept(results, maths, "bnf", fixed) for fixed in ({}, customary(spec, "bnf")))
-    theirs = {m: kept(results, maths, m, {}) for m in others}
-    usual_theirs = {m: kept(results, maths, m, customary(spec, m)) for m in others}
+    """By the share of settings, of learning rates that all tried, that keep the base's reasoning.
 
-    def shares(own: float, theirs: dict[str, float]) -> str:
-        most = max(theirs, key=theirs.get)
-        middle = median(theirs.values())
-        return f"bnf {own:.0%}, rivals' median {middle:.0%}, most {most} {theirs[most]:.0%}"
+    A run that broke off keeps nothing.
+    """
+    rates, others = tables.common_rates(results, maths), rivals(results, maths)
 
-    def steadier(own: float, theirs: dict[str, float]) -> bool:
-        return own >= max(theirs.values()) and own > median(theirs.values())
+    def keeps(run: dict) -> bool:
+        lowest = run["base"]["accuracy"][0] - TOLERANCE
+        return run["result"].get("accuracy", [-math.inf])[0] >= lowest
 
-    rates = common_rates(results, maths)
+    def share(method: str, fixed: dict) -> float:
+        runs = select(results["runs"], set=maths, method=method, split="validation")
+        return mean(keeps(r) for r in with_setting(runs, fixed) if r["setting"]["lr"] in rates)
+
+    def steadier(fixed: dict[str, dict]) -> tuple[bool, str]:
+        own, theirs = share("bnf", fixed["bnf"]), {m: share(m, fixed[m]) for m in others}
+        most, middle = max(theirs, key=theirs.get), median(theirs.values())
+        text = f"bnf {own:.0%}, rivals' median {middle:.0%}, most {most} {theirs[most]:.0%}"
+        return own >= theirs[most] and own > middle, text
+
+    usual = {m: customary(results["spec"], m) for m in ("bnf", *others)}
+    at_best, numbers_at_best = steadier({m: {} for m in usual})
+    at_customary, numbers_at_customary = steadier(usual)
     numbers = (
         f"settings (rates {min(rates):g} to {max(rates):g}) that keep reasoning within "
-        f"{TOLERANCE} of the base: {shares(own, theirs)}; "
-        f"at customary hyper-parameters {shares(usual_own, usual_theirs)}"
+        f"{TOLERANCE} of the base: {numbers_at_best}; "
+        f"at customary hyper-parameters {numbers_at_customary}"
     )
-    return either(steadier(own, theirs), steadier(usual_own, usual_theirs)), numbers
+    return either(at_best, at_customary), numbers
 
 
+@claim("shifts likelihoods least, and its logit shifts are the least concentrated", qa=["bnf"])
 def shifts(results: dict, qa: str) -> tuple[str, str]:
     def best(method: str, what: str) -> float:
         return figure(results, qa, method, "best", what)[0]
@@ -144,74 +141,50 @@ def shifts(results: dict, qa: str) -> tuple[str, str]:
     return REPRODUCED if both else NOT, numbers
 
 
+@claim("needs no tuning beyond what fine-tuning needs", qa=["bnf", "nll"])
 def tuning(results: dict, qa: str) -> tuple[str, str]:
-    spec = results["spec"]
-    width = {m: decades(good_rates(results, qa, m, customary(spec, m))) for m in spec["on"][qa]}
-    others = [width[m] for m in rivals(results, qa)]
+    def decades(method: str) -> float:
+        usual = customary(results["spec"], method)
+        rates = tables.good_rates(results, qa, method, usual)
+        return math.log10(rates[-1] / rates[0])
+
+    bnf, nll = decades("bnf"), decades("nll")
+    others = [decades(method) for method in rivals(results, qa)]
     numbers = (
         f"decades of learning rates around its best within {TOLERANCE} of it: "
-        f"bnf {width['bnf']:.1f}, nll {width['nll']:.1f}, rivals at customary hyper-parameters "
+        f"bnf {bnf:.1f}, nll {nll:.1f}, rivals at customary hyper-parameters "
         f"{median(others):.1f} (median), {max(others):.1f} (most)"
     )
-    return REPRODUCED if width["bnf"] >= width["nll"] else NOT, numbers
+    return REPRODUCED if bnf >= nll else NOT, numbers
 
 
+@claim(
+    "(not the paper's: rbnf matches the best of DPO's sweep)",
+    qa=["bnf", "rbnf", "dpo"],
+    math=["bnf", "rbnf", "dpo"],
+)
 def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
     """rbnf against the best of DPO's sweep: win rate on QA, reasoning on mathematical pairs."""
     texts, as_good = [], []
     for name, what in {qa: "win_rate", maths: "accuracy"}.items():
         mine, dpo, bnf = (figure(results, name, m, "best", what) for m in ("rbnf", "dpo", "bnf"))
         as_good.append(within(mine, dpo))
-        texts.append(
-            f"{NAMES[what]} on {name}: rbnf {show(mine)}, dpo {show(dpo)}, bnf {show(bnf)}"
-        )
+        shown = f"rbnf {show(mine)}, dpo {show(dpo)}, bnf {show(bnf)}"
+        texts.append(f"{tables.NAMES[what]} on {name}: {shown}")
     return REPRODUCED if all(as_good) else NOT, "; ".join(texts)
 
 
-# ---- The claims ----
-
-
-class Claim(NamedTuple):
-    text: str
-    rule: Callable[..., tuple[str, str]]
-    needs: dict[str, list[str]]  # {set: methods that it needs}; the sets are the rule's arguments
-
-
-CLAIMS = [
-    Claim("aligns as well as the best method on QA", aligns, {"qa": ["bnf"]}),
-    Claim("costs far less reasoning: at most half of what rivals lose", costs, {"qa": ["bnf"]}),
-    Claim(
-        "works on unpaired data: gains, and no less than KTO",
-        unpaired,
-        {"qa": ["bnf"], "unpaired": ["bnf", "kto"]},
-    ),
-    Claim("is stable on mathematical pairs, where its rivals are not", stable, {"math": ["bnf"]}),
-    Claim(
-        "shifts likelihoods least, and its logit shifts are the least concentrated",
-        shifts,
-        {"qa": ["bnf"]},
-    ),
-    Claim("needs no tuning beyond what fine-tuning needs", tuning, {"qa": ["bnf", "nll"]}),
-    Claim(
-        "(not the paper's: rbnf matches the best of DPO's sweep)",
-        retrieval,
-        {"qa": ["bnf", "rbnf", "dpo"], "math": ["bnf", "rbnf", "dpo"]},
-    ),
-]
-
-
-def can_be_judged(results: dict, claim: Claim) -> bool:
-    on = results["spec"]["on"]
-    return all(
-        set(methods) <= set(on.get(name, [])) and rivals(results, name)
-        for name, methods in claim.needs.items()
-    )
+# ---- The report ----
 
 
 def verdicts(results: dict) -> list[tuple[str, str, str]]:
     """(claim, verdict, numbers) of each claim whose sets and methods the results hold."""
-    held = [claim for claim in CLAIMS if can_be_judged(results, claim)]
-    return [(claim.text, *claim.rule(results, *claim.needs)) for claim in held]
+    on, found = results["spec"]["on"], []
+    for text, rule, needs in CLAIMS:
+        has_methods = all(set(methods) <= set(on.get(name, [])) for name, methods in needs.items())
+        if has_methods and all(rivals(results, name) for name in needs):
+            found.append((text, *rule(results, *needs)))
+    return found
 
 
 def verdict_table(results: dict) -> str:
@@ -223,18 +196,18 @@ def report(results: dict) -> str:
     """Markdown: every table, then the verdicts."""
     parts, spec = [], results["spec"]
     for name in spec["on"]:
-        parts += [f"## {name}", table(results, name)]
+        parts += [f"## {name}", tables.table(results, name)]
     small = [name for name in spec["on"] if "kind" in spec["sets"][name]]
     if not small:
         return "\n\n".join(parts)
     for name in small:
         if {"bnf", "bnf own"} <= set(spec["on"][name]):
-            parts += [f"## What BNF is divided by, {name}", lengths(results, name)]
+            parts += [f"## What BNF is divided by, {name}", tables.lengths(results, name)]
     if any("dpo lr 1e-4" in methods for methods in spec["on"].values()):
-        parts += ["## DPO's β and the length of responses", beta_and_length(results)]
+        parts += ["## DPO's β and the length of responses", tables.beta_and_length(results)]
     parts += ["## Is a low Gini good?"]
     for name in small:
-        rho, count = concentration(results, name)
+        rho, count = tables.concentration(results, name)
         parts.append(
             f"{name}: rank correlation of Gini and reasoning lost over {count} runs: {rho:+.2f}"
         )

@@ -227,7 +227,7 @@ def data() -> dict:
     mismatched(one_prompt, 512, file)
     mismatch = time.perf_counter() - began
     print(
-        f"data        {at_once:.1f} s to pack them all at once, as an evaluation does; "
+        f"data        {at_once:.1f} s to pack them all at once; "
         f"{mismatch:.1f} s to mismatch them for"
     )
     print("            kto where nine in ten have the same prompt", flush=True)

@@ -13,10 +13,9 @@ import torch
 
 from minibnf.data import order_of_epoch, pack, read_examples
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.logprob import token_logps
-from minibnf.losses import bnf_weight
+from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import load
-from minibnf.step import read_batches
+from minibnf.step import batch_logps, read_all
 from tests.benchmarks import DEVICE, machine
 
 
@@ -24,8 +23,11 @@ def epoch_logps(model, examples, epoch: int, dtype) -> torch.Tensor:
     """(N,): the log-probabilities of response tokens, read in an epoch's packs (batches of 8)."""
     order = order_of_epoch(len(examples), 0, epoch)
     steps = (pack(examples, order[i : i + 8], 2048) for i in range(0, len(order), 8))
-    found = dict(read_batches(model, steps, len(examples), dtype, token_logps, f"epoch {epoch}"))
-    return torch.cat([found[place] for place in sorted(found)])
+
+    def read(batch):
+        return batch_logps(model, batch, LOSSES["bnf"], dtype)
+
+    return torch.cat(read_all(model, examples, steps, read, f"epoch {epoch}"))
 
 
 def main():

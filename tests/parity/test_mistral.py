@@ -140,7 +140,7 @@ def test_ids_of_sentencepiece_models(directory):
     for text in mixed(ours):
         found = ours.encode(text)
         assert ours.encode(text, continuation=True) == ids(plain, text), text
-        if not ours._pattern.search(text):
+        if not ours._spelling.pattern.search(text):
             assert found == native.encode(text) == ids(prefixing, text), text
             assert ours.decode(found) == native.decode(found)
             counts[0] += 1

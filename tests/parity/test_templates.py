@@ -34,13 +34,6 @@ LLAMA_2 = (  # the system message inside the first user's; every answer ends wit
        else ' ' + content + ' ' + eos_token }}
 {%- endfor -%}"""
 )
-MISTRAL_1 = (  # system messages are refused
-    "{{ bos_token }}{% for m in messages %}"
-    + TURNS
-    + """{% if m.role == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}
-{%- elif m.role == 'assistant' %}{{- m['content'] + eos_token + ' ' }}
-{%- else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"""
-)
 MISTRAL_3 = (  # the system message goes to the last user's message, if that is the chat's last
     """
 {%- if messages[0]['role'] == 'system' %}
@@ -57,13 +50,6 @@ MISTRAL_3 = (  # the system message goes to the last user's message, if that is 
         {%- else %}{{- '[INST] ' + m['content'] + '[/INST]' }}{% endif %}
     {%- else %}{{- ' ' + m['content']|trim + eos_token }}{% endif %}
 {%- endfor %}"""
-)
-LLAMA_3 = (  # trims everything
-    "{% for m in messages %}{% set head = '<|start_header_id|>' + m['role'] %}"
-    "{% set turn = head + '<|end_header_id|>\n\n' + m['content'] | trim %}"
-    "{{ (bos_token if loop.index0 == 0 else '') + turn + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA_31 = """{{- bos_token }}
 {%- if not date_string is defined %}
@@ -103,58 +89,9 @@ LLAMA_31 = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
 """
-QWEN_2 = (  # a default system message, as also SmolLM2 has it
-    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CALLS = """
-        {%- for call in m.tool_calls %}
-            {%- if (loop.first and content) or (not loop.first) %}{{- '\\n' }}{% endif %}
-            {%- set call = call.function if call.function else call %}
-            {{- '<tool_call>\\n{"name": "' }}{{- call.name }}{{- '", "arguments": ' }}
-            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}"""
-RESPONSES = """
-        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
-            {{- '<|im_start|>user' }}
-        {%- endif %}
-        {{- '\\n<tool_response>\\n' }}{{- m.content }}{{- '\\n</tool_response>' }}
-        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
-            {{- '<|im_end|>\\n' }}
-        {%- endif %}"""
-TOOLS = (  # how a turn of Qwen's ends, and those of tools
-    CALLS
-    + """
-        {{- '<|im_end|>\\n' }}
-    {%- elif m.role == "tool" %}"""
-    + RESPONSES
-    + """
-    {%- endif %}
-{%- endfor %}"""
-)
-QWEN_25 = (
-    """
-{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- else %}{{- '<|im_start|>system\\nYou are Qwen. You help.<|im_end|>\\n' }}{% endif %}
-{%- for m in messages %}
-    {%- if (m.role == "user") or (m.role == "system" and not loop.first)
-           or (m.role == "assistant" and not m.tool_calls) %}
-        {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}
-    {%- elif m.role == "assistant" %}
-        {%- set content = m.content %}
-        {{- '<|im_start|>' + m.role + ('\\n' + content if content else '') }}"""
-    + TOOLS
-    + """
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
-)
 # Thoughts stay in the turns after the last question only. Where there is none, an empty one is
 # written.
-QWEN_3 = (
-    """
+QWEN_3 = """
 {%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
 {%- endif %}
@@ -182,16 +119,31 @@ QWEN_3 = (
         {{- '<|im_start|>' + m.role + '\\n' }}
         {%- if loop.index0 > ns.last and (loop.last or (not loop.last and thought)) %}
             {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
-        {%- else %}{{- content }}{% endif %}"""
-    + TOOLS
-    + """
+        {%- else %}{{- content }}{% endif %}
+        {%- for call in m.tool_calls %}
+            {%- if (loop.first and content) or (not loop.first) %}{{- '\\n' }}{% endif %}
+            {%- set call = call.function if call.function else call %}
+            {{- '<tool_call>\\n{"name": "' }}{{- call.name }}{{- '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif m.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}{{- m.content }}{{- '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}"""
-)
 # It writes a system message of its own with the date and the mode, /think or /no_think. The given
 # system message may set the mode.
 SMOLLM_3 = """
@@ -226,15 +178,6 @@ SMOLLM_3 = """
 {%- if add_generation_prompt -%}
   {{ "<|im_start|>assistant\n" + ("" if mode == "/think" else "<think>\n\n</think>\n") }}
 {%- endif -%}"""
-GEMMA_2 = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('no system role') }}{% endif %}"
-    "{% for m in messages %}"
-    + TURNS
-    + "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
-)
 GEMMA_3 = (
     """{{ bos_token }}
 {%- set prefix = "" -%}
@@ -270,16 +213,11 @@ WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SETTINGS = {  # template, kind of tokenizer, special tokens, bos, end of turn
-    "llama 2": (LLAMA_2, "metaspace", ["<s>", "</s>"], "<s>", "</s>"),
-    "mistral 1": (MISTRAL_1, "unigram", ["<s>", "</s>"], "<s>", "</s>"),
+    "llama 2": (LLAMA_2, "unigram", ["<s>", "</s>"], "<s>", "</s>"),
     "mistral 3": (MISTRAL_3, "metaspace", ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
-    "llama 3": (LLAMA_3, "byte level", HEADERS, "<|begin_of_text|>", "<|eot_id|>"),
     "llama 3.1": (LLAMA_31, "byte level", HEADERS, "<|begin_of_text|>", "<|eot_id|>"),
-    "qwen 2, smollm 2": (QWEN_2, "byte level", CHATML, "<|endoftext|>", "<|im_end|>"),
-    "qwen 2.5": (QWEN_25, "byte level", CHATML, "<|endoftext|>", "<|im_end|>"),
     "qwen 3": (QWEN_3, "byte level", CHATML, "<|endoftext|>", "<|im_end|>"),
     "smollm 3": (SMOLLM_3, "byte level", CHATML, "<|endoftext|>", "<|im_end|>"),
-    "gemma 2": (GEMMA_2, "gemma", START_OF_TURN, "<bos>", "<end_of_turn>"),
     "gemma 3": (GEMMA_3, "gemma", START_OF_TURN, "<bos>", "<end_of_turn>"),
 }
 PROPERTY = settings(
@@ -314,7 +252,7 @@ def both(tmp_path_factory):
 each = pytest.mark.parametrize("family", SETTINGS)
 SAID = ["<think>\nhm\n</think>\n\nyes", "a</think>", "Hi /think", "/no_think", "/system_override"]
 marked_up = st.text() | st.sampled_from([*SAID, "\n", " "])
-plain = st.text(st.characters(exclude_characters="<|>[]/", exclude_categories=["Cs"]))
+plain = st.text(st.characters(exclude_characters="<|>[]/\ufdd0", exclude_categories=["Cs"]))
 
 
 def chats(contents):
@@ -379,7 +317,7 @@ def test_tools_and_reasoning(both):
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "3", "reasoning_content": "hm"},
     ]
-    for family in ("llama 3.1", "qwen 2.5", "qwen 3", "smollm 3"):
+    for family in ("llama 3.1", "qwen 3", "smollm 3"):
         ours, theirs = both[family]
         for end in (1, 3, 4):
             assert ours.render(chat[:end], True) == text_of(theirs, chat[:end], True)

@@ -13,8 +13,6 @@ pytest.importorskip("jinja2", reason="needs minibnf[hf]")
 
 from minibnf.files.gguf import shipped_gguf  # noqa: E402
 from minibnf.files.tokenizer import load_tokenizer  # noqa: E402
-from tests import test_templates  # noqa: E402
-from tests.test_tokenizer import controls  # noqa: E402
 
 DIRECTORY = Path(__file__).parents[2] / "weights" / "smollm2-135m-instruct"
 pytestmark = pytest.mark.skipif(
@@ -94,23 +92,6 @@ def test_ids_of_chats(ours, theirs):
                 chat, add_generation_prompt=prompt, return_dict=True
             )
             assert ours.encode_chat(chat, prompt) == expected.input_ids
-
-
-@unwarned
-def test_5000_strings_give_no_control_token(ours):
-    expected = controls(ours, ours.encode_chat([{"role": "user", "content": "a"}], True))
-    parts = [*ours.control, *(t[:-1] for t in ours.control), *(t[1:] for t in ours.control)]
-    for text in test_templates.strings(5000, parts):
-        ids = ours.encode_chat([{"role": "user", "content": text}], True)
-        assert controls(ours, ids) == expected, text
-
-
-def test_streams(ours, theirs):
-    for text in strings(500):
-        ids = theirs(text, add_special_tokens=False).input_ids
-        assert "".join(ours.stream(ids, skip_special=False)) == theirs.decode(
-            ids, clean_up_tokenization_spaces=False
-        )
 
 
 def test_special_ids(ours, theirs):
