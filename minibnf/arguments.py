@@ -65,10 +65,14 @@ def parser() -> ArgumentParser:
     a("--seed", type=int, default=0,
       help="of the order of the data (and of fresh weights); default 0")
     a = p.add_argument_group("the machine").add_argument
-    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    a("--device", choices=["auto", "cpu", "cuda"], default="auto",
+      help="auto: CUDA when present, for models of more than 5 M parameters")
     a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
       help="to compute in; weights stay float32. auto: bfloat16 where the device has matrix units "
            "for it and the model more than 20 M parameters")
+    a("--compile", choices=["auto", "off"], default="auto",
+      help="auto: on CUDA, the layers by torch.compile where that works; the same result but for "
+           "rounding")
     a("--max-tokens", type=int, metavar="N",
       help="tokens per micro-batch: bounds memory, changes no result; default 2048 on a CPU, 16384 "
            "on CUDA, and at least the longest example")

@@ -343,7 +343,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=positive, metavar="N", help="the first N rows alone")
     add("--out", metavar="FILE", help="write all figures and settings as JSON")
     add("--overwrite", action="store_true", help="replace an --out that exists")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+      help="auto: CUDA when present, for models of more than 5 M parameters")  # fmt: skip
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of weights and products. auto: as in training")
     add("--max-tokens", type=positive, metavar="N",

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LARGE = 100_000  # weights
-_backend: str | None = None  # of torch.compile
+_backend: str | Callable | None = None  # of torch.compile
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -166,10 +166,23 @@ def _act(x, gelu):
     return F.gelu(x, approximate="tanh") if gelu else F.silu(x)
 
 
-def compile_by(backend: str | None) -> None:
-    """From now on a backend of torch.compile makes what is `fused`; None: it runs as written."""
+def compile_by(backend: str | Callable | None, trial: Callable | None = None) -> str:
+    """From now on a backend of torch.compile makes what is `fused`; None: it runs as written.
+
+    If trial() then fails, it runs as written again. Returns why it failed, in a line, or "".
+    """
     global _backend
     _backend = backend
+    try:
+        if trial is not None:
+            trial()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler may fail in any way, and none is needed
+        _backend = None
+        # PyTorch's own first line says that a backend failed, and the next one why
+        return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:2]])
+    return ""
 
 
 def compiling() -> bool:
@@ -185,7 +198,7 @@ def fused(function: Callable) -> Callable:
     """
 
     @cache
-    def made(backend: str) -> Callable:
+    def made(backend: str | Callable) -> Callable:
         return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
     @wraps(function)

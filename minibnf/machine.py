@@ -13,13 +13,14 @@ def resolve_device_and_dtype(
 ) -> tuple[torch.device, torch.dtype]:
     """What --device and --dtype name, or where they are "auto" what suits so many parameters.
 
-    Automatic is CUDA where there is one; and bfloat16 where the device has matrix units for it
-    and the model has more than 20 million parameters.
+    Automatic is CUDA where there is one and the model has more than 5 million parameters: a smaller
+    one is faster on a CPU (train-small took 30 s on an H200 and 12 s on a CPU). And bfloat16 where
+    the device has matrix units for it and the model has more than 20 million parameters.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and parameters > 5e6 else "cpu"
     if dtype == "auto":
         if device == "cuda":
             units = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -27,7 +27,8 @@ def add_sampling(
     a("--top-k", type=int, default=0, metavar="K",
       help="of the K most probable tokens; default 0: all")  # fmt: skip
     a("--seed", type=int, default=0, help="default 0")
-    a("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when present")
+    a("--device", choices=["auto", "cpu", "cuda"], default="auto",
+      help="auto: CUDA when present, for models of more than 5 M parameters")  # fmt: skip
     a("--dtype", choices=["auto", *DTYPES], default="auto", help=f"auto: {auto}")
 
 

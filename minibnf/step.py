@@ -18,6 +18,7 @@ from tqdm import tqdm
 from minibnf.data import Batch, Example, pack
 from minibnf.feedback import target_logits
 from minibnf.files.safetensors import write_tensors
+from minibnf.kernels import compiling
 from minibnf.logprob import chunk_tokens, cuts, sweep, token_logps
 from minibnf.losses import Loss
 from minibnf.machine import to_device
@@ -53,8 +54,12 @@ def batch_loss(
 
 
 def batch_logps(model: Transformer, batch: Batch, loss: Loss, dtype) -> Tensor:
-    """(N,): the log-probabilities that batch_loss sees, rounded alike, for the same products."""
-    return _sweep(model, batch, loss, dtype)[1]
+    """(N,): the log-probabilities that batch_loss sees, rounded alike, for the same products.
+
+    What is compiled rounds alike in the same graph alone, and training's is the one with gradients.
+    """
+    with torch.set_grad_enabled(compiling()):
+        return _sweep(model, batch, loss, dtype)[1]
 
 
 def _sweep(model, batch: Batch, loss: Loss, dtype, judge=None) -> tuple[Tensor, Tensor]:

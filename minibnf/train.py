@@ -37,6 +37,7 @@ from minibnf.files.disk import replacing
 from minibnf.files.rows import Notes
 from minibnf.files.terminal import counted, in_one_line
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
+from minibnf.kernels import compile_by
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
 from minibnf.model import Transformer, fresh, load, save
@@ -118,10 +119,30 @@ def setup(args: argparse.Namespace) -> Run | None:
         if (out / "model").exists():
             return None
     model = model.to(device)
-    return Run(
+    run = Run(
         args, out, loss, hyper, tokenizer, model, device, dtype, max_tokens, sets, steps_per_epoch,
         steps, facts,
     )  # fmt: skip
+    facts["compiled"] = compile_blocks(run)
+    return run
+
+
+def compile_blocks(run: Run) -> str:
+    """Compile the layers on CUDA; "yes", or "no" and why.
+
+    The first micro-batch is the trial. A CPU gains nothing by it (measured).
+    """
+    if run.device.type != "cuda" or run.args.compile == "off":
+        return "no"
+
+    def trial():
+        batches, nll = pack(run.sets["train"], rows_of_step(run, 0), run.max_tokens), LOSSES["nll"]
+        where = run.dtype, run.device
+        run_batches(run.model, batches[:1], nll, nll.hyper({}), None, *where, backward=True)
+        run.model.zero_grad(set_to_none=True)
+
+    failed = compile_by("inductor", trial)
+    return f"no ({failed})" if failed else "yes"
 
 
 def read_sets(args, loss: Loss, tokenizer: Tokenizer, context: int) -> tuple[dict, list[str]]:
@@ -156,6 +177,8 @@ def announce(run: Run) -> None:
         print(f"         {note}")
     print(f"loss     {run.loss.name} {run.hyper_text}, lr {f['lr']:.3g}, {args.optimizer}")
     most = f"at most {run.max_tokens} tokens per micro-batch"
+    if run.device.type == "cuda":
+        print(f"compiled {f['compiled']}")
     print(f"machine  {run.device}, {f['dtype']}, {counted(f['threads'], 'thread')}, {most}")
     epochs = counted(f"{run.steps / run.steps_per_epoch:.3g}", "epoch")
     print(f"steps    {run.steps} of {counted(f['batch'], 'example')}: {epochs}", flush=True)

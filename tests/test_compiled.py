@@ -21,7 +21,7 @@ from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.model import Transformer
 
-from minibnf.step import Reference, run_batches
+from minibnf.step import Reference, batch_logps, run_batches
 from tests.strategies import FEW
 
 LAYOUTS = st.lists(
@@ -122,6 +122,32 @@ def test_lengths_make_no_new_graphs(compiled_by):
     for longest in (40, 200, 90, 333):
         step(model, "bnf", longest)
     assert graphs.frame_count == enough <= 4
+
+
+def test_a_compiler_that_fails_is_named_and_left(compiled_by):
+    model = Transformer(parse_config(RAW, "t"), RAW).init_weights(0)
+    expected = step(model, "bnf", 30)
+
+    def broken(graph, inputs):
+        raise OSError("no space for kernels\nand more lines")
+
+    said = kernels.compile_by(broken, lambda: step(model, "bnf", 30))
+    assert "OSError: no space for kernels" in said and "\n" not in said
+    assert not kernels.compiling()
+    for found, wanted in zip(step(model, "bnf", 30), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_reference_runs_trainings_graph(compiled_by):
+    """Under no_grad another graph would be compiled, which may round otherwise."""
+    model = Transformer(parse_config(RAW, "t"), RAW).init_weights(0)
+    graphs = compiled_by("eager")
+    step(model, "bnf", 30)
+    enough = graphs.frame_count
+    with torch.no_grad():
+        for batch in pack(examples(30), [0, 1, 2], 2048):
+            batch_logps(model, batch, LOSSES["bnf"], torch.float32)
+    assert graphs.frame_count == enough
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")

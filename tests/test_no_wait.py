@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibnf import attention
+from minibnf import model as model_room
 from minibnf.data import mismatched, pack, pair
 from minibnf.generate import generate
 from minibnf.losses import LOSSES
@@ -60,7 +61,7 @@ def one_step(model, name: str, device: str) -> torch.Tensor:
 
 @pytest.fixture
 def without_a_driver(monkeypatch):
-    """Stands in for what needs a driver or a compiler: pinned memory and flex_attention."""
+    """Stands in for what needs a driver: pinned memory."""
     real = torch.tensor
 
     def pin_memory(x):
@@ -76,14 +77,18 @@ def without_a_driver(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch, "tensor", tensor)
 
-    def anything_of(q, k, v, *_):
-        return q + k.sum() + v.sum()
 
-    monkeypatch.setattr(attention, "_flex", lambda compiled: anything_of)
+@pytest.fixture(params=["pieces", "blocks"])
+def attends(request, monkeypatch):
+    """In pieces; or, as where it is compiled, by blocks, flex_attention being left out."""
+    if request.param == "blocks":
+        for room in (attention, model_room):
+            monkeypatch.setattr(room, "compiling", lambda: True)
+        monkeypatch.setattr(attention, "flex_attention", lambda q, k, v, *_: q + k.sum() + v.sum())
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_a_step_never_waits_for_the_device(without_a_driver, name):
+def test_a_step_never_waits_for_the_device(without_a_driver, attends, name):
     model = load("weights/tiny").to("meta")
     with NoBlockingCopies():
         assert one_step(model, name, "meta").shape == (2 + 6 * (1 + LOSSES[name].needs_ref),)
