@@ -1,10 +1,12 @@
 """Faster ways to do what model.py and logprob.py say: products, rotation, the gated MLP, compiling.
 
 Products. On a CPU PyTorch multiplies float32 matrices by MKL, which keeps AMD's processors to
-narrow instructions. oneDNN, which PyTorch ships too and uses for bfloat16, multiplies float32 as
-fast as the processor can. On an AMD EPYC with AVX-512 it took 0.4 to 0.5 of MKL's time from 500
-rows on, and 0.7 to 0.8 at 32. Matrices smaller than LARGE would gain too; they are left to MKL so
-that weights/tiny, which was pretrained so, can be made again bit for bit.
+narrow instructions. oneDNN, which PyTorch ships too and uses for bfloat16, does not: on an AMD EPYC
+with AVX-512 it took 0.4 to 0.5 of MKL's time from 500 rows on, and 0.7 to 0.8 at 32. On an Intel
+Xeon MKL is the faster one: oneDNN reaches 0.91 to 0.98 of its speed, and 0.73 to 0.88 where
+weights' gradients are made. So the processor's maker decides (a timing would decide otherwise when
+a run is resumed). Matrices smaller than LARGE would gain too; they are left to MKL so that
+weights/tiny, which was pretrained so, can be made again bit for bit.
 
 Rotation and MLP, each with its gradient by hand. PyTorch's autograd would keep every intermediate
 result. Here each function keeps only its inputs, and makes the rest again, element by element,
@@ -15,8 +17,10 @@ Python program asks for them. torch.compile makes few kernels of many: of a func
 `fused`, once compile_by() named a compiler. The result is the same but for rounding.
 """
 
+import platform
 from collections.abc import Callable
 from functools import cache, wraps
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,22 @@ from torch.autograd.function import once_differentiable
 LARGE = 100_000  # weights
 _backend: str | Callable | None = None  # of torch.compile
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def fastest_library() -> str:
+    """What multiplies float32 matrices fastest on this CPU: "oneDNN" or "MKL"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    maker = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
+    return "oneDNN" if ONEDNN and "AuthenticAMD" in maker else "MKL"
+
+
+_library = fastest_library()
+
+
+def multiply_by(library: str) -> None:
+    """From now on "oneDNN" or "MKL" multiplies float32 matrices of LARGE on a CPU."""
+    global _library
+    _library = library
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,7 +90,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _by_onednn(x: Tensor, weights: int) -> bool:
     """One row alone reads the weights at memory's speed, whichever library does."""
     return (
-        ONEDNN
+        _library == "oneDNN"
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and weights >= LARGE

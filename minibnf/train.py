@@ -37,7 +37,7 @@ from minibnf.files.disk import replacing
 from minibnf.files.rows import Notes
 from minibnf.files.terminal import counted, in_one_line
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
-from minibnf.kernels import compile_by
+from minibnf.kernels import LARGE, compile_by, fastest_library, multiply_by
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
 from minibnf.model import Transformer, fresh, load, save
@@ -72,8 +72,11 @@ def setup(args: argparse.Namespace) -> Run | None:
     hyper = loss_hyper(loss, args.loss_args)
     earlier = check_folder(args, out)
     tokenizer = load_tokenizer(args.model)
+    products = fastest_library()
     if earlier:  # a template may have put the first run's date into rows
         tokenizer.now = datetime.fromisoformat(earlier["facts"]["now"])
+        products = earlier["facts"]["products"]
+    multiply_by(products)
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, torch.float32)
     announce_ignored(args.model, model.raw)
     model.recompute = args.gradient_checkpointing
@@ -93,6 +96,7 @@ def setup(args: argparse.Namespace) -> Run | None:
     facts = {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "products": products,
         "parameters": parameters,
         "lr": args.lr or default_rate(loss.name) * WIDTH / model.config.hidden_size,
         "loss_args": hyper,
@@ -176,10 +180,13 @@ def announce(run: Run) -> None:
     for note in filter(None, [run.tokenizer.closing_warning, *f["notes"]]):
         print(f"         {note}")
     print(f"loss     {run.loss.name} {run.hyper_text}, lr {f['lr']:.3g}, {args.optimizer}")
-    most = f"at most {run.max_tokens} tokens per micro-batch"
+    most, numbers = f"at most {run.max_tokens} tokens per micro-batch", f["dtype"]
+    large = any(p.dim() == 2 and p.numel() >= LARGE for p in run.model.parameters())
+    if run.device.type == "cpu" and numbers == "float32" and large:
+        numbers += f" multiplied by {f['products']}"
     if run.device.type == "cuda":
         print(f"compiled {f['compiled']}")
-    print(f"machine  {run.device}, {f['dtype']}, {counted(f['threads'], 'thread')}, {most}")
+    print(f"machine  {run.device}, {numbers}, {counted(f['threads'], 'thread')}, {most}")
     epochs = counted(f"{run.steps / run.steps_per_epoch:.3g}", "epoch")
     print(f"steps    {run.steps} of {counted(f['batch'], 'example')}: {epochs}", flush=True)
 

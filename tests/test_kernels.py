@@ -15,6 +15,26 @@ from tests.strategies import FEW
 
 # --------------------------------------------------------------------------------------- products
 
+
+@pytest.fixture(autouse=True, scope="module")
+def by_onednn():
+    """Whatever this processor's maker: what is not by oneDNN is PyTorch's own."""
+    before = kernels.fastest_library()
+    kernels.multiply_by("oneDNN" if kernels.ONEDNN else "MKL")
+    yield
+    kernels.multiply_by(before)
+
+
+@pytest.mark.parametrize(
+    "maker, library", [("AuthenticAMD", "oneDNN"), ("GenuineIntel", "MKL"), ("", "MKL")]
+)
+def test_the_processors_maker_decides_what_multiplies(monkeypatch, tmp_path, maker, library):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {maker}\n")
+    monkeypatch.setattr(kernels, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(kernels, "ONEDNN", True)
+    assert kernels.fastest_library() == library
+
+
 shapes, widths = st.sampled_from([(2,), (7,), (1, 5), (2, 3), (1, 1)]), st.integers(1, 40)
 
 

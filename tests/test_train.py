@@ -739,3 +739,14 @@ def test_a_non_finite_loss_stops_the_run_unsaved_and_names_the_batch(world, tmp_
         assert part in errors
     assert not (tmp_path / "run" / "model").exists() and logged(tmp_path / "run") == []
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_resumed_run_multiplies_by_the_library_it_began_with(world, tmp_path, monkeypatch):
+    """Two processors' makers may choose otherwise, and libraries round otherwise."""
+    out, chosen = tmp_path / "run", []
+    monkeypatch.setattr(train, "multiply_by", chosen.append)
+    for library in ("oneDNN", "MKL"):
+        monkeypatch.setattr(train, "fastest_library", lambda library=library: library)
+        assert trained(world, out, "--max-steps 1 --resume") == 0
+    assert chosen == ["oneDNN", "oneDNN"]
+    assert json.loads((out / "config.json").read_text())["facts"]["products"] == "oneDNN"
