@@ -193,6 +193,8 @@ def compile_by(backend: str | Callable | None, trial: Callable | None = None) ->
     """
     global _backend
     _backend = backend
+    # a number such as a soft cap is a constant of the graph: flex_attention takes no other
+    torch._dynamo.config.specialize_float = True
     try:
         if trial is not None:
             trial()

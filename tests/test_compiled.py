@@ -103,9 +103,16 @@ def step(model, name: str, longest: int):
     return [*found, *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("name", ["bnf", "dpo"])
-def test_a_compiled_step_is_the_step(compiled_by, name):
-    model = Transformer(parse_config(RAW, "t"), RAW).init_weights(0)
+GEMMA = RAW | {
+    "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 20,
+    "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, raw", [("dpo", RAW), ("bnf", GEMMA)])
+def test_a_compiled_step_is_the_step(compiled_by, name, raw):
+    """The second has layers with a window and layers without, and soft caps."""
+    model = Transformer(parse_config(raw, "t"), raw).init_weights(0)
     expected = step(model, name, 30)
     compiled_by("aot_eager")
     for found, wanted in zip(step(model, name, 30), expected, strict=True):
