@@ -360,7 +360,10 @@ def test_interrupted_anywhere_and_resumed_it_writes_the_same_file(
         ({"prompt": ""}, "line 2: field 'prompt' is empty"),
         ({"prompt": 3}, "line 2: field 'prompt' must be text or a list of messages"),
         ({"prompt": [{"role": "user"}]}, "line 2: field 'prompt', message 1: needs text in 'role'"),
-        ({"prompt": "word " * 2000}, "line 2: the prompt has .* tokens; with 30 new ones, more than"),
+        (
+            {"prompt": "word " * 2000},
+            "line 2: the prompt has .* tokens; with 30 new ones, more than",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_before_anything_is_made(tmp_path, row, message, capsys):

@@ -6,9 +6,10 @@
 Both have the same prompts, dtype and threads. Prompts are the "prompt" of preference rows through
 the model's chat template, as they stand where it has none. transformers gets them in one
 left-padded batch, its fastest way here. Both stop a row at the end of its turn. How many outputs
-are the same is printed too (in bfloat16 a near tie of two tokens may fall either way). --static: transformers also with a static cache, for
-which it compiles the forward pass itself, on CUDA (torch.compile, CUDA graphs). There each side
-first runs once uncounted.
+are the same is printed too (in bfloat16 a near tie of two tokens may fall either way).
+
+--static: transformers also with a static cache, for which it compiles the forward pass itself on
+CUDA (torch.compile, CUDA graphs). There each side first runs once uncounted.
 """
 
 import argparse
