@@ -171,6 +171,7 @@ def talk(keys: list[tuple[str, bytes]], *flags) -> str:
     """All that a terminal shows of a conversation: keys are (text to wait for, keys to press)."""
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "minibnf", "chat", "--model", TINY, *flags]
+    command += ["--device", "cpu"]
     environment = os.environ | {"COLUMNS": "60", "TERM": "dumb"}
     terminal = {"stdin": follower, "stdout": follower, "stderr": follower}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **terminal)

@@ -234,6 +234,7 @@ def test_a_rows_fields_name_its_task(model, tmp_path, capsys, row, task):
     assert task_of(row, "here") == task
     file, out = write(tmp_path / "rows.jsonl", [row] * 3), tmp_path / "new" / "found.json"
     words = ["--model", model, "--base", model, "--data", file, "--limit", 2, "--out", out]
+    words += ["--device", "cpu"]
     assert main(list(map(str, words))) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
     assert found["settings"]["task"] == task and f"2 rows of {task}" in text
