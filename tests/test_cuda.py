@@ -55,8 +55,12 @@ EXAMPLES = [
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def card(request):
-    """The device; what was compiled before is forgotten, for Dynamo compiles a function 8 times."""
-    torch._dynamo.reset()
+    """The device.
+
+    What was compiled before is forgotten: Dynamo compiles a function 8 times and then gives up.
+    """
+    if request.param == "cuda":
+        torch._dynamo.reset()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield request.param

@@ -288,7 +288,8 @@ def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
 def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, says):
     good = {"preference": rows(1)[0], "likelihood": GIVEN, "auto": None}[task]
     file = write(tmp_path / "rows.jsonl", [good, row] if good else [row])
-    assert main(["--model", str(model), "--data", str(file), "--task", task]) == 1
+    command = ["--model", str(model), "--data", str(file), "--device", "cpu"]
+    assert main([*command, "--task", task]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and len(error.splitlines()) == 1
     assert f"line {2 if good else 1}" in error and says in error

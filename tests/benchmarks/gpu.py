@@ -14,6 +14,7 @@ marked cuda. The JSON is written anew after each measurement, so that what is cu
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -255,6 +256,7 @@ def train(session: Session, folder: Path, models: dict[str, dict], reserve: floa
         checkpoint, file = folder / model, folder / f"{model}-{pairs}.jsonl"
         if not checkpoint.is_dir():
             write_checkpoint(checkpoint, raw)
+            gc.collect()
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
         if not file.is_file():
@@ -364,6 +366,7 @@ def main() -> int:
     p.add_argument("--json", type=Path, default=ROOT / "runs" / "bench" / "gpu.json")
     p.add_argument("--minutes", type=float, default=8, help="for everything; 30 suffice for all")
     p.add_argument("--test-minutes", type=float, default=2.5, help="of them, for the tests")
+    p.add_argument("--revision", help="of the code, where .git is not there to tell it")
     p.add_argument("--shape", choices=["real", "tiny"], default="real", help=argparse.SUPPRESS)
     args = p.parse_args()
     if DEVICE != "cuda" and args.shape == "real":
@@ -371,6 +374,7 @@ def main() -> int:
         return 1
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     session, reserve = Session(args.json, args.minutes), 60 * args.test_minutes
+    session.found["revision"] = args.revision or session.found["revision"]
     print(f"{session.found['card']}, {session.found['memory_gb']:.0f} GB; "
           + ", ".join(f"{k} {v}" for k, v in session.found["versions"].items() if v))  # fmt: skip
     models = {n: raw_config(n) if args.shape == "real" else TINY

@@ -6,7 +6,9 @@ By minibnf/check.py's own formula, for a GPU: float32 weights, gradients and Ada
 bytes per parameter), a copy of the weights in bfloat16, activations, logits. A cell is the largest
 micro-batch, in tokens, up to the trainer's 16,384; "no" where fewer than 512 tokens fit. Of each
 card a gigabyte (CUDA itself) and a twentieth (what the allocator cannot use again) are left free.
-Estimates: nothing is run, so no GPU is needed.
+Estimates: nothing is run, so no GPU is needed. On an H200, steps of 32 pairs of gsm8k_pairs (about
+10,600 tokens) took 33.4 GB with Llama-3.2-1B's shape and 8.9 with SmolLM2-135M's, where this says
+39.5 and 9.6.
 """
 
 import torch
