@@ -264,6 +264,9 @@ def train(session: Session, folder: Path, models: dict[str, dict], reserve: floa
         job = {"model": str(checkpoint), "file": str(file), "pairs": pairs, "steps": STEPS}
         began = time.monotonic()
         result = measure(job | {"dtype": "bfloat16"} | rest, timeout=left)
+        if result.get("stopped"):
+            session.lacks(what, result["failed"])
+            continue
         row = {"model": model, "pairs": pairs, "side": name_of(rest)} | result
         session.found["training"].append(row | {"wall_s": round(time.monotonic() - began, 1)})
         session.write()

@@ -166,7 +166,7 @@ def measure(job: dict, timeout: float | None = None) -> dict:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {"failed": f"stopped after {timeout:.0f} s: the time was up"}
+        return {"failed": f"stopped after {timeout:.0f} s: the time was up", "stopped": True}
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         said = [line for line in done.stderr.splitlines() if line.strip()]
