@@ -102,12 +102,18 @@ def main():
             "minibnf": partial(generate, model, prompts, **greedy),
             "transformers": partial(theirs, peer, prompts, *padding),
         }
-        if args.static:
-            static = partial(theirs, peer, prompts, *padding, cache="static")
-            sides["transformers, static"] = static
         found[name] = compared(name, sides, args.rounds)
-        if args.json:
-            Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(args.json, found)
+        if args.static:  # last, for its compiler may take its time
+            static = partial(theirs, peer, prompts, *padding, cache="static")
+            sides = {"minibnf": sides["minibnf"], "transformers, static": static}
+            found[f"{name}, static"] = compared(name, sides, args.rounds)
+            write(args.json, found)
+
+
+def write(file: str | None, found: dict) -> None:
+    if file:
+        Path(file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def compared(name: str, sides: dict, rounds: int) -> dict:

@@ -317,17 +317,21 @@ def generate(session: Session, folder: Path, raw: dict, reserve: float) -> None:
     text, code = run(command, left)
     print("\n".join(line for line in text.splitlines() if line.startswith("bfloat16")), flush=True)
     if out.is_file():
-        session.found["generation"] = json.loads(out.read_text(encoding="utf-8"))["bfloat16"]
-        return session.write()
-    last = text.strip().splitlines()[-1:] if code is not None else ["the time was up"]
-    session.lacks(what, last[0] if last else f"exit {code}")
+        session.found["generation"] = json.loads(out.read_text(encoding="utf-8"))
+        session.write()
+    if code != 0:
+        last = text.strip().splitlines()[-1:] or [f"exit {code}"]
+        measured = ", ".join(session.found["generation"]) or "nothing"
+        why = last[0] if code is not None else "the time was up"
+        session.lacks(f"{what} but for {measured}", why)
 
 
 def run(command: list[str], timeout: float) -> tuple[str, int | None]:
     """(what it printed, its exit status, None where it was stopped)"""
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "timeout": timeout}
+    at_once = os.environ | {"PYTHONUNBUFFERED": "1"}  # what was printed before it was stopped
     try:
-        done = subprocess.run(command, cwd=ROOT, **both)
+        done = subprocess.run(command, cwd=ROOT, env=at_once, **both)
         return done.stdout.decode(errors="replace"), done.returncode
     except subprocess.TimeoutExpired as stopped:
         return (stopped.stdout or b"").decode(errors="replace"), None
