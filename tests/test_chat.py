@@ -94,7 +94,7 @@ def test_a_full_context_is_said_not_cut():
     ],
 )
 def test_what_cannot_be_is_said_at_once(flag, value, message, capsys):
-    assert chat.main(["--model", TINY, flag, value]) == 1
+    assert chat.main(["--model", TINY, "--device", "cpu", flag, value]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -140,6 +140,7 @@ def talk(keys: list[tuple[str, bytes]], *flags) -> str:
     """All that a terminal shows of a conversation: keys are (text to wait for, keys to press)."""
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "minibnf", "chat", "--model", TINY, *flags]
+    command += ["--device", "cpu"]
     environment = os.environ | {"COLUMNS": "60", "TERM": "dumb"}
     terminal = {"stdin": follower, "stdout": follower, "stderr": follower}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **terminal)

@@ -229,6 +229,7 @@ def test_a_rows_fields_name_its_task(model, tmp_path, capsys, row, task):
     assert task_of(row, "here") == task
     file, out = write(tmp_path / "rows.jsonl", [row] * 3), tmp_path / "new" / "found.json"
     words = ["--model", model, "--base", model, "--data", file, "--limit", 2, "--out", out]
+    words += ["--device", "cpu"]
     assert main(list(map(str, words))) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
     assert found["settings"]["task"] == task and f"2 rows of {task}" in text
@@ -279,7 +280,8 @@ def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
 def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, says):
     good = {"preference": rows(1)[0], "likelihood": GIVEN, "auto": None}[task]
     file = write(tmp_path / "rows.jsonl", [good, row] if good else [row])
-    assert main(["--model", str(model), "--data", str(file), "--task", task]) == 1
+    command = ["--model", str(model), "--data", str(file), "--device", "cpu"]
+    assert main([*command, "--task", task]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and len(error.splitlines()) == 1
     assert f"line {2 if good else 1}" in error and says in error

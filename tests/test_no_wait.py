@@ -129,7 +129,7 @@ def test_what_waits_is_noticed(without_a_driver):
         torch.ones(3).pin_memory().to(**late)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_a_step_never_waits_for_a_real_device(name):
     model = load("weights/tiny").to("cuda")

@@ -360,7 +360,7 @@ def test_before_anything_is_learnt_the_policy_is_the_reference(
             assert row[f"{prefix}loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype, least", [("float32", 0.9999), ("bfloat16", 0.99)])
 def test_on_a_gpu_bnfs_weights_begin_near_one(wide, world, tmp_path, monkeypatch, dtype, least):
     out = tmp_path / "run"

@@ -1,6 +1,8 @@
 """Benchmarks: `make bench`. Ratios, both sides in one run, on CUDA where there is a device."""
 
 import resource
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +21,20 @@ def wait() -> None:
     """Until the device has done what it was given."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def now():
+    """Now; on CUDA, when the device will have come so far: nothing waits."""
+    if DEVICE == "cuda":
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+    return time.perf_counter()
+
+
+def seconds(marks: list) -> list[float]:
+    """Between each of now()'s marks and the next."""
+    wait()
+    on_gpu = DEVICE == "cuda"
+    return [a.elapsed_time(b) / 1e3 if on_gpu else b - a for a, b in pairwise(marks)]
 
 
 def peak_bytes() -> int:

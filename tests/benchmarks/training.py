@@ -1,14 +1,15 @@
 """Pairs per second and peak memory: minibnf's trainer against TRL's DPOTrainer.
 
     python -m tests.benchmarks.training [--data gsm8k_pairs helpful] [--dtypes float32 bfloat16]
-        [--rounds 3] [--json FILE]
+        [--pairs 8] [--steps N] [--rounds 3] [--json FILE]
 
 Each measurement is a process of its own, on CUDA where there is a device: the trainer as a user
 runs it, a few steps of `--pairs` pairs. The first step is not counted, nor is the reference pass.
 TRL gets its reference log-probabilities precomputed, the fused AdamW, and the best of several
-numbers of pairs per forward (with gradient accumulation, so that a step has the same pairs). In
-bfloat16 its weights and optimiser are bfloat16, while minibnf's weights stay float32. The sides
-alternate; medians and ratios of the rounds are printed.
+numbers of pairs per forward (with gradient accumulation, so that a step has the same pairs), on
+CUDA with Liger's layer kernels too, where these are installed. In bfloat16 its weights and
+optimiser are bfloat16, while minibnf's weights stay float32. The sides alternate; medians and
+ratios of the rounds are printed.
 
 minibnf is also held against the machine's own matrix speed. Needed operations of a step, with a
 multiplication and an addition counted as two:
@@ -20,6 +21,7 @@ measured in each of minibnf's processes.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -27,21 +29,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from minibnf.data import pack, read_examples
+from minibnf.files.config import read_config
 from minibnf.files.rows import read_rows
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.smallworld import main as smallworld
 from minibnf.machine import DTYPES
-from minibnf.model import load
+from minibnf.model import Transformer
 from minibnf.train import main as train
-from tests.benchmarks import DEVICE, machine, peak_bytes, wait
+from tests.benchmarks import DEVICE, machine, now, peak_bytes, seconds, wait
 
-STEPS = {"cpu": 3, "cuda": 20}[DEVICE]
+STEPS = {"cpu": 3, "cuda": 20}[DEVICE]  # by default
 # Of a micro-batch: the trainer's default, and less.
 TOKENS = {"cpu": (2048, 768), "cuda": (16384, 4096)}[DEVICE]
 
@@ -84,23 +89,40 @@ def matrix_speed(dtype: torch.dtype) -> float:
 
 
 def ours(job: dict, folder: Path) -> dict:
+    """job["save"] False: neither checkpoint nor model is written, so that little disk will do."""
     flags = {
         "model": job["model"], "data": job["file"], "loss": job["loss"], "out": folder / "run",
-        "batch-size": job["pairs"], "max-steps": STEPS, "dtype": job["dtype"],
-        "max-tokens": job["max_tokens"], "lr": 1e-6,
+        "batch-size": job["pairs"], "max-steps": job["steps"], "dtype": job["dtype"],
+        "max-tokens": job["max_tokens"], "lr": 1e-6, "device": DEVICE,
     }  # fmt: skip
-    if train([str(x) for name, value in flags.items() for x in (f"--{name}", value)]) != 0:
-        raise SystemExit("the trainer did not end well")
-    peak = peak_bytes() / 1e9
+    with ExitStack() as stack:
+        for what in () if job.get("save", True) else ("save_training", "finish"):
+            stack.enter_context(patch(f"minibnf.train.{what}", lambda *_: None))
+        if train([str(x) for name, value in flags.items() for x in (f"--{name}", value)]) != 0:
+            raise SystemExit("the trainer did not end well")
+    peak = peak_bytes()
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    rate = statistics.harmonic_mean([json.loads(line)["examples_per_s"] for line in lines[1:]])
-    model, tokenizer = load(job["model"]), load_tokenizer(job["model"])
-    examples, _ = read_examples(job["file"], tokenizer, model.config.max_position_embeddings)
+    steps = [job["pairs"] / json.loads(line)["examples_per_s"] for line in lines[1:]]
+    config, raw = read_config(job["model"])
+    with torch.device("meta"):
+        model = Transformer(config, raw)
+    examples, _ = read_examples(
+        job["file"], load_tokenizer(job["model"]), config.max_position_embeddings
+    )
     batches = pack(examples, list(range(len(examples))), 2**20)
     operations = needed_operations(model, batches) / len(examples)  # for one pair
-    speed = matrix_speed(DTYPES[job["dtype"]])
-    share = operations * rate / speed
-    return {"pairs_per_s": rate, "peak_gb": peak, "share": share, "machine": speed}
+    found, speed = summary(job, steps, peak), matrix_speed(DTYPES[job["dtype"]])
+    share = operations * found["pairs_per_s"] / speed
+    return found | {"share": share, "machine": speed, "operations": operations}
+
+
+def summary(job: dict, steps: list[float], peak: int) -> dict:
+    """Of what was measured; steps: the seconds of each step but the first."""
+    return {
+        "pairs_per_s": job["pairs"] * len(steps) / sum(steps),
+        "step_s": [round(s, 4) for s in steps],
+        "peak_gb": peak / 1e9,
+    }
 
 
 def theirs(job: dict, folder: Path) -> dict:
@@ -115,38 +137,46 @@ def theirs(job: dict, folder: Path) -> dict:
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step in (1, STEPS):
-                wait()
-                ends.append(time.perf_counter())
+            ends.append(now())
 
     args = DPOConfig(
         output_dir=str(folder / "trl"), use_cpu=DEVICE == "cpu", bf16=False, report_to="none",
         save_strategy="no", gradient_checkpointing=job["checkpointing"], disable_tqdm=True,
-        max_length=None, precompute_ref_log_probs=True, max_steps=STEPS, learning_rate=1e-6,
+        max_length=None, precompute_ref_log_probs=True, max_steps=job["steps"], learning_rate=1e-6,
         per_device_train_batch_size=job["batch"],
         gradient_accumulation_steps=job["pairs"] // job["batch"],
         optim="adamw_torch_fused", logging_strategy="no",
+        use_liger_kernel=job.get("liger", False),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]])
     rows = datasets.Dataset.from_list([row for _, row in read_rows(job["file"])])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     how = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [Clock()]}
     DPOTrainer(model, args=args, **how).train()
-    rate = job["pairs"] * (STEPS - 1) / (ends[1] - ends[0])
-    return {"pairs_per_s": rate, "peak_gb": peak_bytes() / 1e9}
+    steps = seconds(ends)
+    return summary(job, steps, peak_bytes())
 
 
-def measure(job: dict) -> dict:
+def measure(job: dict, timeout: float | None = None) -> dict:
     """In a process of its own, so that memory is its own too.
 
-    {"failed": why} where it does not end.
+    {"failed": why} where it does not end, or not within timeout (s).
     """
     command = [sys.executable, "-m", "tests.benchmarks.training", "--worker", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"stopped after {timeout:.0f} s: the time was up", "stopped": True}
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        return {"failed": " / ".join(said[-2:]) or f"exit {done.returncode}"}
     return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def liger_runs() -> bool:
+    """Its kernels need a GPU and triton."""
+    return DEVICE == "cuda" and all(map(importlib.util.find_spec, ("liger_kernel", "triton")))
 
 
 def first_rows(data: str, count: int, folder: Path) -> Path:
@@ -173,6 +203,7 @@ def main():
     )
     p.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=list(DTYPES))
     p.add_argument("--pairs", type=int, default=8, help="a step")
+    p.add_argument("--steps", type=int, default=STEPS, help="the first is not counted")
     batches = [1, 2, 4, 8] if DEVICE == "cuda" else [1, 2, 4]
     p.add_argument("--trl-batch", type=int, nargs="*", default=batches,
                    help="pairs a forward to try for TRL")  # fmt: skip
@@ -191,7 +222,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for data in args.data:
             path = data if Path(data).is_file() else f"../shared/data/{data}/train.jsonl"
-            file = first_rows(path, args.pairs * STEPS, Path(folder))
+            file = first_rows(path, args.pairs * args.steps, Path(folder))
             for dtype in args.dtypes:
                 found += one_table(args, data, str(file), dtype)
     if args.json:
@@ -203,23 +234,28 @@ def fastest_of_trl(common: dict, batches: list[int]) -> tuple[str, dict]:
 
     Checkpointing only ever costs time, but where memory is short it makes the largest batch fit.
     """
-    ways = [(batch, False) for batch in batches] + [(max(batches), True)]
+    kernels = (False, True) if liger_runs() else (False,)
+    ways = [(batch, False, liger) for liger in kernels for batch in batches]
+    ways.append((max(batches), True, False))
     rates, jobs = {}, {}
-    for batch, checkpointing in ways:
-        job = common | {"side": "trl", "batch": batch, "checkpointing": checkpointing}
-        name = f"TRL dpo, {batch} a forward" + (", checkpointing" if checkpointing else "")
+    for batch, checkpointing, liger in ways:
+        job = common | {
+            "side": "trl", "batch": batch, "checkpointing": checkpointing, "liger": liger
+        }  # fmt: skip
+        name = f"TRL{' + Liger' * liger} dpo, {batch} a forward{', checkpointing' * checkpointing}"
         result = measure(job)
         if "failed" in result:
-            print(f"tried    {name:32} failed: {result['failed']}")
+            print(f"tried    {name:40} failed: {result['failed']}")
             continue
         rates[name], jobs[name] = result["pairs_per_s"], job
-        print(f"tried    {name:32} {rates[name]:.3f} pairs/s, {result['peak_gb']:.1f} GB")
+        print(f"tried    {name:40} {rates[name]:.3f} pairs/s, {result['peak_gb']:.1f} GB")
     best = max(rates, key=rates.get)
     return best, jobs[best]
 
 
 def one_table(args, data: str, file: str, dtype: str) -> list[dict]:
     common = {"model": args.model, "file": file, "pairs": args.pairs, "dtype": dtype}
+    common["steps"] = args.steps
     jobs = {
         f"minibnf {loss}, {tokens} tokens": common
         | {"side": "minibnf", "loss": loss, "max_tokens": tokens}
