@@ -21,7 +21,7 @@ from minibnf.losses import LOSSES
 from minibnf.model import Transformer, fresh, save
 from minibnf.step import Reference, run_batches
 from minibnf.train import main
-from tests.test_train import arguments, logged, start, wait_for_step
+from tests.test_train import arguments, killed, logged
 from tests.test_train import world  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -213,15 +213,12 @@ def test_a_killed_and_resumed_run_goes_on(world, tmp_path, card):  # noqa: F811
     more += ["--epochs", "4", "--save-every", "3", "--max-tokens", "200"]
     assert main(arguments(world, tmp_path / "whole", *more)) == 0
     out = tmp_path / "killed"
-    process = start(world, out, *more)
-    wait_for_step(out, 5, process)
-    process.kill()
-    process.wait()
+    killed(world, out, 5, flags=more)
     assert not (out / "model").exists()
     assert main(["--resume", "--out", str(out)]) == 0
-    whole, killed = logged(tmp_path / "whole"), logged(out)
-    assert len(whole) == len(killed) == 16
-    for a, b in zip(whole, killed, strict=True):
+    whole, gone_on = logged(tmp_path / "whole"), logged(out)
+    assert len(whole) == len(gone_on) == 16
+    for a, b in zip(whole, gone_on, strict=True):
         for key in ("step", "epoch", "learning_rate", "num_tokens"):
             assert a[key] == b[key]
         close = {"rel": 0.01, "abs": 0.002} if card == "cuda" else {"rel": 0, "abs": 0}

@@ -436,10 +436,10 @@ def test_from_scratch_with_muon(world, tmp_path):
 # ------------------------------------------------------------------------------------ interruptions
 
 
-def killed(world, out, step, signal_number=signal.SIGKILL):
+def killed(world, out, step, signal_number=signal.SIGKILL, flags=None):
     """Ends a long run by a signal after a step; its exit status and what it said on stderr."""
-    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *LONG.split())]
-    command += ["--eval-data", str(world / "held-out.jsonl")]
+    flags = flags or [*LONG.split(), "--eval-data", world / "held-out.jsonl"]
+    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline, log = time.monotonic() + 60, out / "metrics.jsonl"
