@@ -33,6 +33,7 @@ class Example(NamedTuple):
     line: int  # in its file, from 1
     pairs: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), which of the responses
     unit: str = "line"  # or "row", in an array and in Parquet
+    ref_logps: tuple[Tensor, ...] = ()  # the reference's, of each response's tokens, once known
 
     @property
     def tokens(self) -> int:
@@ -247,6 +248,7 @@ class Batch:
     predictors (N,): where in T the hidden state stands that predicts each response token.
     targets (N,): that token.
     owner (N,), preferred (R,), pairs (P, 2): as in responses.Responses.  lengths (R,).
+    ref_logps (N,): the reference's log-probabilities, None where the examples have none.
     order (R,): which responses these are, as (index of the example, index in it).
     starts: {token in N: (response, pair)}: where each row begins, and at last where all end.
     examples: how many a loss sees, pairs and responses in no pair.
@@ -261,6 +263,7 @@ class Batch:
     preferred: Tensor
     pairs: Tensor
     lengths: Tensor
+    ref_logps: Tensor | None
     order: list[tuple[int, int]]
     starts: dict[int, tuple[int, int]]
     examples: int
@@ -353,6 +356,7 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         R += len(example.responses)
         P += len(example.pairs)
         starts[N] = R, P
+    ref_logps = [logps for e in packed for logps in e.ref_logps]
     lengths = torch.tensor([len(response) for e in packed for response in e.responses])
     return Batch(
         tokens=torch.tensor([tokens]),
@@ -364,6 +368,7 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         preferred=torch.tensor([preferred for e in packed for preferred in e.preferred]),
         pairs=pairs_of(packed),
         lengths=lengths,
+        ref_logps=torch.cat(ref_logps) if ref_logps else None,
         order=[(i, k) for i in rows for k in range(len(examples[i].responses))],
         starts=starts,
         examples=sum(e.count for e in packed),

@@ -29,7 +29,7 @@ from minibnf.lab.smallworld import write_base
 from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import fresh, load, save
 from minibnf.step import (
-    Reference, batch_logps, fingerprint, kl_estimate, metrics, reference, run_batches,
+    batch_logps, fingerprint, kl_estimate, metrics, run_batches, with_reference,
 )  # fmt: skip
 from minibnf.arguments import default_rate, loss_hyper
 from minibnf.run import AHEAD
@@ -95,6 +95,11 @@ def all_packed(examples, max_tokens=200):
     return pack(examples, list(range(len(examples))), max_tokens)
 
 
+def shifted(examples, change):
+    """The examples, with another reference."""
+    return [e._replace(ref_logps=tuple(map(change, e.ref_logps))) for e in examples]
+
+
 def logged(out, *, speeds=True):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if speeds or not k.endswith("_per_s")} for row in rows]
@@ -122,16 +127,14 @@ def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(
         found = [e for e in found if e.pairs] or [pair(found[0].prompt, (1, 2), (3,), 1)]
     hyper = data.draw(hypers(loss))
     file = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    ref = reference(tiny, found, [all_packed(found)], file, loss, torch.float64)
-    ref = Reference(
-        found, ref.logps.double().sub(0.1).mul(0.9)
-    )  # so that it is not the policy itself
+    if loss.needs_ref:  # one that is not the policy itself
+        found = with_reference(tiny, found, [all_packed(found)], file, loss, torch.float64)
+        found = shifted(found, lambda x: x.double().sub(0.1).mul(0.9))
 
     def step(max_tokens):
         tiny.zero_grad()
-        batches = pack(found, list(range(len(found))), max_tokens)
-        where = (torch.float64, "cpu")
-        value, sums = run_batches(tiny, batches, loss, hyper, ref, *where, backward=True)
+        batches = all_packed(found, max_tokens)
+        value, sums = run_batches(tiny, batches, loss, hyper, torch.float64, backward=True)
         gradient = [p.grad.clone() for p in tiny.parameters()]
         numbers = metrics(batches, sums, hyper.get("beta", 1.0))
         # of two equal responses either may be ahead by a rounding
@@ -291,16 +294,21 @@ def test_bfloat16_keeps_float32_masters_and_stays_near_float32(world, tmp_path):
 
 def test_the_reference_is_computed_once(world, tmp_path, monkeypatch):
     model, examples = load(world / "model"), pack_examples(world)[:6]
-    given = model, examples, [all_packed(examples)], tmp_path / "reference.safetensors"
-    ref = reference(*given, LOSSES["bnf"], torch.float32)
-    (batch,) = pack(examples, [4, 1, 3], 1000)
+    file = tmp_path / "reference.safetensors"
+
+    def first():
+        steps = [all_packed(examples)]
+        found = with_reference(model, examples, steps, file, LOSSES["bnf"], torch.float32)
+        return pack(found, [4, 1, 3], 1000)[0]
+
+    batch = first()
     expected = batch_logps(model, batch, LOSSES["bnf"], torch.float32)
-    torch.testing.assert_close(ref.of(batch), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batch.ref_logps, expected, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr("minibnf.step.read_all", lambda *_: pytest.fail("computed again"))
-    assert torch.equal(reference(*given, LOSSES["bnf"], torch.float32).of(batch), ref.of(batch))
-    given[-1].write_bytes(b"junk")
+    assert torch.equal(first().ref_logps, batch.ref_logps)
+    file.write_bytes(b"junk")
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        reference(*given, LOSSES["bnf"], torch.float32)
+        first()
 
 
 @pytest.fixture(scope="module")
@@ -326,12 +334,12 @@ def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
     reference."""
     logps, ref_logps, real = [], [], train.run_batches
 
-    def spy(model, batches, loss, hyper, ref, dtype, device, *, backward):
-        value, sums = real(model, batches, loss, hyper, ref, dtype, device, backward=backward)
+    def spy(model, batches, loss, hyper, dtype, *, backward):
+        value, sums = real(model, batches, loss, hyper, dtype, backward=backward)
         if backward:
             with torch.no_grad():
                 logps.extend(batch_logps(model, b.to(device), loss, dtype) for b in batches)
-            ref_logps.extend(ref.of(b.to(device)) for b in batches)
+            ref_logps.extend(b.ref_logps.to(device) for b in batches)
         return value, sums
 
     monkeypatch.setattr(train, "run_batches", spy)
@@ -383,18 +391,17 @@ def test_the_kl_estimate_is_the_clamped_mean_shift_of_what_it_is_given(world, tm
     examples, model = pack_examples(world)[:4], load(world / "model")
     moved, _ = mismatched(examples, 256, "file")
     kto, file = LOSSES["kto"], tmp_path / "ref.safetensors"
-    ref = reference(model, moved, [all_packed(moved)], file, kto, torch.float32)
-    batches = pack(moved, [0, 2, 3], 60)
+    moved = with_reference(model, moved, [all_packed(moved)], file, kto, torch.float32)
 
-    def estimate():
-        return kl_estimate(model, ref, batches, kto, torch.float32, "cpu").item()
+    def estimate(surer):
+        """As if the policy had become surer of each token by so many nats."""
+        batches = pack(shifted(moved, lambda x: x - surer), [0, 2, 3], 60)
+        return kl_estimate(model, batches, kto, torch.float32).item()
 
-    assert estimate() == pytest.approx(0, abs=1e-5)
-    ref.logps -= 0.25  # as if the policy had become surer of each token by 0.25 nats
+    assert estimate(0) == pytest.approx(0, abs=1e-5)
     tokens = sum(len(r) for i in (0, 2, 3) for r in moved[i].responses)
-    assert estimate() == pytest.approx(0.25 * tokens / 6, rel=1e-4)
-    ref.logps += 0.5
-    assert estimate() == 0
+    assert estimate(0.25) == pytest.approx(0.25 * tokens / 6, rel=1e-4)
+    assert estimate(-0.25) == 0
 
 
 def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, monkeypatch):
@@ -402,7 +409,7 @@ def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, m
     their own."""
     seen, own = 0, {(e.prompt, r) for e in pack_examples(world) for r in e.responses}
 
-    def spy(model, ref, batches, *where):
+    def spy(model, batches, *how):
         nonlocal seen
         for b in batches:
             tokens, targets = b.tokens[0].tolist(), iter(b.targets.split(b.lengths.tolist()))
@@ -410,7 +417,7 @@ def test_ktos_reference_point_comes_from_mismatched_responses(world, tmp_path, m
                 prompt, tokens = tuple(tokens[:prompt]), tokens[prompt + sum(lengths) :]
                 assert not own & {(prompt, tuple(next(targets).tolist())) for _ in lengths}
                 seen += 1
-        return kl_estimate(model, ref, batches, *where)
+        return kl_estimate(model, batches, *how)
 
     monkeypatch.setattr("minibnf.train.kl_estimate", spy)
     assert trained(world, tmp_path / "run", "--loss kto") == 0
@@ -664,7 +671,7 @@ def test_folders_that_hold_no_run_or_a_damaged_one(world, tmp_path, capsys):
     (checkpoint,) = (out / "checkpoints").iterdir()
     (checkpoint / "model.safetensors").write_bytes(b"junk")
     assert resumed(out) == 1
-    assert f"{checkpoint}: a damaged checkpoint" in capsys.readouterr().err
+    assert f"{checkpoint}: damaged, or" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         resumed(tmp_path / "nowhere")
     assert "holds no run to go on with: starting one" in capsys.readouterr().out

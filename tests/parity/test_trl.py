@@ -27,7 +27,7 @@ from minibnf.data import Example, pack, pair  # noqa: E402
 from minibnf.logprob import token_logps  # noqa: E402
 from minibnf.losses import LOSSES, Responses  # noqa: E402
 from minibnf.model import load  # noqa: E402
-from minibnf.step import Reference, batch_logps, kl_estimate, metrics, run_batches  # noqa: E402
+from minibnf.step import batch_logps, kl_estimate, metrics, run_batches  # noqa: E402
 from tests.parity.bnf_in_trl import BNFTrainer  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -154,12 +154,14 @@ class Ours:
         self.max_tokens = max_tokens
 
     @torch.no_grad()
-    def reference(self, examples) -> Reference:
-        one_by_one = [
-            batch_logps(self.frozen, *pack(examples, [i], self.max_tokens), LOSSES["bnf"], None)
-            for i in range(len(examples))
-        ]
-        return Reference(examples, torch.cat(one_by_one))
+    def referred(self, examples) -> list[Example]:
+        """The examples with the reference's log-probabilities, read one by one."""
+        found = []
+        for i, e in enumerate(examples):
+            (batch,) = pack(examples, [i], self.max_tokens)
+            logps = batch_logps(self.frozen, batch, LOSSES["bnf"], None)
+            found.append(e._replace(ref_logps=logps.split(batch.lengths.tolist())))
+        return found
 
     def batches(self, examples):
         return pack(examples, list(range(len(examples))), self.max_tokens)
@@ -169,12 +171,12 @@ class Ours:
         gradients, last metrics."""
         total, grads = 0.0, {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
         for weight, name, hyper, examples in terms:
-            ref = self.reference(examples) if LOSSES[name].needs_ref else None
             self.model.zero_grad()
-            batches, loss = self.batches(examples), LOSSES[name]
+            loss = LOSSES[name]
+            batches = self.batches(self.referred(examples) if loss.needs_ref else examples)
             hyper = loss.hyper(hyper)
             value, sums = run_batches(
-                self.model, batches, loss, hyper, ref, torch.float32, "cpu", backward=True
+                self.model, batches, loss, hyper, torch.float32, backward=True
             )
             total += weight * value.item()
             for parameter, p in self.model.named_parameters():
@@ -287,8 +289,8 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
     batch = batch_of(trainer)
     expected, ours = theirs(trainer, batch), Ours(folders)
     rotated = alone(rows_of(batch, "KL_"), batch["label"])
-    rotated_ref, batches = ours.reference(rotated), ours.batches(rotated)
-    kl = kl_estimate(ours.model, rotated_ref, batches, LOSSES["kto"], torch.float32, "cpu")
+    batches = ours.batches(ours.referred(rotated))
+    kl = kl_estimate(ours.model, batches, LOSSES["kto"], torch.float32)
     assert kl.item() == pytest.approx(trainer._metrics["train"]["kl"][-1], abs=1e-5)
     assert (kl > 0) == swapped
     examples = alone(rows_of(batch), batch["label"])
