@@ -81,10 +81,8 @@ def read_examples(
     counts = Counter()
 
     def example(row: dict, place: Place) -> Example | None:
-        record = parse_row(row, place)
-        if notes:
-            notes.add(record, place, tokenizer)
-        prompt, responses = token_ids(tokenizer, record, place)
+        found = example_of(parse_row(row, place), place, tokenizer, notes)
+        prompt, responses = found.prompt, found.responses
         longest, room = len(prompt) + max(map(len, responses)), max_length - len(prompt)
         if longest > max_length and overlong == "skip":
             counts["skipped"] += 1
@@ -99,7 +97,7 @@ def read_examples(
         responses = tuple(response[:room] for response in responses)
         same = len(responses) == 2 and responses[0] == responses[1]
         counts["whose chosen and rejected are the same"] += same
-        return Example(prompt, responses, record.preferred, place.number, record.pairs, place.unit)
+        return found._replace(responses=responses)
 
     examples = [e for e in each_row(scan_rows(path), example) if e]
     if not examples:
@@ -107,8 +105,10 @@ def read_examples(
     return examples, +counts  # what did not occur is left out
 
 
-def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]:
-    """The ids of a prompt and of each response to it; ValueError where one has no token."""
+def example_of(record: Record, place: Place, tokenizer, notes: Notes | None = None) -> Example:
+    """A row's prompt and responses as token ids; ValueError where one has no token."""
+    if notes:
+        notes.add(record, place, tokenizer)
     prompt = encode_prompt(tokenizer, record.prompt, place, record.variables)
     if not prompt:
         raise ValueError(
@@ -123,7 +123,8 @@ def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]
                 f"{place}: field '{field}' is empty; a response needs at least one token"
             )
         responses.append(tuple(ids))
-    return tuple(prompt), tuple(responses)
+    preferred, pairs = record.preferred, record.pairs
+    return Example(tuple(prompt), tuple(responses), preferred, place.number, pairs, place.unit)
 
 
 def encode_prompt(tokenizer, prompt, where, variables: dict) -> list[int]:

@@ -244,7 +244,7 @@ def test_a_rows_fields_name_its_task(model, tmp_path, capsys, row, task):
 
 def test_a_question_is_what_a_user_says_and_its_answer_ends_a_turn(model, tmp_path):
     tokenizer = load_tokenizer(model)
-    _, (row,) = tokenised(scan_rows(write(tmp_path / "a.jsonl", [QUESTION])), tokenizer)
+    (row,) = tokenised(scan_rows(write(tmp_path / "a.jsonl", [QUESTION])), tokenizer, "likelihood")
     prompt = tokenizer.decode(row.prompt, skip_special=False)
     assert prompt == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
     answer = tokenizer.decode(row.responses[0], skip_special=False)
@@ -257,7 +257,7 @@ def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
     begins = {"": [], "<s>": [tokenizer.bos_id]}  # as the tokenizer begins a text
     for begin, ids in begins.items():
         tokenizer.begin = ids
-        _, (row,) = tokenised(scan_rows(file), tokenizer)
+        (row,) = tokenised(scan_rows(file), tokenizer, "likelihood")
         prompt = tokenizer.decode(row.prompt, skip_special=False)
         assert prompt == f"{begin}Question: {QUESTION['question']}\nAnswer:"
         assert tokenizer.decode(row.responses[0]).startswith(" 40+2=")

@@ -16,8 +16,9 @@ from minibnf import generate as module
 from minibnf.files.config import parse_config
 from minibnf.files.rows import Notes
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.generate import Reader, generate, main, sample, stream
+from minibnf.generate import Reader, generate, main, stream
 from minibnf.model import Transformer, load, save
+from minibnf.sampling import sample
 from tests.strategies import FEW
 
 # many of these share a beginning, or are equal

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minibnf.files.disk import inside, write_json, write_text
 from minibnf.files.terminal import in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.generate import generate
+from minibnf.generate import generate, text_of
 from minibnf.lab.language import (
     PEOPLE_OF,
     QA,
@@ -148,20 +148,15 @@ def sampler(model, tokenizer, *, temperature: float = 1.0) -> Sample:
 
     Temperature 0 is greedy.
     """
-    stop = sorted(tokenizer.end_ids)
-    how = {"max_new_tokens": 64, "temperature": temperature, "top_p": 1.0}
-    how |= {"stop_ids": stop, "vocab_size": tokenizer.vocab_size}
-
-    def text_of(ids: list[int]) -> str:
-        # A control token within an answer is spelt out: without it a degenerate answer could look
-        # sound.
-        return tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False)
+    how = {"max_new_tokens": 64, "temperature": temperature}
+    how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
 
     def sample(prompts: list[str], n: int, seed: int) -> list[list[str]]:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         asked = [tokenizer.encode_chat(chat, add_generation_prompt=True) for chat in chats]
         repeated = [ids for ids in asked for _ in range(n)]
-        texts = [text_of(ids) for ids in generate(model, repeated, seed=seed, **how)]
+        # A control token shows: without it a degenerate answer could look sound.
+        texts = [text_of(tokenizer, new) for new in generate(model, repeated, seed=seed, **how)]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     return sample

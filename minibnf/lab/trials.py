@@ -151,7 +151,7 @@ def examination(text: str, name: str, split: str, folder: Path) -> tuple[Callabl
         solutions = []
         if "solutions" in given:
             scanned = islice(scan_rows(given["solutions"]["file"]), given["solutions"]["count"])
-            _, solutions = tokenised(scanned, tokenizer, "likelihood")
+            solutions = tokenised(scanned, tokenizer, "likelihood")
         measure = partial(on_files, base=held_out(base, examples), solutions=solutions)
 
     def examine(model: Transformer) -> dict[str, list]:
