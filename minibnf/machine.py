@@ -43,21 +43,15 @@ OUT_OF_MEMORY = (
 )  # fmt: skip
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Does this exception mean that a device, or the machine, ran out of memory?"""
-    if isinstance(error, RuntimeError):
-        text = str(error).lower()
-        return any(words.lower() in text for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError)
-
-
 @contextmanager
 def memory_advice(advice: str):
     """Where memory runs out within, raise a MemoryError of one line that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        text = str(error).lower()
+        known = any(words.lower() in text for words in OUT_OF_MEMORY)
+        if isinstance(error, RuntimeError) and not known:
             raise
         said = str(error).splitlines() or [type(error).__name__]
         raise MemoryError(f"out of memory; {advice} ({said[0]})") from None

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.data import Batch, Example, pack
-from minibnf.feedback import target_logits
 from minibnf.files.safetensors import write_tensors
 from minibnf.logprob import cuts, sweep, token_logps
 from minibnf.losses import Loss
@@ -182,7 +181,7 @@ def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logp
     """What `read` makes of every response token: a tensor per response, on the CPU, in order.
 
     read(hidden, unembed, targets, softcap=): its log-probability (token_logps), its logit
-    (target_logits) or both (logps_and_logits). dtype: what to compute in.
+    (feedback.target_logits), or what else it makes. dtype: what to compute in.
     """
     places = list(range(len(examples)))
     steps = (pack(examples, places[at : at + 512], max_tokens) for at in places[::512])
@@ -203,9 +202,3 @@ def read_all(model, examples: list[Example], steps, read, desc: str) -> list[Ten
             found.update(zip(batch.order, x.split(batch.lengths.tolist()), strict=True))
             bar.update(len({i for i, _ in batch.order}))
     return [found[place] for place in sorted(found)]
-
-
-def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:
-    """(N, 2): log-probability and logit of each target."""
-    logps = token_logps(hidden, unembed, targets, softcap=softcap)
-    return torch.stack([logps, target_logits(hidden, unembed, targets, softcap=softcap)], -1)

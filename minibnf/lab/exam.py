@@ -27,15 +27,16 @@ from torch import Tensor
 
 from minibnf.data import Example, pairs_of, read_examples
 from minibnf.evaluate import wins
-from minibnf.feedback import gini
+from minibnf.feedback import gini, target_logits
 from minibnf.files.config import announce_ignored
 from minibnf.files.terminal import in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QA, REASONING, Problem, problems, score
 from minibnf.lab.smallworld import Sample, sampler
+from minibnf.logprob import token_logps
 from minibnf.machine import memory_advice
 from minibnf.model import Transformer, load
-from minibnf.step import logps_and_logits, read_responses
+from minibnf.step import read_responses
 
 Figures = dict[str, tuple[float, float]]  # {name: (mean, standard error)}
 
@@ -70,6 +71,12 @@ class HeldOut(NamedTuple):
     examples: list[Example]
     logps: list[Tensor]  # one tensor per response
     logits: list[Tensor]
+
+
+def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:
+    """(N, 2): log-probability and logit of each target."""
+    logps = token_logps(hidden, unembed, targets, softcap=softcap)
+    return torch.stack([logps, target_logits(hidden, unembed, targets, softcap=softcap)], -1)
 
 
 def held_out(model: Transformer, examples: list[Example]) -> HeldOut:
