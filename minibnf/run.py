@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -150,16 +151,15 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
         return 0, 0
     directory = checkpoints(out)[-1]
     try:
-        with safe_open(directory / "model.safetensors", framework="pt") as stored:
-            for name, p in model.named_parameters():
-                p.copy_(_like(p, stored, name))
+        stored = load_file(directory / "model.safetensors")
+        for name, p in model.named_parameters():
+            p.copy_(_like(p, stored[name], name))
         for i, optim in enumerate(optims):
             params = [p for group in optim.param_groups for p in group["params"]]
             states = {k: {} for k in range(len(params))}
-            with safe_open(directory / f"optimizer-{i}.safetensors", framework="pt") as stored:
-                for key in stored.keys():
-                    k, name = key.split(".")
-                    states[int(k)][name] = _like(params[int(k)], stored, key)
+            for key, x in load_file(directory / f"optimizer-{i}.safetensors").items():
+                k, name = key.split(".")
+                states[int(k)][name] = _like(params[int(k)], x, key)
             groups = optim.state_dict()["param_groups"]
             optim.load_state_dict({"state": states, "param_groups": groups})
         state = optional(directory / "state.json")
@@ -170,9 +170,8 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
         ) from None
 
 
-def _like(p: Tensor, stored, name: str) -> Tensor:
-    """A stored tensor that belongs to a parameter: it has its shape, or is a single number."""
-    x = stored.get_tensor(name)
+def _like(p: Tensor, x: Tensor, name: str) -> Tensor:
+    """x, a stored tensor that belongs to a parameter: it has its shape, or is a single number."""
     if x.dim() and x.shape != p.shape:
         raise ValueError(f"tensor '{name}' is {tuple(x.shape)}, the model's {tuple(p.shape)}")
     return x
@@ -180,8 +179,8 @@ def _like(p: Tensor, stored, name: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------ its metrics
 
-# steps launched before an earlier one's numbers are read, so that a GPU never waits for that
-AHEAD = {"cpu": 0, "cuda": 1}
+# devices on which a step's numbers are read when the next one is launched, so as not to wait
+LATE = {"cuda"}
 
 
 class Log:
@@ -193,7 +192,7 @@ class Log:
     def __init__(self, run: Run, step: int):
         """step: the last one of the checkpoint. What a killed run logged past it is dropped."""
         self.run, self.file = run, run.out / "metrics.jsonl"
-        self.launched: list[tuple] = []  # steps whose numbers have not been read
+        self.launched: tuple = ()  # the step whose numbers have not been read
         self.read_at = 0.0  # when numbers were last read
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
@@ -212,30 +211,33 @@ class Log:
         device = self.run.model.unembed.device.type
         if device == "cuda":
             made = torch.cuda.current_stream().record_event()
-        self.launched.append((began, row, batches, list(found), numbers, made))
-        self.settle(AHEAD[device])
+        self.settle()  # the step before
+        self.launched = (began, row, batches, list(found), numbers, made)
+        if device not in LATE:
+            self.settle()
 
-    def settle(self, ahead: int = 0) -> None:
-        """Read and write the numbers of the steps launched, but for the newest `ahead`."""
-        while len(self.launched) > ahead:
-            began, row, batches, names, numbers, made = self.launched.pop(0)
-            if made:
-                made.synchronize()
-            began, self.read_at = max(began, self.read_at), time.perf_counter()
-            seconds = self.read_at - began
-            found = dict(zip(names, numbers.tolist(), strict=True))
-            loss, norm = found["loss"], found["grad_norm"]
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                what = f"loss {loss}, gradient norm {norm}"
-                raise FloatingPointError(not_finite(self.run, row["step"], batches, what))
-            rates = {
-                "examples_per_s": sum(b.examples for b in batches) / seconds,
-                "tokens_per_s": sum(b.tokens.numel() for b in batches) / seconds,
-            }
-            self.write(row | found | rates)
-            shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
+    def settle(self) -> None:
+        """Read and write the numbers of the step launched last, if they are not read yet."""
+        if not self.launched:
+            return
+        (began, row, batches, names, numbers, made), self.launched = self.launched, ()
+        if made:
+            made.synchronize()
+        began, self.read_at = max(began, self.read_at), time.perf_counter()
+        found = dict(zip(names, numbers.tolist(), strict=True))
+        loss, norm = found["loss"], found["grad_norm"]
+        if not math.isfinite(loss + norm):
+            what = f"loss {loss}, gradient norm {norm}"
+            raise FloatingPointError(not_finite(self.run, row["step"], batches, what))
+        counts = {
+            "examples_per_s": sum(b.examples for b in batches),
+            "tokens_per_s": sum(b.tokens.numel() for b in batches),
+        }
+        rates = {name: count / (self.read_at - began) for name, count in counts.items()}
+        self.write(row | found | rates)
+        shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
 
 
 def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
@@ -273,34 +275,29 @@ Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2
 
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
-PANELS = {
-    "loss (nats)": {"loss": PLAIN},
-    "log-likelihood (nats per response)": {"logps/chosen": GOOD, "logps/rejected": BAD},
-    "reward: shift against the reference, × β if any (nats)": {
-        "rewards/chosen": GOOD, "rewards/rejected": BAD,
-    },
+CURVES = {
+    "loss": PLAIN, "logps/chosen": GOOD, "logps/rejected": BAD,
+    "rewards/chosen": GOOD, "rewards/rejected": BAD,
 }  # fmt: skip
 
 
 def training_curves(rows: list[dict], file: Path, title: str) -> None:
-    """Loss, log-likelihoods and rewards against the step; dots are held-out rows."""
+    """Loss, log-likelihoods and rewards against the step: a line, and dots for held-out rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    logged = {name for row in rows for name in row}
-    panels = {label: lines for label, lines in PANELS.items() if logged.intersection(lines)}
-    size = (4.2 * len(panels), 3.2)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
-        for name, colour in lines.items():
-            for metric, style in {name: "-", f"eval_{name}": "o"}.items():
-                having = [row for row in rows if metric in row]
-                x, y = [row["step"] for row in having], [row[metric] for row in having]
-                axis.plot(x, y, style, color=colour, label=metric if having else None)
-        axis.set_title(label, fontsize="medium")
-        axis.set_xlabel("step")
+    panels = [["loss", "logps", "rewards"]]
+    figure, axes = plt.subplot_mosaic(panels, figsize=(12.6, 3.2), layout="constrained")
+    for name, colour in CURVES.items():
+        axis = axes[name.partition("/")[0]]
+        for metric, style in {name: "-", f"eval_{name}": "o"}.items():
+            having = [row for row in rows if metric in row]
+            x, y = [row["step"] for row in having], [row[metric] for row in having]
+            axis.plot(x, y, style, color=colour, label=metric)
+    for panel, axis in axes.items():
+        axis.set(title=f"{panel} (nats)", xlabel="step")
         axis.legend()
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)

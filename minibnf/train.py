@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -233,11 +234,10 @@ def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimize
     matrices = {k: p for k, p in named.items() if p.dim() == 2 and k.startswith("model.layers.")}
     decaying = {"params": list(matrices.values()), "lr": lr, "weight_decay": args.weight_decay}
     others = {"params": [p for k, p in named.items() if k not in matrices], "weight_decay": 0.0}
-    groups = [others] if args.optimizer == "muon" else [others, decaying]
-    optims = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    adamw = partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95), fused=True)
     if args.optimizer == "muon":
-        optims.append(torch.optim.Muon([decaying], adjust_lr_fn="match_rms_adamw"))
-    return optims
+        return [adamw([others]), torch.optim.Muon([decaying], adjust_lr_fn="match_rms_adamw")]
+    return [adamw([others, decaying])]
 
 
 def learning_rate(step: int, total: int, lr: float, args) -> float:

@@ -32,7 +32,6 @@ from minibnf.step import (
     batch_logps, fingerprint, kl_estimate, metrics, run_batches, with_reference,
 )  # fmt: skip
 from minibnf.arguments import default_rate, loss_hyper
-from minibnf.run import AHEAD
 from minibnf.train import learning_rate, main, optimizers
 from tests.strategies import FEW, examples, hypers
 
@@ -626,9 +625,9 @@ def test_numbers_read_a_step_late_are_the_same_numbers(
         monkeypatch.setattr("minibnf.train.learning_rate", nan_at_2)
     found = []
     flags = f"--max-steps 6 --eval-every 4 --save-every 5 --eval-data {world / 'pairs.jsonl'}"
-    for ahead in (0, 1):
-        monkeypatch.setitem(AHEAD, "cpu", ahead)
-        out = tmp_path / str(ahead)
+    for late in ("", "cpu"):
+        monkeypatch.setattr("minibnf.run.LATE", {late})
+        out = tmp_path / f"late-{late}"
         assert trained(world, out, flags) == broken
         assert not (broken and ((out / "checkpoints").exists() or (out / "model").exists()))
         found.append(logged(out, speeds=False))
