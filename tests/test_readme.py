@@ -5,7 +5,6 @@ import re
 import statistics
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -82,37 +81,22 @@ def test_the_examples_in_python_run(capsys):
     assert "Answer: 201" in capsys.readouterr().out
 
 
-RESULTS = ROOT / "tutorials" / "evidence" / "small-results.json"
+def evidence(name: str) -> dict:
+    return json.loads((ROOT / "tutorials" / "evidence" / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.skipif(
-    not RESULTS.is_file(),
-    reason="tutorials/evidence/small-results.json is not there: make compare-full makes it",
-)
 def test_the_verdicts_are_drawn_from_the_committed_results():
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads(
-        (ROOT / "tutorials" / "evidence" / "small.json").read_text(encoding="utf-8")
-    )
-    assert all(
-        len(revision) == 40 for revision in results["facts"]["revision"]
-    )  # of committed code alone
+    results = evidence("small-results.json")
+    assert results["spec"] == evidence("small.json")
+    # of committed code alone
+    assert all(len(revision) == 40 for revision in results["facts"]["revision"])
     assert verdict_table(results) in README
     assert table(results, "qa") in README
 
 
-REAL = ROOT / "tutorials" / "evidence" / "real-results.json"
-
-
-@pytest.mark.skipif(
-    not REAL.is_file(),
-    reason="tutorials/evidence/real-results.json is not there: make compare-real makes it",
-)
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
-    results = json.loads(REAL.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads(
-        (ROOT / "tutorials" / "evidence" / "real.json").read_text(encoding="utf-8")
-    )
+    results = evidence("real-results.json")
+    assert results["spec"] == evidence("real.json")
     assert all(len(revision) == 40 for revision in results["facts"]["revision"])
     assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
     for name in results["spec"]["on"]:
@@ -121,9 +105,7 @@ def test_the_real_models_tables_are_drawn_from_the_committed_results():
 
 def test_the_table_of_speed_is_the_committed_benchmarks():
     """Medians of the rounds, and the ratio's median and range."""
-    found = json.loads(
-        (ROOT / "tutorials" / "evidence" / "bench-results.json").read_text(encoding="utf-8")
-    )["training"]
+    found = evidence("bench-results.json")["training"]
     for data, dtype in sorted({(x["data"], x["dtype"]) for x in found}):
         rounds = {x["side"]: x["rounds"] for x in found if (x["data"], x["dtype"]) == (data, dtype)}
         (theirs,) = (side for side in rounds if side.startswith("TRL"))
@@ -131,24 +113,13 @@ def test_the_table_of_speed_is_the_committed_benchmarks():
         both = lambda side, median=median: (
             f"{median(side, 'pairs_per_s'):.2f}, {median(side, 'peak_gb'):.1f} GB"
         )
-        bnf, small, dpo = (
-            "minibnf bnf, 2048 tokens",
-            "minibnf bnf, 768 tokens",
-            "minibnf dpo, 2048 tokens",
-        )
+        bnf, small = "minibnf bnf, 2048 tokens", "minibnf bnf, 768 tokens"
         ratios = sorted(
             a["pairs_per_s"] / b["pairs_per_s"]
             for a, b in zip(rounds[bnf], rounds[theirs], strict=True)
         )
         ratio = f"{ratios[1]:.1f} ({ratios[0]:.1f} to {ratios[2]:.1f})"
         share = f"{100 * median(bnf, 'share'):.0f} % of {median(bnf, 'machine') / 1e9:.0f} GFLOP/s"
-        cells = [
-            dtype,
-            both(theirs),
-            both(bnf),
-            ratio,
-            both(small),
-            f"{median(dpo, 'pairs_per_s'):.2f}",
-            share,
-        ]
+        dpo = f"{median('minibnf dpo, 2048 tokens', 'pairs_per_s'):.2f}"
+        cells = [dtype, both(theirs), both(bnf), ratio, both(small), dpo, share]
         assert "| " + " | ".join(cells) + " |" in README

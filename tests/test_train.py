@@ -55,22 +55,32 @@ def write(path, rows):
     return path
 
 
+def base(folder, scale=1, **shape):
+    """Writes a random model of the small world, of another shape, its matrices scaled."""
+    write_base(folder)
+    config = json.loads((folder / "config.json").read_text()) | shape
+    (folder / "config.json").write_text(json.dumps(config))
+    model = fresh(folder, seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale if p.dim() == 2 else 1)
+    save(model, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a random model of the small world's shape, pairs, unpaired rows and held-out
     pairs."""
     folder = tmp_path_factory.mktemp("world")
-    write_base(folder / "model")
-    config = json.loads((folder / "model" / "config.json").read_text())
-    config |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    (folder / "model" / "config.json").write_text(json.dumps(config))
-    save(fresh(folder / "model", seed=0), folder / "model")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    base(folder / "model", **shape)
     write(folder / "pairs.jsonl", rows())
     write(folder / "held-out.jsonl", rows(30)[24:])
-    sides = [(row, side) for row in rows() for side in ("chosen", "rejected")]
     unpaired = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row, side in sides
+        for row in rows()
+        for side in ("chosen", "rejected")
     ]
     write(folder / "unpaired.jsonl", unpaired)
     return folder
@@ -228,13 +238,6 @@ def test_unpaired_rows_and_a_stop_in_mid_epoch(world, tmp_path, capsys):
     assert "first step -> " in capsys.readouterr().out  # of what the numbers are
 
 
-def test_one_is_no_plural(world, tmp_path, capsys):
-    flags = f"--data {write(tmp_path / 'one.jsonl', rows(1))} --batch-size 1"
-    assert trained(world, tmp_path / "run", flags) == 0
-    text = capsys.readouterr().out
-    assert ": 1 pair, " in text and "1 of 1 example: 1 epoch\n" in text
-
-
 def test_run_again_is_bitwise_the_same_and_a_seed_makes_another(world, tmp_path):
     for out, seed in {"a": 0, "b": 0, "c": 1}.items():
         assert trained(world, tmp_path / out, f"--lr 1e-3 --max-tokens 120 --seed {seed}") == 0
@@ -315,17 +318,8 @@ def test_the_reference_is_computed_once(world, tmp_path, monkeypatch):
 def wide(world, tmp_path_factory):
     """A random model wide enough that a product rounds otherwise when it has more rows, with a
     sharp distribution."""
-    folder = tmp_path_factory.mktemp("wide")
-    write_base(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64}
-    (folder / "config.json").write_text(json.dumps(config))
-    model = fresh(folder, seed=0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3 if p.dim() == 2 else 1)
-    save(model, folder)
-    return folder
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64}
+    return base(tmp_path_factory.mktemp("wide") / "model", scale=3, **shape)
 
 
 def first_epoch(wide, world, out, monkeypatch, loss, dtype, device):
@@ -536,9 +530,7 @@ def test_a_dated_template_is_resumed_with_the_date_of_the_first_run(world, tmp_p
 def test_a_closing_token_that_other_programs_do_not_stop_at_is_told(world, tmp_path, capsys):
     shutil.copytree(world / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": 1}')
-    assert trained(world, tmp_path / "run", "--max-steps 1") == 0
-    assert "warning" not in capsys.readouterr().out
-    assert trained(world, tmp_path / "other", f"--max-steps 1 --model {tmp_path / 'model'}") == 0
+    assert trained(world, tmp_path / "run", f"--max-steps 1 --model {tmp_path / 'model'}") == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "closes turns with <|end|> (2)" in warnings[0]
 
@@ -585,20 +577,6 @@ def test_a_bad_input_does_not_cost_the_run_that_overwrite_would_replace(world, t
     assert trained(world, out, f"--overwrite --loss kto --data {one}") == 1
     assert "one.jsonl, line 1: kto" in capsys.readouterr().err
     assert (out / "model" / "model.safetensors").is_file()
-
-
-def test_the_model_to_start_from_is_never_overwritten(world, tmp_path, capsys):
-    """Neither a folder that holds just a model, nor the model of the very run that --overwrite
-    would delete."""
-    out = tmp_path / "run"
-    load_tokenizer(world / "model").save(out / "model")
-    save(load(world / "model"), out / "model")
-    for more in ([], ["--overwrite"]):
-        assert main(["--model", str(out / "model"), *arguments(world, out)[2:], *more]) == 1
-        assert f"--model {out / 'model'} lies in --out {out}" in capsys.readouterr().err
-    assert main(arguments(world, out)) == 1
-    assert "holds model, and no config.json of a run" in capsys.readouterr().err
-    assert torch.equal(load(out / "model").unembed, load(world / "model").unembed)
 
 
 @pytest.mark.parametrize(
@@ -657,7 +635,7 @@ def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkey
             for p in self.param_groups[0]["params"]:
                 p.data.fill_(float("inf"))
 
-    overflow = lambda model, args, lr: [Overflow(model.parameters(), lr=1.0)]
+    overflow = lambda model, *_: [Overflow(model.parameters(), lr=1.0)]
     monkeypatch.setattr("minibnf.train.optimizers", overflow)
     assert trained(world, tmp_path / "run", "--max-steps 1") == 1
     assert "the weights after it are not finite" in capsys.readouterr().err
@@ -677,9 +655,8 @@ def test_folders_that_hold_no_run_or_a_damaged_one(world, tmp_path, capsys):
     assert "holds no run to go on with: starting one" in capsys.readouterr().out
     assert trained(world, tmp_path / "new", "--max-steps 1 --resume") == 0
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert trained(world, place) == 1
-        assert f"'{tmp_path / 'file'}" in capsys.readouterr().err
+    assert trained(world, tmp_path / "file" / "run") == 1
+    assert f"'{tmp_path / 'file'}" in capsys.readouterr().err
 
 
 def test_every_option_of_training_does_something(world, tmp_path):
@@ -707,15 +684,12 @@ def test_every_option_of_training_does_something(world, tmp_path):
         ("--data {0}/json.jsonl", ["json.jsonl, line 3", "not valid JSON"]),
         ("--data {0}/empty.jsonl", ["empty.jsonl, line 3", "field 'rejected' is empty"]),
         ("--model {0}/model", ["model", "tensor 'model.norm.weight' is missing"]),
-        (
-            "--data {1}/unpaired.jsonl --loss dpo",
-            ["line 1", "needs pairs", "(one of 48)"],
-        ),
+        ("--data {1}/unpaired.jsonl --loss dpo", ["line 1", "needs pairs", "(one of 48)"]),
         ("--max-tokens 10", ["--max-tokens 10", "tokens of the longest example"]),
         ("--loss-args beta=1", ["'bnf'", "no hyper-parameter 'beta'"]),
     ],
 )
-def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, flags, parts):
+def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, capsys, flags, parts):
     found = rows()
     found[2]["rejected"] = said("assistant", "")
     write(tmp_path / "empty.jsonl", found)
@@ -725,12 +699,10 @@ def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, flags,
     broken = fresh(model, seed=0)
     del broken.model.norm.weight
     save(broken, model)
-    command = arguments(world, tmp_path / "out", *flags.format(tmp_path, world).split())
-    command = [sys.executable, "-m", "minibnf.train", *command]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert all(part in done.stderr for part in parts)
+    assert trained(world, tmp_path / "out", flags.format(tmp_path, world)) == 1
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert all(part in error for part in parts)
     assert not (tmp_path / "out").exists()
 
 
