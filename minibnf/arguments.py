@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from minibnf.files.disk import read_json
+from minibnf.files.disk import optional
 from minibnf.files.terminal import ArgumentParser
 from minibnf.losses import LOSSES, Loss
 
@@ -98,10 +98,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def config_of(file: Path) -> dict | None:
     """The config.json that a run wrote; None where there is none, or it is something else's."""
     try:
-        found = read_json(file)
-    except (FileNotFoundError, ValueError):
+        found = optional(file)
+    except ValueError:
         return None
-    return found if isinstance(found, dict) and {"arguments", "facts"} <= set(found) else None
+    return found if {"arguments", "facts"} <= set(found) else None
 
 
 def check_arguments(p: ArgumentParser, args: argparse.Namespace) -> None:

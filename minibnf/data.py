@@ -145,13 +145,12 @@ def _response_ids(tokenizer, prompt, completion, variables: dict) -> list[int]:
 
 def _check_calls(tokenizer, messages: list[dict]):
     """ValueError for a message that only calls a tool, where the template knows no calls."""
-    for message in messages:
-        lost = message.get("tool_calls") and not message.get("content")
-        if lost and not tokenizer.mentions("tool_calls"):
-            raise ValueError(
-                f"a message of '{message['role']}' has no text beside its 'tool_calls', "
-                "which this model's chat template does not read"
-            )
+    lost = [m["role"] for m in messages if m.get("tool_calls") and not m.get("content")]
+    if lost and not tokenizer.mentions("tool_calls"):
+        raise ValueError(
+            f"a message of '{lost[0]}' has no text beside its 'tool_calls', "
+            "which this model's chat template does not read"
+        )
 
 
 @contextmanager

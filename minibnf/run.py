@@ -165,9 +165,8 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
         state = optional(directory / "state.json")
         return state["step"], state["num_tokens"]
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise OSError(
-            f"{directory}: damaged, or cannot be read ({error}); --overwrite starts anew"
-        ) from None
+        said = f"{directory}: damaged or unreadable ({error}); --overwrite starts anew"
+        raise OSError(said) from None
 
 
 def _like(p: Tensor, x: Tensor, name: str) -> Tensor:
@@ -227,8 +226,14 @@ class Log:
         found = dict(zip(names, numbers.tolist(), strict=True))
         loss, norm = found["loss"], found["grad_norm"]
         if not math.isfinite(loss + norm):
-            what = f"loss {loss}, gradient norm {norm}"
-            raise FloatingPointError(not_finite(self.run, row["step"], batches, what))
+            examples = self.run.sets["train"]
+            lines = sorted({examples[i].line for b in batches for i, _ in b.order})
+            raise FloatingPointError(
+                f"stopped at step {row['step']}: loss {loss}, gradient norm {norm}; nothing of it "
+                f"was saved.\nIts batch: {examples[0].unit}s {', '.join(map(str, lines))} of "
+                f"{self.run.args.data}.\nLook at those rows, or start anew (--overwrite) with a "
+                f"lower --lr. What went before: {self.file}"
+            )
         counts = {
             "examples_per_s": sum(b.examples for b in batches),
             "tokens_per_s": sum(b.tokens.numel() for b in batches),
@@ -238,15 +243,6 @@ class Log:
         shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-
-
-def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
-    examples = run.sets["train"]
-    lines = sorted({examples[i].line for b in batches for i, _ in b.order})
-    return f"""stopped at step {step}: {what}; nothing of it was saved.
-Its batch: {examples[0].unit}s {", ".join(map(str, lines))} of {run.args.data}.
-Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: \
-{run.out / "metrics.jsonl"}"""
 
 
 # ------------------------------------------------------------------------------ what it ends with

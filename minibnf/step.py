@@ -102,18 +102,14 @@ def run_batches(
     return torch.stack(values).sum(), torch.cat(sums, 1)
 
 
-@torch.no_grad()
 def kl_estimate(model: Transformer, batches: list[Batch], loss: Loss, dtype) -> Tensor:
     """KTO's reference point z0, a scalar in nats.
 
     max(0, the mean over mismatched responses of how far their log-likelihood has shifted).
     """
-    shifts = []
-    for batch in batches:
-        batch = batch.to(model.unembed.device)
-        logps = batch_logps(model, batch, loss, dtype)
-        shifts.append(batch.responses(logps, None).sums(logps - batch.ref_logps))
-    return torch.cat(shifts).mean().clamp(min=0)
+    hyper = loss.hyper({"kl": 0.0})  # the loss itself is not asked for
+    _, (_, shifts) = run_batches(model, batches, loss, hyper, dtype, backward=False)
+    return shifts.mean().clamp(min=0)
 
 
 def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict[str, Tensor]:

@@ -41,8 +41,8 @@ from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
 from minibnf.model import Transformer, fresh, load, save
-from minibnf.run import Log, Run, begin_folder, check_folder, not_finite
-from minibnf.run import load_training, model_card, save_training, summary, training_curves
+from minibnf.run import Log, Run, begin_folder, check_folder, load_training
+from minibnf.run import model_card, save_training, summary, training_curves
 from minibnf.step import fingerprint, kl_estimate, metrics, run_batches, with_reference
 
 # ------------------------------------------------------------------------------------------- set-up
@@ -75,9 +75,7 @@ def setup(args: argparse.Namespace) -> Run | None:
     longest = max(e.tokens for some in sets.values() for e in some)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
-        raise ValueError(
-            f"--max-tokens {max_tokens} is less than the {longest} tokens of the longest example"
-        )
+        raise ValueError(f"--max-tokens {max_tokens}: the longest example has {longest} tokens")
     pairs = sum(len(e.pairs) for e in examples)
     facts = argparse.Namespace(
         device=str(device),
@@ -170,10 +168,7 @@ def train(run: Run) -> None:
             if at_end or (args.eval_every and step % args.eval_every == 0):
                 evaluate(run, log, step)
             if at_end or step % args.save_every == 0 or interrupted:
-                log.settle()
-                if not all(p.isfinite().all() for p in model.parameters()):
-                    what = "the weights after it are not finite"
-                    raise FloatingPointError(not_finite(run, step, batches, what))
+                log.settle()  # nothing is saved after a gradient that was not finite
                 save_training(run.out, step, tokens, model, optims)
     if step < run.facts.steps:
         print(f"interrupted after step {step} of {run.facts.steps}{', and saved' if step else ''}")

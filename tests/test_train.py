@@ -626,22 +626,6 @@ def test_a_full_disk_is_an_error_for_people(world, tmp_path, monkeypatch, capsys
     assert "model.safetensors cannot be written" in errors and "No space left" in errors
 
 
-def test_weights_that_are_no_longer_finite_are_not_saved(world, tmp_path, monkeypatch, capsys):
-    """A step so large that float32 overflows, on the last step, where no further loss would show
-    it."""
-
-    class Overflow(torch.optim.SGD):
-        def step(self):
-            for p in self.param_groups[0]["params"]:
-                p.data.fill_(float("inf"))
-
-    overflow = lambda model, *_: [Overflow(model.parameters(), lr=1.0)]
-    monkeypatch.setattr("minibnf.train.optimizers", overflow)
-    assert trained(world, tmp_path / "run", "--max-steps 1") == 1
-    assert "the weights after it are not finite" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "model").exists()
-
-
 def test_folders_that_hold_no_run_or_a_damaged_one(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert trained(world, out, "--max-steps 1") == 0
@@ -649,7 +633,7 @@ def test_folders_that_hold_no_run_or_a_damaged_one(world, tmp_path, capsys):
     (checkpoint,) = (out / "checkpoints").iterdir()
     (checkpoint / "model.safetensors").write_bytes(b"junk")
     assert resumed(out) == 1
-    assert f"{checkpoint}: damaged, or" in capsys.readouterr().err
+    assert f"{checkpoint}: damaged or unreadable" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         resumed(tmp_path / "nowhere")
     assert "holds no run to go on with: starting one" in capsys.readouterr().out
@@ -685,7 +669,7 @@ def test_every_option_of_training_does_something(world, tmp_path):
         ("--data {0}/empty.jsonl", ["empty.jsonl, line 3", "field 'rejected' is empty"]),
         ("--model {0}/model", ["model", "tensor 'model.norm.weight' is missing"]),
         ("--data {1}/unpaired.jsonl --loss dpo", ["line 1", "needs pairs", "(one of 48)"]),
-        ("--max-tokens 10", ["--max-tokens 10", "tokens of the longest example"]),
+        ("--max-tokens 10", ["--max-tokens 10", "the longest example has"]),
         ("--loss-args beta=1", ["'bnf'", "no hyper-parameter 'beta'"]),
     ],
 )
