@@ -29,7 +29,7 @@ from minibnf.data import Example, pairs_of, read_examples
 from minibnf.evaluate import wins
 from minibnf.feedback import gini
 from minibnf.files.config import announce_ignored
-from minibnf.files.terminal import in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QA, REASONING, Problem, problems, score
 from minibnf.lab.smallworld import Sample, sampler
@@ -50,13 +50,9 @@ def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
     return wins(scores[:, :, None], base_scores[:, None, :]).mean((1, 2))
 
 
-def prompts_of(asked: list[Problem]) -> list[str]:
-    return [problem.prompt for problem in asked]
-
-
 def scores_of(sample: Sample, asked: list[Problem], n: int, seed: int) -> Tensor:
     """(Q, n): the scores of n answers to every problem."""
-    answers = sample(prompts_of(asked), n, seed)
+    answers = sample([problem.prompt for problem in asked], n, seed)
     scores = [[score(p, text) for text in texts] for p, texts in zip(asked, answers, strict=True)]
     return torch.tensor(scores)
 
@@ -178,7 +174,7 @@ def before_and_after(args: argparse.Namespace) -> None:
         print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}{shown}")
     greedy = [sampler(model, tokenizer, temperature=0) for model in (base, aligned)]
     for what, some in {"questions": exam.questions, "problems": exam.chains}.items():
-        prompts = prompts_of(some)
+        prompts = [problem.prompt for problem in some]
         old, new = (sample(prompts, 1, args.seed) for sample in greedy)
         changed = [row for row in zip(prompts, old, new, strict=True) if row[1] != row[2]]
         first = "; the first:" if changed else ""
@@ -192,7 +188,7 @@ def before_and_after(args: argparse.Namespace) -> None:
 
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser("python -m minibnf.lab.exam", allow_abbrev=False)
+    p = ArgumentParser("python -m minibnf.lab.exam", allow_abbrev=False)
     p.description = "Two models in the small world, before alignment against after."
     a = p.add_argument
     a("--model", required=True, metavar="DIR", help="the model after alignment")
