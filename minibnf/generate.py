@@ -38,7 +38,6 @@ from minibnf.step import fingerprint
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass
-EMPTY = "is empty; generation needs at least one token to start from"
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def generate(
     how = Sampling(**settings)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {i} {EMPTY}")
+            raise ValueError(f"prompt {i} is empty; there must be a token to start from")
     draws = how.uniforms(range(first_row, first_row + len(prompts)))
     outputs: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -67,9 +66,8 @@ def generate(
         waiting, together = waiting[:-rows], waiting[-rows:]
         together.sort(key=lambda i: tuple(prompts[i]))  # equal beginnings side by side
         texts = [tuple(prompts[i]) for i in together]
-        drawn = _generate(model, texts, draws[together], how)
-        for i, new in zip(together, drawn, strict=True):
-            outputs[i] = new
+        for i, token in _generate(model, texts, draws[together], how):
+            outputs[together[i]].append(token)
     return outputs
 
 
@@ -79,31 +77,31 @@ def _rows_that_fit(model: Transformer, capacity: int) -> int:
     return max(1, CACHE_BYTES // (numbers * model.unembed.element_size()))
 
 
-def _generate(model, prompts: list[tuple], draws: Tensor, how: Sampling) -> list[list[int]]:
-    """The new tokens of each of the sorted prompts; draws (B, most new tokens), one per token.
+@torch.no_grad()
+def _generate(model, prompts: list[tuple], draws: Tensor, how: Sampling) -> Iterator:
+    """Yields (which of the sorted prompts, its next token); draws (B, most new tokens), one each.
 
     Each step waits for the device once, to see which texts ended.
     """
     device, room, stop_ids = model.unembed.device, how.max_new_tokens, set(how.stop_ids)
     cache, logits = _prefill(model, prompts, room)
-    draws, outputs = to_device(draws, device), [[] for _ in prompts]
+    draws = to_device(draws, device)
     alive = list(range(len(prompts)))  # the prompt that each row of the cache continues
     for step in range(room):
         new = how.choose(logits, draws[:, step])
         going = []
         for row, (i, token) in enumerate(zip(alive, new.tolist(), strict=True)):
-            outputs[i].append(token)
+            yield i, token
             if token not in stop_ids:
                 going.append(row)
         if not going or step + 1 == room:
-            break
+            return
         if len(going) < len(alive):
             order = cache.keep(going)
             alive = [alive[row] for row in order]
             rows = to_device(torch.tensor(order), device)
             new, draws = new[rows], draws[rows]
         logits = model(new[:, None], cache.length[:, None], cache=cache)[:, 0]
-    return outputs
 
 
 def _prefill(model: Transformer, prompts: list[tuple], room: int) -> tuple[Cache, Tensor]:
@@ -166,48 +164,11 @@ def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple]) -> T
     return logits[which]
 
 
-class Reader:
-    """One growing text read through a cache: `logits` reads only what is new in it. For chat."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.ids = model, []
-        self.cache = Cache(model.config, 1, 0, model.unembed)
-
-    @torch.no_grad()
-    def logits(self, ids: list[int]) -> Tensor:
-        """(1, V): of the token after ids, which may also go back on what was read before."""
-        if not ids:
-            raise ValueError(f"the prompt {EMPTY}")
-        model, device = self.model, self.model.unembed.device
-        limit = min(len(self.ids), len(ids) - 1)
-        n = next((k for k in range(limit) if self.ids[k] != ids[k]), limit)  # to keep
-        if self.cache.capacity < len(ids):
-            longer = Cache(model.config, 1, 2 * len(ids), model.unembed)
-            read = zip(self.cache.keys, self.cache.values, strict=True)
-            longer.fill(0, torch.arange(n, device=device)[None], read)
-            self.cache = longer
-        self.cache.set_lengths([n])
-        self.ids = ids[:n]  # what holds if this is interrupted
-        logits = model(
-            torch.tensor([ids[n:]], device=device),
-            torch.arange(n, len(ids), device=device)[None],
-            cache=self.cache,
-            head=lambda x, unembed: model.logits(x[:, -1], unembed),
-        )
-        self.ids = list(ids)
-        return logits
-
-
-def stream(reader: Reader, prompt: list[int], *, row: int = 0, **settings) -> Iterator[int]:
+def stream(model: Transformer, prompt: list[int], *, row: int = 0, **settings) -> Iterator[int]:
     """Yields new ids one by one: what generate() returns for a prompt that is its row `row`."""
-    how, ids = Sampling(**settings), list(prompt)
-    for u in how.uniforms([row])[0]:
-        logits = reader.logits(ids)
-        token = int(how.choose(logits, u[None].to(logits.device)))
+    how = Sampling(**settings)
+    for _, token in _generate(model, [tuple(prompt)], how.uniforms([row]), how):
         yield token
-        if token in how.stop_ids:
-            return
-        ids.append(token)
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -127,10 +127,6 @@ def run_job(folder: Path, job: dict) -> None:
     shutil.rmtree(out)
 
 
-def rounded(x: float) -> float | None:
-    return float(f"{x:.5g}") if x == x else None
-
-
 def examples_of(spec: dict, file: Path) -> list[Example]:
     context = read_config(spec["base"])[0].max_position_embeddings
     return read_examples(file, load_tokenizer(spec["base"]), context)[0]
@@ -148,10 +144,15 @@ def examination(folder: Path, name: str, split: str) -> tuple[Callable, dict]:
         if asked := given.get("solutions"):
             scanned = islice(scan_rows(asked["file"]), asked["count"])
             solutions = tokenised(scanned, tokenizer, "likelihood")
-        measure = partial(on_files, base=held_out(base, examples), solutions=solutions)
+        held = held_out(base, examples)
+        measure = partial(on_files, examples=examples, base=held, solutions=solutions)
 
     def examine(model: Transformer) -> dict[str, list]:
-        return {k: [rounded(x) for x in pair] for k, pair in measure(model).items()}
+        """Rounded; null stands for nan."""
+        return {
+            name: [float(f"{x:.5g}") if x == x else None for x in pair]
+            for name, pair in measure(model).items()
+        }
 
     return examine, examine(base)
 
