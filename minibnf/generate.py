@@ -174,27 +174,31 @@ def stream(model: Transformer, prompt: list[int], *, row: int = 0, **settings) -
 # ------------------------------------------------------------------------------------ the command
 
 
-def read_prompts(
-    path, tokenizer, chat: bool, context: int, max_new_tokens: int, notes: Notes
-) -> list[tuple[int, dict, list[int]]]:
-    """(line, what was given, token ids) of every row; notes gathers what a person should know.
+def read_prompts(path, tokenizer, chat: bool, notes: Notes) -> list[tuple[Place, dict, list[int]]]:
+    """(place, what was given, token ids) of every row; notes gathers what a person should know.
 
     What was given: "prompt", and "system", "tools", "chat_template_kwargs" where the row has them.
     ValueError lists the bad rows, each with its place and field.
     """
 
-    def read(row: dict, place: Place) -> tuple[int, dict, list[int]]:
+    def read(row: dict, place: Place) -> tuple[Place, dict, list[int]]:
         record = parse_prompt(row, place, chat)
         notes.add(record, place, tokenizer)
         ids = encode_prompt(tokenizer, record.prompt, place, record.variables)
-        if len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"{place}: the prompt has {len(ids)} tokens; with {max_new_tokens} new ones, more "
-                f"than the {context} that the model reads: shorten it or lower --max-new-tokens"
-            )
-        return place.number, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
+        return place, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
 
     return each_row(scan_rows(path), read)
+
+
+def room_for(wanted: int | None, prompts: list[tuple], context: int) -> int:
+    """How many new tokens are made at most. ValueError where the longest prompt leaves no room."""
+    place, _, longest = max(prompts, key=lambda prompt: len(prompt[2]))
+    if len(longest) + (wanted or 1) > context:
+        raise ValueError(
+            f"{place}: the prompt has {len(longest)} tokens; with {wanted or 1} new ones, more "
+            f"than the {context} that the model reads: shorten it or lower --max-new-tokens"
+        )
+    return wanted or min(MAX_NEW_TOKENS, context - len(longest))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -240,34 +244,31 @@ def dtype_name(model: Transformer) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    least = 1 if args.max_new_tokens is None else args.max_new_tokens
-    Sampling(**settings_of(args) | {"max_new_tokens": least})  # raises for an impossible one
+    Sampling(**settings_of(args) | {"max_new_tokens": 1})  # raises for an impossible setting
     out, settings_file = Path(args.out), Path(f"{args.out}.settings.json")
-    inputs = [Path(args.data), Path(args.model)]
-    check_output(out, inputs)
-    check_output(settings_file, inputs)
+    for file in (out, settings_file):
+        check_output(file, [Path(args.data), Path(args.model)])
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
     before = read_json(settings_file) if args.resume and out.exists() else None
     tokenizer, model = load_tokenizer(args.model), load_on(args.model, args.device, args.dtype)
     if before:  # a template may have put the date of the first run into the prompts
         tokenizer.now = datetime.fromisoformat(before["now"])
-    context, notes = model.config.max_position_embeddings, Notes()
-    prompts = read_prompts(args.data, tokenizer, args.chat, context, least, notes)
-    if args.max_new_tokens is None:
-        longest = max(len(ids) for _, _, ids in prompts)
-        args.max_new_tokens = min(MAX_NEW_TOKENS, context - longest)
+    notes = Notes()
+    prompts = read_prompts(args.data, tokenizer, args.chat, notes)
     for note in notes.lines():
         print(note)
+    context = model.config.max_position_embeddings
+    args.max_new_tokens = room_for(args.max_new_tokens, prompts, context)
     settings = all_settings(args, model, tokenizer, prompts)
     if not before:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("")  # first: rows of other settings must not be taken for rows of these
         write_json(settings_file, settings)
-    elif different := [name for name, now in settings.items() if before.get(name) != now]:
-        name = different[0]
-        was, now = before.get(name), settings[name]
-        raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
+        before = settings
+    for name, now in settings.items():
+        if (was := before.get(name)) != now:
+            raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
     done = keep_batches(out, args.batch_size)
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     write_completions(args, model, tokenizer, wanted, done)
@@ -277,11 +278,9 @@ def run(args: argparse.Namespace) -> None:
 
 def all_settings(args, model, tokenizer, prompts) -> dict:
     """All that the completions depend on."""
+    places = ("model", "data", "out", "resume", "overwrite", "device")
     ids = json.dumps([ids for _, _, ids in prompts])
-    return settings_of(args) | {
-        "chat": args.chat,
-        "samples": args.samples,
-        "batch_size": args.batch_size,
+    return {name: value for name, value in vars(args).items() if name not in places} | {
         "model_sha256": fingerprint(model),
         "dtype": dtype_name(model),
         "prompts_sha256": hashlib.sha256(ids.encode()).hexdigest(),
@@ -304,7 +303,7 @@ def text_of(tokenizer, new: list[int]) -> str:
 
 
 def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) -> None:
-    """Append the rows from `done` on of wanted, (line, given, ids, sample), batch by batch."""
+    """Append the rows from `done` on of wanted, (place, given, ids, sample), batch by batch."""
     how = settings_of(args)
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
     with (
@@ -314,12 +313,13 @@ def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) ->
         for at in range(done, len(wanted), args.batch_size):
             batch = wanted[at : at + args.batch_size]
             drawn = generate(model, [ids for _, _, ids, _ in batch], first_row=at, **how)
-            for (line, given, _, k), new in zip(batch, drawn, strict=True):
+            for (place, given, _, k), new in zip(batch, drawn, strict=True):
                 answer = text_of(tokenizer, new)
                 if not isinstance(given["prompt"], str):
                     answer = [{"role": "assistant", "content": answer}]
                 finish = "stop" if new[-1] in tokenizer.end_ids else "length"
-                row = {"line": line, "sample": k, **given, "completion": answer, "finish": finish}
+                row = {"line": place.number, "sample": k, **given}
+                row |= {"completion": answer, "finish": finish}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
             bar.update(len(batch))

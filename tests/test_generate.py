@@ -296,14 +296,15 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(questions, tmp_path, ca
 
 def test_a_text_is_continued_as_it_stands_unless_asked_as_a_message(questions, tmp_path):
     tokenizer = load_tokenizer("weights/tiny")
-    read = module.read_prompts(questions, tokenizer, False, 1024, 8, Notes())
-    assert read[0] == (1, CHATS[0], tokenizer.encode(CHATS[0]["prompt"]))
+    read = module.read_prompts(questions, tokenizer, False, Notes())
+    assert read[0][1:] == (CHATS[0], tokenizer.encode(CHATS[0]["prompt"]))
     asked = [{"role": "user", "content": CHATS[0]["prompt"]}]
-    as_chat = module.read_prompts(questions, tokenizer, True, 1024, 8, Notes())
+    as_chat = module.read_prompts(questions, tokenizer, True, Notes())
     assert as_chat[0][2] == tokenizer.encode_chat(asked, add_generation_prompt=True)
     packed = tmp_path / "q.jsonl.gz"
     packed.write_bytes(gzip.compress(questions.read_bytes()))
-    assert module.read_prompts(packed, tokenizer, True, 1024, 8, Notes()) == as_chat
+    unpacked = module.read_prompts(packed, tokenizer, True, Notes())
+    assert [row[1:] for row in unpacked] == [row[1:] for row in as_chat]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 5, 6])
@@ -371,7 +372,7 @@ def test_the_file_holds_what_one_call_of_generate_gives(questions, tmp_path):
     flags = "--temperature 1.3 --top-k 7 --top-p 0.8 --seed 5 --samples 3 --batch-size 2"
     assert command(questions, out, "--chat", *flags.split()) == 0
     model, tokenizer = load("weights/tiny"), load_tokenizer("weights/tiny")
-    read = module.read_prompts(questions, tokenizer, True, 256, 30, Notes())
+    read = module.read_prompts(questions, tokenizer, True, Notes())
     prompts = [ids for _, _, ids in read for _ in range(3)]
     how = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 7, "top_p": 0.8, "seed": 5}
     expected = generate(model, prompts, stop_ids=tokenizer.end_ids, **how)
