@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from minibnf.files.terminal import ArgumentParser, in_one_line, printable
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.generate import Reader, load_on, stream
+from minibnf.generate import load_on, stream
 from minibnf.machine import memory_advice
 from minibnf.sampling import Sampling, add_sampling, settings_of
 
@@ -36,7 +36,7 @@ class Side:
 
     def reset(self) -> None:
         self.history = [{"role": "system", "content": self.args.system}] if self.args.system else []
-        self.reader, self.turn = Reader(self.model), 0
+        self.turn = 0
 
     def encode(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -59,7 +59,7 @@ class Side:
         drawn, said = [], ""
 
         def until_the_end() -> Iterator[int]:
-            for token in stream(self.reader, ids, **how):
+            for token in stream(self.model, ids, **how):
                 drawn.append(token)
                 if token not in ends:
                     yield token

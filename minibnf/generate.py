@@ -38,7 +38,6 @@ from minibnf.step import fingerprint
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass
-EMPTY = "is empty; generation needs at least one token to start from"
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def generate(
     how = Sampling(**settings)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {i} {EMPTY}")
+            raise ValueError(f"prompt {i} is empty; there must be a token to start from")
     draws = how.uniforms(range(first_row, first_row + len(prompts)))
     outputs: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -67,9 +66,8 @@ def generate(
         waiting, together = waiting[:-rows], waiting[-rows:]
         together.sort(key=lambda i: tuple(prompts[i]))  # equal beginnings side by side
         texts = [tuple(prompts[i]) for i in together]
-        drawn = _generate(model, texts, draws[together], how)
-        for i, new in zip(together, drawn, strict=True):
-            outputs[i] = new
+        for i, token in _generate(model, texts, draws[together], how):
+            outputs[together[i]].append(token)
     return outputs
 
 
@@ -79,31 +77,31 @@ def _rows_that_fit(model: Transformer, capacity: int) -> int:
     return max(1, CACHE_BYTES // (numbers * model.unembed.element_size()))
 
 
-def _generate(model, prompts: list[tuple], draws: Tensor, how: Sampling) -> list[list[int]]:
-    """The new tokens of each of the sorted prompts; draws (B, most new tokens), one per token.
+@torch.no_grad()
+def _generate(model, prompts: list[tuple], draws: Tensor, how: Sampling) -> Iterator:
+    """Yields (which of the sorted prompts, its next token); draws (B, most new tokens), one each.
 
     Each step waits for the device once, to see which texts ended.
     """
     device, room, stop_ids = model.unembed.device, how.max_new_tokens, set(how.stop_ids)
     cache, logits = _prefill(model, prompts, room)
-    draws, outputs = to_device(draws, device), [[] for _ in prompts]
+    draws = to_device(draws, device)
     alive = list(range(len(prompts)))  # the prompt that each row of the cache continues
     for step in range(room):
         new = how.choose(logits, draws[:, step])
         going = []
         for row, (i, token) in enumerate(zip(alive, new.tolist(), strict=True)):
-            outputs[i].append(token)
+            yield i, token
             if token not in stop_ids:
                 going.append(row)
         if not going or step + 1 == room:
-            break
+            return
         if len(going) < len(alive):
             order = cache.keep(going)
             alive = [alive[row] for row in order]
             rows = to_device(torch.tensor(order), device)
             new, draws = new[rows], draws[rows]
         logits = model(new[:, None], cache.length[:, None], cache=cache)[:, 0]
-    return outputs
 
 
 def _prefill(model: Transformer, prompts: list[tuple], room: int) -> tuple[Cache, Tensor]:
@@ -166,74 +164,41 @@ def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple]) -> T
     return logits[which]
 
 
-class Reader:
-    """One growing text read through a cache: `logits` reads only what is new in it. For chat."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.ids = model, []
-        self.cache = Cache(model.config, 1, 0, model.unembed)
-
-    @torch.no_grad()
-    def logits(self, ids: list[int]) -> Tensor:
-        """(1, V): of the token after ids, which may also go back on what was read before."""
-        if not ids:
-            raise ValueError(f"the prompt {EMPTY}")
-        model, device = self.model, self.model.unembed.device
-        limit = min(len(self.ids), len(ids) - 1)
-        n = next((k for k in range(limit) if self.ids[k] != ids[k]), limit)  # to keep
-        if self.cache.capacity < len(ids):
-            longer = Cache(model.config, 1, 2 * len(ids), model.unembed)
-            read = zip(self.cache.keys, self.cache.values, strict=True)
-            longer.fill(0, torch.arange(n, device=device)[None], read)
-            self.cache = longer
-        self.cache.set_lengths([n])
-        self.ids = ids[:n]  # what holds if this is interrupted
-        logits = model(
-            torch.tensor([ids[n:]], device=device),
-            torch.arange(n, len(ids), device=device)[None],
-            cache=self.cache,
-            head=lambda x, unembed: model.logits(x[:, -1], unembed),
-        )
-        self.ids = list(ids)
-        return logits
-
-
-def stream(reader: Reader, prompt: list[int], *, row: int = 0, **settings) -> Iterator[int]:
+def stream(model: Transformer, prompt: list[int], *, row: int = 0, **settings) -> Iterator[int]:
     """Yields new ids one by one: what generate() returns for a prompt that is its row `row`."""
-    how, ids = Sampling(**settings), list(prompt)
-    for u in how.uniforms([row])[0]:
-        logits = reader.logits(ids)
-        token = int(how.choose(logits, u[None].to(logits.device)))
+    how = Sampling(**settings)
+    for _, token in _generate(model, [tuple(prompt)], how.uniforms([row]), how):
         yield token
-        if token in how.stop_ids:
-            return
-        ids.append(token)
 
 
 # ------------------------------------------------------------------------------------ the command
 
 
-def read_prompts(
-    path, tokenizer, chat: bool, context: int, max_new_tokens: int, notes: Notes
-) -> list[tuple[int, dict, list[int]]]:
-    """(line, what was given, token ids) of every row; notes gathers what a person should know.
+def read_prompts(path, tokenizer, chat: bool, notes: Notes) -> list[tuple[Place, dict, list[int]]]:
+    """(place, what was given, token ids) of every row; notes gathers what a person should know.
 
     What was given: "prompt", and "system", "tools", "chat_template_kwargs" where the row has them.
     ValueError lists the bad rows, each with its place and field.
     """
 
-    def read(row: dict, place: Place) -> tuple[int, dict, list[int]]:
+    def read(row: dict, place: Place) -> tuple[Place, dict, list[int]]:
         record = parse_prompt(row, place, chat)
         notes.add(record, place, tokenizer)
         ids = encode_prompt(tokenizer, record.prompt, place, record.variables)
-        if len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"{place}: the prompt has {len(ids)} tokens; with {max_new_tokens} new ones, more "
-                f"than the {context} that the model reads: shorten it or lower --max-new-tokens"
-            )
-        return place.number, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
+        return place, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
 
     return each_row(scan_rows(path), read)
+
+
+def room_for(wanted: int | None, prompts: list[tuple], context: int) -> int:
+    """How many new tokens are made at most. ValueError where the longest prompt leaves no room."""
+    place, _, longest = max(prompts, key=lambda prompt: len(prompt[2]))
+    if len(longest) + (wanted or 1) > context:
+        raise ValueError(
+            f"{place}: the prompt has {len(longest)} tokens; with {wanted or 1} new ones, more "
+            f"than the {context} that the model reads: shorten it or lower --max-new-tokens"
+        )
+    return wanted or min(MAX_NEW_TOKENS, context - len(longest))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -279,34 +244,31 @@ def dtype_name(model: Transformer) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    least = 1 if args.max_new_tokens is None else args.max_new_tokens
-    Sampling(**settings_of(args) | {"max_new_tokens": least})  # raises for an impossible one
+    Sampling(**settings_of(args) | {"max_new_tokens": 1})  # raises for an impossible setting
     out, settings_file = Path(args.out), Path(f"{args.out}.settings.json")
-    inputs = [Path(args.data), Path(args.model)]
-    check_output(out, inputs)
-    check_output(settings_file, inputs)
+    for file in (out, settings_file):
+        check_output(file, [Path(args.data), Path(args.model)])
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
     before = read_json(settings_file) if args.resume and out.exists() else None
     tokenizer, model = load_tokenizer(args.model), load_on(args.model, args.device, args.dtype)
     if before:  # a template may have put the date of the first run into the prompts
         tokenizer.now = datetime.fromisoformat(before["now"])
-    context, notes = model.config.max_position_embeddings, Notes()
-    prompts = read_prompts(args.data, tokenizer, args.chat, context, least, notes)
-    if args.max_new_tokens is None:
-        longest = max(len(ids) for _, _, ids in prompts)
-        args.max_new_tokens = min(MAX_NEW_TOKENS, context - longest)
+    notes = Notes()
+    prompts = read_prompts(args.data, tokenizer, args.chat, notes)
     for note in notes.lines():
         print(note)
+    context = model.config.max_position_embeddings
+    args.max_new_tokens = room_for(args.max_new_tokens, prompts, context)
     settings = all_settings(args, model, tokenizer, prompts)
     if not before:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("")  # first: rows of other settings must not be taken for rows of these
         write_json(settings_file, settings)
-    elif different := [name for name, now in settings.items() if before.get(name) != now]:
-        name = different[0]
-        was, now = before.get(name), settings[name]
-        raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
+        before = settings
+    for name, now in settings.items():
+        if (was := before.get(name)) != now:
+            raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
     done = keep_batches(out, args.batch_size)
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     write_completions(args, model, tokenizer, wanted, done)
@@ -316,11 +278,9 @@ def run(args: argparse.Namespace) -> None:
 
 def all_settings(args, model, tokenizer, prompts) -> dict:
     """All that the completions depend on."""
+    places = ("model", "data", "out", "resume", "overwrite", "device")
     ids = json.dumps([ids for _, _, ids in prompts])
-    return settings_of(args) | {
-        "chat": args.chat,
-        "samples": args.samples,
-        "batch_size": args.batch_size,
+    return {name: value for name, value in vars(args).items() if name not in places} | {
         "model_sha256": fingerprint(model),
         "dtype": dtype_name(model),
         "prompts_sha256": hashlib.sha256(ids.encode()).hexdigest(),
@@ -343,7 +303,7 @@ def text_of(tokenizer, new: list[int]) -> str:
 
 
 def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) -> None:
-    """Append the rows from `done` on of wanted, (line, given, ids, sample), batch by batch."""
+    """Append the rows from `done` on of wanted, (place, given, ids, sample), batch by batch."""
     how = settings_of(args)
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
     with (
@@ -353,12 +313,13 @@ def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) ->
         for at in range(done, len(wanted), args.batch_size):
             batch = wanted[at : at + args.batch_size]
             drawn = generate(model, [ids for _, _, ids, _ in batch], first_row=at, **how)
-            for (line, given, _, k), new in zip(batch, drawn, strict=True):
+            for (place, given, _, k), new in zip(batch, drawn, strict=True):
                 answer = text_of(tokenizer, new)
                 if not isinstance(given["prompt"], str):
                     answer = [{"role": "assistant", "content": answer}]
                 finish = "stop" if new[-1] in tokenizer.end_ids else "length"
-                row = {"line": line, "sample": k, **given, "completion": answer, "finish": finish}
+                row = {"line": place.number, "sample": k, **given}
+                row |= {"completion": answer, "finish": finish}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
             bar.update(len(batch))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minibnf.files.terminal import positive
 from minibnf.machine import DTYPES
 
 MAX_NEW_TOKENS = 256  # by default
@@ -22,7 +23,7 @@ def add_sampling(
     auto = "bfloat16 where the device has matrix units for it and the model over 20 M parameters"
     default = max_new_tokens or f"{MAX_NEW_TOKENS}, less where the longest prompt leaves less room"
     # fmt: off
-    a("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+    a("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
       help=f"at most; default {default}")
     a("--temperature", type=float, default=temperature, metavar="T",
       help=f"0: always the most probable token; default {temperature:g}")

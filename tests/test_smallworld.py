@@ -82,7 +82,7 @@ def test_chains_follow_from_column_to_column():
 @a_few
 def test_reasoning_is_scored_by_what_follows_the_last_answer(family, seed):
     problem = language.problems([family], "train", 1, seed)[0]
-    truth = language.final(problem.answer)
+    truth = problem.answer.rpartition("Answer: ")[2]
     right = [problem.answer, f"Answer: {truth}", f"Answer: 0{truth}. Answer: {truth}"]
     assert {language.score(problem, text) for text in right} == {1}
     wrong = ["", truth, f"answer: {truth}", f"Answer: {truth}.", f"Answer: 0{truth}"]

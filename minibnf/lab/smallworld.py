@@ -23,7 +23,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from minibnf.files.disk import inside, write_json, write_text
-from minibnf.files.terminal import in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate, text_of
 from minibnf.lab.language import (
@@ -220,7 +220,7 @@ def write_base(directory: str | Path, seed: int = 0) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    top = argparse.ArgumentParser("python -m minibnf.lab.smallworld")
+    top = ArgumentParser("python -m minibnf.lab.smallworld")
     top.description = "Make the small world's files."
     commands = top.add_subparsers(dest="command", required=True)
     # fmt: off

@@ -6,12 +6,11 @@ claim says least, half or most, figures are compared as they are.
 """
 
 import math
-from collections.abc import Callable
 from statistics import mean, median
 
 from minibnf.lab import tables
 from minibnf.lab.plan import customary, select, with_setting
-from minibnf.lab.tables import TOLERANCE, figure, rivals, row, show
+from minibnf.lab.tables import TOLERANCE, figure, markdown, rivals, show
 
 REPRODUCED, NOT = "reproduced", "not reproduced"
 CUSTOMARY = "reproduced only when rivals keep their customary hyper-parameters"
@@ -26,22 +25,9 @@ def either(at_best: bool, at_customary: bool) -> str:
     return REPRODUCED if at_best else CUSTOMARY if at_customary else NOT
 
 
-# ---- The claims, each with its rule: (results, names of sets) -> (verdict, numbers) ----
-
-CLAIMS = []  # (claim, rule, needs)
+# ---- The rules of the claims: (results, names of sets) -> (verdict, numbers) ----
 
 
-def claim(text: str, **needs: list[str]) -> Callable:
-    """Makes a function the rule of a claim; needs: {set: methods that it judges}."""
-
-    def register(rule: Callable) -> Callable:
-        CLAIMS.append((text, rule, needs))
-        return rule
-
-    return register
-
-
-@claim("aligns as well as the best method on QA", qa=["bnf"])
 def aligns(results: dict, qa: str) -> tuple[str, str]:
     def best_rival(which: str) -> tuple[tuple[float, float], str]:
         return max((figure(results, qa, m, which, "win_rate"), m) for m in rivals(results, qa))
@@ -55,7 +41,6 @@ def aligns(results: dict, qa: str) -> tuple[str, str]:
     return either(within(mine, top), within(mine, usual)), numbers
 
 
-@claim("costs far less reasoning: at most half of what rivals lose", qa=["bnf"])
 def costs(results: dict, qa: str) -> tuple[str, str]:
     base = select(results["runs"], set=qa, split="test")[0]["base"]["accuracy"][0]
 
@@ -74,7 +59,6 @@ def costs(results: dict, qa: str) -> tuple[str, str]:
     return either(at_best, at_customary), numbers
 
 
-@claim("works on unpaired data: gains, and no less than KTO", qa=["bnf"], unpaired=["bnf", "kto"])
 def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
     mine = figure(results, lone, "bnf", "best", "win_rate")
     paired = figure(results, qa, "bnf", "best", "win_rate")
@@ -88,7 +72,6 @@ def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
     return REPRODUCED if gains and within(mine, kto) else NOT, numbers
 
 
-@claim("is stable on mathematical pairs, where its rivals are not", math=["bnf"])
 def stable(results: dict, maths: str) -> tuple[str, str]:
     """By the share of settings, of learning rates that all tried, that keep the base's reasoning.
 
@@ -121,7 +104,6 @@ def stable(results: dict, maths: str) -> tuple[str, str]:
     return either(at_best, at_customary), numbers
 
 
-@claim("shifts likelihoods least, and its logit shifts are the least concentrated", qa=["bnf"])
 def shifts(results: dict, qa: str) -> tuple[str, str]:
     def best(method: str, what: str) -> float:
         return figure(results, qa, method, "best", what)[0]
@@ -141,7 +123,6 @@ def shifts(results: dict, qa: str) -> tuple[str, str]:
     return REPRODUCED if both else NOT, numbers
 
 
-@claim("needs no tuning beyond what fine-tuning needs", qa=["bnf", "nll"])
 def tuning(results: dict, qa: str) -> tuple[str, str]:
     def decades(method: str) -> float:
         usual = customary(results["spec"], method)
@@ -158,11 +139,6 @@ def tuning(results: dict, qa: str) -> tuple[str, str]:
     return REPRODUCED if bnf >= nll else NOT, numbers
 
 
-@claim(
-    "(not the paper's: rbnf matches the best of DPO's sweep)",
-    qa=["bnf", "rbnf", "dpo"],
-    math=["bnf", "rbnf", "dpo"],
-)
 def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
     """rbnf against the best of DPO's sweep: win rate on QA, reasoning on mathematical pairs."""
     texts, as_good = [], []
@@ -173,6 +149,21 @@ def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
         texts.append(f"{tables.NAMES[what]} on {name}: {shown}")
     return REPRODUCED if all(as_good) else NOT, "; ".join(texts)
 
+
+# fmt: off
+CLAIMS = [  # a claim, its rule, and the methods that it judges on each set
+    ("aligns as well as the best method on QA", aligns, {"qa": ["bnf"]}),
+    ("costs far less reasoning: at most half of what rivals lose", costs, {"qa": ["bnf"]}),
+    ("works on unpaired data: gains, and no less than KTO",
+     unpaired, {"qa": ["bnf"], "unpaired": ["bnf", "kto"]}),
+    ("is stable on mathematical pairs, where its rivals are not", stable, {"math": ["bnf"]}),
+    ("shifts likelihoods least, and its logit shifts are the least concentrated",
+     shifts, {"qa": ["bnf"]}),
+    ("needs no tuning beyond what fine-tuning needs", tuning, {"qa": ["bnf", "nll"]}),
+    ("(not the paper's: rbnf matches the best of DPO's sweep)",
+     retrieval, {"qa": ["bnf", "rbnf", "dpo"], "math": ["bnf", "rbnf", "dpo"]}),
+]
+# fmt: on
 
 # ---- The report ----
 
@@ -188,8 +179,7 @@ def verdicts(results: dict) -> list[tuple[str, str, str]]:
 
 
 def verdict_table(results: dict) -> str:
-    lines = ["| BNF … | here | numbers |", "|---|---|---|"]
-    return "\n".join(lines + [row(line) for line in verdicts(results)])
+    return markdown(["BNF …", "here", "numbers"], verdicts(results))
 
 
 def report(results: dict) -> str:
@@ -197,18 +187,16 @@ def report(results: dict) -> str:
     parts, spec = [], results["spec"]
     for name in spec["on"]:
         parts += [f"## {name}", tables.table(results, name)]
-    small = [name for name in spec["on"] if "kind" in spec["sets"][name]]
-    if not small:
-        return "\n\n".join(parts)
-    for name in small:
-        if {"bnf", "bnf own"} <= set(spec["on"][name]):
+    for name, methods in spec["on"].items():
+        if {"bnf", "bnf own"} <= set(methods):
             parts += [f"## What BNF is divided by, {name}", tables.lengths(results, name)]
     if any("dpo lr 1e-4" in methods for methods in spec["on"].values()):
         parts += ["## DPO's β and the length of responses", tables.beta_and_length(results)]
-    parts += ["## Is a low Gini good?"]
-    for name in small:
-        rho, count = tables.concentration(results, name)
-        parts.append(
-            f"{name}: rank correlation of Gini and reasoning lost over {count} runs: {rho:+.2f}"
-        )
-    return "\n\n".join([*parts, "## Verdicts", verdict_table(results)])
+    if small := [name for name in spec["on"] if "kind" in spec["sets"][name]]:
+        parts.append("## Is a low Gini good?")
+        for name in small:
+            rho, count = tables.concentration(results, name)
+            said = "rank correlation of Gini and reasoning lost"
+            parts.append(f"{name}: {said} over {count} runs: {rho:+.2f}")
+        parts += ["## Verdicts", verdict_table(results)]
+    return "\n\n".join(parts)
