@@ -4,7 +4,6 @@ padded computation."""
 import json
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -292,13 +291,3 @@ def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny,
         torch.testing.assert_close(
             p.grad, g, rtol=1e-9, atol=1e-9 * float(scale), msg=lambda m, name=name: f"{name}: {m}"
         )
-
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the development data ../shared/data is not here")
-@pytest.mark.parametrize("name, rows", [("helpful", 800), ("gsm8k_pairs", 531)])
-def test_real_data_reads_whole(name, rows):
-    found, counts = read_examples(SHARED / name / "train.jsonl", Letters(), 10**6)
-    assert len(found) == rows and not counts

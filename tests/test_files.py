@@ -39,10 +39,14 @@ def place(folder, names):
         (folder / name).write_text(name)
 
 
+OTHERS = ["notes.txt", "figures/mine.svg", "models/x", "reference.txt"]
+
+
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """The folder of a run of three steps."""
+    """The folder of a run of three steps, which held other files before."""
     out = tmp_path_factory.mktemp("finished") / "run"
+    place(out, OTHERS)
     flags = ["--eval-data", world / "held-out.jsonl", "--loss", "kto", "--max-steps", 3, *CPU]
     assert main(arguments(world, out, "--lr", 1e-3, *flags)) == 0
     return out
@@ -55,15 +59,6 @@ def run(finished, tmp_path):
 
 
 # ---------------------------------------------------------------------------- --out of the trainer
-
-
-def test_a_folder_of_other_files_is_written_into_and_keeps_them(world, tmp_path):
-    out, names = tmp_path / "run", ["notes.txt", "figures/mine.svg", "models/x", "reference.txt"]
-    place(out, names)
-    for more in ([], ["--overwrite"]):
-        assert main(arguments(world, out, "--max-steps", 1, *CPU, *more)) == 0
-        assert {name: contents(out)[name] for name in names} == {n: n.encode() for n in names}
-        assert logged(out)[-1]["step"] == 1
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
@@ -108,8 +103,8 @@ def test_an_input_within_out_is_refused(world, tmp_path, run, capsys, flag, link
 
 
 def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(world, run):
-    kept = ["notes.txt", "figures/mine.svg", "checkpoints/notes.txt", "checkpoints/step-2-good/x"]
-    place(run, [*kept, ".model.tmp/x", "checkpoints/.step-0000009.tmp/x"])
+    kept = [*OTHERS, "checkpoints/notes.txt", "checkpoints/step-2-good/x"]
+    place(run, [*kept[4:], ".model.tmp/x", "checkpoints/.step-0000009.tmp/x"])
     flags = ["--max-steps", 2, "--save-every", 1, "--overwrite", *CPU]
     assert main(arguments(world, run, *flags)) == 0
     config = json.loads((run / "config.json").read_text())
@@ -117,8 +112,9 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(world, run):
     step = "checkpoints/step-0000002/"
     made = {"config.json", "metrics.jsonl", "reference-train.safetensors", "figures/training.png"}
     made |= {step + x for x in ("model.safetensors", "optimizer-0.safetensors", "state.json")}
-    found = {name for name in contents(run) if not name.startswith("model/")}
-    assert found == made | set(kept)
+    found = {name: x for name, x in contents(run).items() if not name.startswith("model/")}
+    assert found.keys() == made | set(kept)
+    assert all(found[name] == name.encode() for name in kept)
     assert main(["--resume", "--out", str(run)]) == 0
 
 

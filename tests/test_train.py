@@ -535,17 +535,6 @@ def test_a_closing_token_that_other_programs_do_not_stop_at_is_told(world, tmp_p
     assert len(warnings) == 1 and "closes turns with <|end|> (2)" in warnings[0]
 
 
-def test_killed_while_the_model_is_written_resumes_from_the_last_step(world, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    monkeypatch.setattr("minibnf.train.finish", lambda run: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        trained(world, out)
-    monkeypatch.undo()
-    assert trained(world, tmp_path / "whole") == 0
-    assert resumed(out) == 0
-    assert same(weights(out), weights(tmp_path / "whole"))
-
-
 # ---------------------------------------------------------------------------------- what goes wrong
 
 
