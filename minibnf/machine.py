@@ -1,5 +1,6 @@
 """The machine: which device, which numbers to compute in, and what to say when memory runs out."""
 
+import re
 from contextlib import contextmanager
 
 import torch
@@ -37,10 +38,10 @@ def to_device(x: Tensor, device) -> Tensor:
 
 
 # what the text of a RuntimeError says where PyTorch has no class for it
-OUT_OF_MEMORY = (
-    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)  # fmt: skip
+OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|can(?:'t|not) allocate memory|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 @contextmanager
@@ -49,9 +50,7 @@ def memory_advice(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        known = any(words.lower() in text for words in OUT_OF_MEMORY)
-        if isinstance(error, RuntimeError) and not known:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         said = str(error).splitlines() or [type(error).__name__]
         raise MemoryError(f"out of memory; {advice} ({said[0]})") from None

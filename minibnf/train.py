@@ -116,10 +116,8 @@ def read_sets(args, loss: Loss, tokenizer: Tokenizer, context: int) -> tuple[dic
         sets[split], counts = read_examples(file, tokenizer, context, args.overlong, notes)
         lone = [e.place for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
-            raise ValueError(
-                f"{file}, {lone[0]}: loss '{loss.name}' needs pairs, and this row is none (one of "
-                f"{len(lone)}); --loss bnf needs none"
-            )
+            why = f"loss '{loss.name}' needs pairs, and this row is none (one of {len(lone)})"
+            raise ValueError(f"{file}, {lone[0]}: {why}; --loss bnf needs none")
         if "kl" in loss.defaults:
             sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
             counts["for which other prompts have only equal responses"] = equals
@@ -263,8 +261,8 @@ def interruptions() -> Iterator[list[int]]:
 def finish(run: Run) -> None:
     """Write OUT/model and the figure, and say where everything lies."""
     args, out = run.args, run.out
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
     held_out = [row for row in rows if "eval_loss" in row]
     first, last = (held_out or rows)[0], (held_out or rows)[-1]
     told = [k for k in first if k in last and (k.endswith("loss") or "/" in k)]
