@@ -139,7 +139,7 @@ def train(run: Run) -> None:
     print("\n".join(summary(run, args.model, args.data)), flush=True)
     read_references(run)
     optims = optimizers(model, args, run.facts.lr)
-    step, tokens = load_training(run.out, model, optims) if args.resume else (0, 0)
+    step, tokens = load_training(run.out, model, optims)
     if step:
         print(f"resumed  after step {step}", flush=True)
     with interruptions() as interrupted, closing(Log(run, step)) as log:
