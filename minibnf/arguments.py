@@ -29,7 +29,7 @@ def parser() -> ArgumentParser:
     a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: start and reference")
     a("--from-scratch", action="store_true", help="random weights; DIR needs none")
     a("--data", metavar="FILE", help="preference rows: JSON Lines, a JSON array or Parquet")
-    a("--eval-data", metavar="FILE", help="held-out rows, evaluated before the first step and last")
+    a("--eval-data", metavar="FILE", help="held-out rows, evaluated before and after training")
     a("--eval-every", type=int, default=0, metavar="N", help="also evaluate every N steps")
     a("--out", metavar="DIR", help="folder of the run")
     a("--overlong", choices=["error", "truncate", "skip"], default="error",
