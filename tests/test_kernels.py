@@ -100,10 +100,7 @@ def cases(seed, dtype, rows, n, flag):
     leaves, rest = (gate, up, weight, bias), (True,)
     if not flag:
         leaves, rest = (gate, up, weight), (None, False)
-    return [
-        (rotate, plain_rotation, (q,), (cos, sin)),
-        (gated, plain_gated, leaves, rest),
-    ]
+    return [(rotate, plain_rotation, (q,), (cos, sin)), (gated, plain_gated, leaves, rest)]
 
 
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 5), n=st.integers(1, 6), flag=st.booleans())
