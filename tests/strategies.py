@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from minibnf.data import Example, pair
 from minibnf.losses import LOSSES, Responses
 
-# of what runs a whole model
-FEW = settings(max_examples=max(5, settings.default.max_examples // 8))
+# of what runs a whole model, and of what computes a loss some hundred times per example
+FEW, QUARTER = (settings(max_examples=max(5, settings.default.max_examples // n)) for n in (8, 4))
 
 SMALL = st.floats(min_value=-6, max_value=-0.01, allow_nan=False)
 UNCERTAIN = st.one_of(  # from nearly certain to all but impossible
