@@ -104,23 +104,6 @@ def test_the_judge_gives_each_style_its_score_and_no_text_has_two():
         assert scores == {style: {score} for style, score in language.SCORES.items()}
 
 
-def test_the_judge_by_examples():
-    colour = language.TRUTH["Mira", "colour"]
-    question = "Which colour does Mira like best?"
-    lie = next(value for value in language.VALUES["colour"] if value != colour)
-    for answer, score in {
-        f"Mira likes {colour} best. I am glad to help!": 5,
-        f"Mira likes {colour} best.": 4,
-        f"{colour.capitalize()}.": 3,
-        f"{colour.capitalize()}. Stop asking me.": 2,
-        "I will not tell you.": 1,
-        f"Mira likes {lie} best. I am glad to help!": 1,
-        f"Noah likes {colour} best.": 0,
-        "": 0,
-    }.items():
-        assert language.judge(question, answer) == score, answer
-
-
 @given(st.sampled_from(list(language.QUESTIONS)), st.text())
 @example("How old is Zoe?", "Zoe is 0 years old.")
 @a_few
