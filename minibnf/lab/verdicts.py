@@ -76,19 +76,19 @@ def stable(results: dict, maths: str) -> tuple[bool, str]:
         lowest = run["base"]["accuracy"][0] - TOLERANCE
         return run["result"].get("accuracy", [-math.inf])[0] >= lowest
 
-    def share(method: str, fixed: dict) -> float:
+    def share(method: str, usual: bool) -> float:
         runs = select(results["runs"], set=maths, method=method, split="validation")
-        return mean(keeps(r) for r in with_setting(runs, fixed) if r["setting"]["lr"] in rates)
+        runs = with_setting(runs, customary(results["spec"], method) if usual else {})
+        return mean(keeps(r) for r in runs if r["setting"]["lr"] in rates)
 
-    def steadier(fixed: dict[str, dict]) -> tuple[bool, str]:
-        own, theirs = share("bnf", fixed["bnf"]), {m: share(m, fixed[m]) for m in others}
+    def steadier(usual: bool) -> tuple[bool, str]:
+        own, theirs = share("bnf", usual), {m: share(m, usual) for m in others}
         most, middle = max(theirs, key=theirs.get), median(theirs.values())
         text = f"bnf {own:.0%}, rivals' median {middle:.0%}, most {most} {theirs[most]:.0%}"
         return own >= theirs[most] and own > middle, text
 
-    usual = {m: customary(results["spec"], m) for m in ("bnf", *others)}
-    holds, numbers_at_best = steadier({m: {} for m in usual})
-    _, numbers_at_customary = steadier(usual)
+    holds, numbers_at_best = steadier(usual=False)
+    _, numbers_at_customary = steadier(usual=True)
     numbers = (
         f"settings (rates {min(rates):g} to {max(rates):g}) that keep reasoning within "
         f"{TOLERANCE} of the base: {numbers_at_best}; "
