@@ -12,7 +12,7 @@ from minibnf.lab.compare import check, compare, main
 from minibnf.lab.figures import comparison
 from minibnf.lab.language import QA, problems
 from minibnf.lab.plan import chosen_settings, collapsed, finals, objective, select, settings, sweep
-from minibnf.lab.tables import concentration, figure, good_rates, ranks, table
+from minibnf.lab.tables import concentration, figure, good_rates, ranks
 from minibnf.lab.trials import slug
 from minibnf.lab.verdicts import NOT, REPRODUCED, report, verdicts, within
 
@@ -294,10 +294,7 @@ def test_an_error_joins_seeds_and_prompts():
     first["result"]["win_rate"][0], second["result"]["win_rate"][0] = 0.5, 0.7
     mean, error = figure(made, "qa", "bnf", "best", "win_rate")
     assert mean == pytest.approx(0.6) and error == pytest.approx(math.sqrt(0.02 / 2 + 0.03**2))
-
-
-def test_within_two_errors():
-    """0.1 apart: sqrt(.03² + .05²) > .05 > sqrt(2) .03."""
+    # 0.1 apart: sqrt(.03² + .05²) > .05 > sqrt(2) .03
     assert within((0.5, 0.03), (0.6, 0.05)) and not within((0.5, 0.03), (0.6, 0.03))
 
 
@@ -305,15 +302,6 @@ def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
     made = results()
     made["spec"]["on"] = {"qa": ["bnf", "dpo"]}
     assert [claim.split()[0] for claim, _, _ in verdicts(made)] == ["aligns", "costs", "shifts"]
-
-
-def test_a_table_has_the_base_first_then_the_best(tmp_path):
-    made = results(bnf={"win": 0.7})
-    lines = table(made, "qa").splitlines()
-    assert lines[2].startswith("| base |") and lines[3].startswith("| bnf | best, customary |")
-    assert all("0 of 4" in line for line in lines if line.startswith("| dpo | best"))
-    rows = [line for line in report(made).splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows if "BNF" not in line}) == 2
 
 
 def test_ranks_and_what_the_gini_goes_with():

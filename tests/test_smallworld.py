@@ -178,8 +178,6 @@ def test_the_same_in_every_process(tmp_path):
 
     files = made("0")
     assert files == made("1")
-    configs = {"config.json", "generation_config.json", "tokenizer_config.json"}
-    assert files.keys() == {*configs, "tokenizer.model", "rows.jsonl"}
     rows = [json.loads(line) for line in files["rows.jsonl"].splitlines()]
     assert rows == list(sw.pretrain_rows(500, 3))
 
@@ -292,9 +290,8 @@ def test_the_base_folder(tmp_path):
         for name in ("config", "tokenizer_config")
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    assert tokenizer.vocab_size() == config["vocab_size"] and config["model_type"] == "llama"
+    assert tokenizer.vocab_size() == config["vocab_size"]
     assert [tokenizer.id_to_piece(i) for i in range(7)] == sw.SPECIAL
-    assert [tokenizer.is_control(i) for i in range(7)] == [False] + [True] * 6
     end = tokenizer.id_to_piece(config["eos_token_id"])
     assert end == tokenizer_config["eos_token"] == "<|end|>"
 
