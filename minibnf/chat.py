@@ -36,7 +36,6 @@ class Side:
 
     def reset(self) -> None:
         self.history = [{"role": "system", "content": self.args.system}] if self.args.system else []
-        self.turn = 0
 
     def encode(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -54,7 +53,8 @@ class Side:
             yield f"[{full}: /reset starts a new one]"
             return
         limit = min(how["max_new_tokens"], context - len(ids))
-        how |= {"max_new_tokens": limit, "row": self.turn, "stop_ids": ends}
+        turn = sum(message["role"] == "assistant" for message in self.history)
+        how |= {"max_new_tokens": limit, "row": turn, "stop_ids": ends}
         how["vocab_size"] = self.tokenizer.vocab_size
         drawn, said = [], ""
 
@@ -70,7 +70,6 @@ class Side:
                 yield printable(piece)
         finally:
             self.history = [*asked, self.answer(said)]
-            self.turn += 1
         if not set(drawn) & set(ends):
             cut = limit == self.args.max_new_tokens
             reason = "--max-new-tokens" if cut else "the context is full"

@@ -239,15 +239,6 @@ def table_of(measured: dict[str, Figure], base: dict[str, Figure]) -> dict[str, 
 # ------------------------------------------------------------------------------------- the command
 
 
-def check_out(args: argparse.Namespace) -> None:
-    """Raise ValueError where --out cannot be written, before anything is measured."""
-    out = Path(args.out)
-    check_output(out, [Path(given) for given in (args.data, args.model, args.base) if given])
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{out} exists already; --overwrite replaces it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-
 def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
     """The task and the rows of --data. Raises ValueError where --base reads other tokens."""
     tokenizer, notes = load_tokenizer(args.model), Notes()
@@ -285,20 +276,14 @@ def print_table(table: dict[str, dict[str, float]], with_base: bool) -> None:
         print(line)
 
 
-def write_table(table: dict[str, dict[str, float]], args: argparse.Namespace, facts: dict) -> None:
-    """Write the figures and settings to --out. JSON has no nan: null stands for it."""
-    settings = {name: value for name, value in vars(args).items() if name != "overwrite"} | facts
-    table = {
-        name: {key: None if math.isnan(value) else value for key, value in x.items()}
-        for name, x in table.items()
-    }
-    write_json(Path(args.out), {"settings": settings, "figures": table})
-
-
 def report(args: argparse.Namespace) -> None:
     """Measure --model, and --base where there is one: print the table, write --out."""
-    if args.out:
-        check_out(args)
+    if args.out:  # before anything is measured
+        out = Path(args.out)
+        check_output(out, [Path(given) for given in (args.data, args.model, args.base) if given])
+        if out.exists() and not args.overwrite:
+            raise ValueError(f"{out} exists already; --overwrite replaces it")
+        out.parent.mkdir(parents=True, exist_ok=True)
     task, examples = read_rows(args)
     measured, where = measure_folder(args.model, examples, args)
     base, of_base = None, {}
@@ -312,7 +297,11 @@ def report(args: argparse.Namespace) -> None:
     if len(examples) < 30:
         print("\nWith fewer than about 30 rows the intervals of means are too narrow")
     if args.out:
-        write_table(table, args, {"task": task, **where, "data_sha256": digest(examples)})
+        settings = {name: value for name, value in vars(args).items() if name != "overwrite"}
+        settings |= {"task": task, **where, "data_sha256": digest(examples)}
+        for x in table.values():  # JSON has no nan: null stands for it
+            x.update({key: None for key, value in x.items() if math.isnan(value)})
+        write_json(out, {"settings": settings, "figures": table})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import chain
@@ -105,47 +106,42 @@ def _generate(model, prompts: list[tuple], draws: Tensor, how: Sampling) -> Iter
 
 
 def _prefill(model: Transformer, prompts: list[tuple], room: int) -> tuple[Cache, Tensor]:
-    """Read the sorted prompts -> a cache with room for more, and next-token logits (B, V)."""
-    lengths = [len(p) for p in prompts]
+    """Read the sorted prompts -> a cache with room for more, and next-token logits (B, V).
+
+    Each distinct prompt is read once, with as many others as PREFILL_TOKENS allow.
+    """
+    lengths, copies = [len(p) for p in prompts], Counter(prompts)
     cache = Cache(model.config, len(prompts), max(lengths) + room, model.unembed)
-    logits = [_read(model, cache, row, pack) for row, pack in _packs(prompts)]
+    packs: list[list[tuple]] = [[]]
+    for prompt in copies:
+        if packs[-1] and sum(map(len, packs[-1])) + len(prompt) > PREFILL_TOKENS:
+            packs.append([])
+        packs[-1].append(prompt)
+    logits, row = [], 0
+    for pack in packs:
+        which = torch.repeat_interleave(torch.tensor([copies[prompt] for prompt in pack]))
+        logits.append(_read(model, cache, row, pack, which))
+        row += len(which)
     cache.set_lengths(lengths)
     return cache, torch.cat(logits)
 
 
-def _packs(prompts: list[tuple]) -> Iterator[tuple[int, list[tuple]]]:
-    """(index of its first prompt, prompts): as many as PREFILL_TOKENS allow, or one.
+def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple], which) -> Tensor:
+    """Read prompts into the cache's rows from `row` on: row + i gets prompts[which[i]].
 
-    A prompt that follows its equal costs nothing.
+    Returns the rows' next-token logits. What all the prompts begin with (a chat template's first
+    words, say) is read once.
     """
-    start, size = 0, 0
-    for i, prompt in enumerate(prompts):
-        cost = 0 if i > start and prompt == prompts[i - 1] else len(prompt)
-        if cost and i > start and size + cost > PREFILL_TOKENS:
-            yield start, prompts[start:i]
-            start, size = i, 0
-        size += cost
-    yield start, prompts[start:]
-
-
-def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple]) -> Tensor:
-    """Read sorted prompts into the cache's rows from `row` on -> next-token logits (prompts, V).
-
-    Each distinct prompt is read once, packed with the others, and so is what all of them begin
-    with: a chat template's first words, say.
-    """
-    distinct = list(dict.fromkeys(prompts))
-    sizes, number = [len(p) for p in distinct], {p: i for i, p in enumerate(distinct)}
+    sizes = [len(p) for p in prompts]
     windows = any(layer.window for layer in model.config.layers)  # then a group is one large mask
     # They are sorted: what the first and the last begin with, all begin with. But each keeps a last
     # token of its own, whose logits are wanted.
-    unlike = (k for k in range(min(sizes) - 1) if distinct[0][k] != distinct[-1][k])
+    unlike = (k for k in range(min(sizes) - 1) if prompts[0][k] != prompts[-1][k])
     shared = 0 if windows else next(unlike, min(sizes) - 1)
     rests = [n - shared for n in sizes]
-    tokens = [*distinct[0][:shared], *chain.from_iterable(p[shared:] for p in distinct)]
+    tokens = [*prompts[0][:shared], *chain.from_iterable(p[shared:] for p in prompts)]
     positions = [*range(shared), *chain.from_iterable(range(shared, n) for n in sizes)]
     end = torch.tensor(rests).cumsum(0) + shared  # of each prompt's rest, in the packed tokens
-    which = torch.tensor([number[p] for p in prompts])
     column = torch.arange(max(sizes))
     own = (end - torch.tensor(sizes))[which, None] + column  # the places of a row's own tokens
     places = torch.where(column < shared, column, own).clamp(max=len(tokens) - 1)

@@ -225,15 +225,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = top.add_subparsers(dest="command", required=True)
     # fmt: off
     base = commands.add_parser("base", help="config and tokenizer of a fresh tiny model")
-    base.add_argument("--out", type=Path, required=True, help="the folder to write")
     rows = commands.add_parser("rows", help="pretraining rows")
     pairs = commands.add_parser("pairs", help="preference pairs out of a base model's own samples")
-    for command in (rows, pairs):
-        command.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
-        command.add_argument("--count", type=positive, required=True, help="how many rows")
     for command in (base, rows, pairs):
+        command.add_argument("--out", type=Path, required=True,
+                             help="the .jsonl file to write; of base, the folder")
         command.add_argument("--seed", type=int, default=0,
                              help="another seed, another draw; default 0")
+    for command in (rows, pairs):
+        command.add_argument("--count", type=positive, required=True, help="how many rows")
     pairs.add_argument("--model", required=True, help="folder of the base model")
     pairs.add_argument("--kind", choices=KINDS, required=True,
                        help="answers by style, or right against wrong")

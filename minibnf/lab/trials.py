@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -179,14 +179,8 @@ def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[di
     ready, stage = len(jobs) - len(todo), jobs[0]["split"]
     bar = tqdm(total=len(jobs), initial=ready, desc=stage, unit="run", disable=None)
     with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        going = [pool.submit(run_job, folder, job) for job in todo]
-        try:
-            for future in as_completed(going):
-                future.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for _ in pool.map(partial(run_job, folder), todo):  # an error cancels what has not begun
+            bar.update()
     return [read_json(file) for file in files]
 
 

@@ -13,7 +13,6 @@ from minibnf.lab.plan import customary, select, with_setting
 from minibnf.lab.tables import TOLERANCE, figure, markdown, rivals, show
 
 REPRODUCED, NOT = "reproduced", "not reproduced"
-CUSTOMARY = "reproduced only when rivals keep their customary hyper-parameters"
 
 
 def within(a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -21,14 +20,10 @@ def within(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return a[0] >= b[0] - 2 * math.hypot(a[1], b[1])
 
 
-def either(at_best: bool, at_customary: bool) -> str:
-    return REPRODUCED if at_best else CUSTOMARY if at_customary else NOT
+# ---- The rules of the claims: (results, names of sets) -> (whether it holds, numbers) ----
 
 
-# ---- The rules of the claims: (results, names of sets) -> (verdict, numbers) ----
-
-
-def aligns(results: dict, qa: str) -> tuple[str, str]:
+def aligns(results: dict, qa: str) -> tuple[bool, str]:
     def best_rival(which: str) -> tuple[tuple[float, float], str]:
         return max((figure(results, qa, m, which, "win_rate"), m) for m in rivals(results, qa))
 
@@ -38,10 +33,10 @@ def aligns(results: dict, qa: str) -> tuple[str, str]:
         f"win rate {show(mine)}; best rival {who} {show(top)}, "
         f"at customary hyper-parameters {usual_who} {show(usual)}"
     )
-    return either(within(mine, top), within(mine, usual)), numbers
+    return within(mine, top), numbers
 
 
-def costs(results: dict, qa: str) -> tuple[str, str]:
+def costs(results: dict, qa: str) -> tuple[bool, str]:
     base = select(results["runs"], set=qa, split="test")[0]["base"]["accuracy"][0]
 
     def lost(method: str, which: str) -> float:
@@ -55,11 +50,10 @@ def costs(results: dict, qa: str) -> tuple[str, str]:
         f"reasoning lost {show((mine, error))}; rivals' median {middle:.3f} "
         f"(least: {least} {best[least]:.3f}), at customary hyper-parameters {usual_middle:.3f}"
     )
-    at_best, at_customary = (x > 2 * error and mine <= x / 2 for x in (middle, usual_middle))
-    return either(at_best, at_customary), numbers
+    return middle > 2 * error and mine <= middle / 2, numbers
 
 
-def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
+def unpaired(results: dict, qa: str, lone: str) -> tuple[bool, str]:
     mine = figure(results, lone, "bnf", "best", "win_rate")
     paired = figure(results, qa, "bnf", "best", "win_rate")
     kto = figure(results, lone, "kto", "best", "win_rate")
@@ -68,11 +62,10 @@ def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
         f"win rate {show(mine)} (base {base[0]:.3f}); on pairs {show(paired)}; "
         f"kto unpaired {show(kto)}"
     )
-    gains = not within(base, mine)
-    return REPRODUCED if gains and within(mine, kto) else NOT, numbers
+    return not within(base, mine) and within(mine, kto), numbers
 
 
-def stable(results: dict, maths: str) -> tuple[str, str]:
+def stable(results: dict, maths: str) -> tuple[bool, str]:
     """By the share of settings, of learning rates that all tried, that keep the base's reasoning.
 
     A run that broke off keeps nothing.
@@ -83,28 +76,28 @@ def stable(results: dict, maths: str) -> tuple[str, str]:
         lowest = run["base"]["accuracy"][0] - TOLERANCE
         return run["result"].get("accuracy", [-math.inf])[0] >= lowest
 
-    def share(method: str, fixed: dict) -> float:
+    def share(method: str, usual: bool) -> float:
         runs = select(results["runs"], set=maths, method=method, split="validation")
-        return mean(keeps(r) for r in with_setting(runs, fixed) if r["setting"]["lr"] in rates)
+        runs = with_setting(runs, customary(results["spec"], method) if usual else {})
+        return mean(keeps(r) for r in runs if r["setting"]["lr"] in rates)
 
-    def steadier(fixed: dict[str, dict]) -> tuple[bool, str]:
-        own, theirs = share("bnf", fixed["bnf"]), {m: share(m, fixed[m]) for m in others}
+    def steadier(usual: bool) -> tuple[bool, str]:
+        own, theirs = share("bnf", usual), {m: share(m, usual) for m in others}
         most, middle = max(theirs, key=theirs.get), median(theirs.values())
         text = f"bnf {own:.0%}, rivals' median {middle:.0%}, most {most} {theirs[most]:.0%}"
         return own >= theirs[most] and own > middle, text
 
-    usual = {m: customary(results["spec"], m) for m in ("bnf", *others)}
-    at_best, numbers_at_best = steadier({m: {} for m in usual})
-    at_customary, numbers_at_customary = steadier(usual)
+    holds, numbers_at_best = steadier(usual=False)
+    _, numbers_at_customary = steadier(usual=True)
     numbers = (
         f"settings (rates {min(rates):g} to {max(rates):g}) that keep reasoning within "
         f"{TOLERANCE} of the base: {numbers_at_best}; "
         f"at customary hyper-parameters {numbers_at_customary}"
     )
-    return either(at_best, at_customary), numbers
+    return holds, numbers
 
 
-def shifts(results: dict, qa: str) -> tuple[str, str]:
+def shifts(results: dict, qa: str) -> tuple[bool, str]:
     def best(method: str, what: str) -> float:
         return figure(results, qa, method, "best", what)[0]
 
@@ -119,11 +112,10 @@ def shifts(results: dict, qa: str) -> tuple[str, str]:
         f"Gini: bnf {gini:.3f}, lowest rival {even} {ginis[even]:.3f}, "
         f"median {median(ginis.values()):.3f}"
     )
-    both = size <= sizes[least] and gini <= ginis[even]
-    return REPRODUCED if both else NOT, numbers
+    return size <= sizes[least] and gini <= ginis[even], numbers
 
 
-def tuning(results: dict, qa: str) -> tuple[str, str]:
+def tuning(results: dict, qa: str) -> tuple[bool, str]:
     def decades(method: str) -> float:
         usual = customary(results["spec"], method)
         rates = tables.good_rates(results, qa, method, usual)
@@ -136,10 +128,10 @@ def tuning(results: dict, qa: str) -> tuple[str, str]:
         f"bnf {bnf:.1f}, nll {nll:.1f}, rivals at customary hyper-parameters "
         f"{median(others):.1f} (median), {max(others):.1f} (most)"
     )
-    return REPRODUCED if bnf >= nll else NOT, numbers
+    return bnf >= nll, numbers
 
 
-def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
+def retrieval(results: dict, qa: str, maths: str) -> tuple[bool, str]:
     """rbnf against the best of DPO's sweep: win rate on QA, reasoning on mathematical pairs."""
     texts, as_good = [], []
     for name, what in {qa: "win_rate", maths: "accuracy"}.items():
@@ -147,7 +139,7 @@ def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
         as_good.append(within(mine, dpo))
         shown = f"rbnf {show(mine)}, dpo {show(dpo)}, bnf {show(bnf)}"
         texts.append(f"{tables.NAMES[what]} on {name}: {shown}")
-    return REPRODUCED if all(as_good) else NOT, "; ".join(texts)
+    return all(as_good), "; ".join(texts)
 
 
 # fmt: off
@@ -174,7 +166,8 @@ def verdicts(results: dict) -> list[tuple[str, str, str]]:
     for text, rule, needs in CLAIMS:
         has_methods = all(set(methods) <= set(on.get(name, [])) for name, methods in needs.items())
         if has_methods and all(rivals(results, name) for name in needs):
-            found.append((text, *rule(results, *needs)))
+            holds, numbers = rule(results, *needs)
+            found.append((text, REPRODUCED if holds else NOT, numbers))
     return found
 
 
