@@ -1,8 +1,11 @@
 """`minibnf COMMAND ...`: hands over to the module of that name, which also runs by itself."""
 
+import argparse
 import sys
 from importlib import import_module
 from importlib.metadata import version
+
+from minibnf.files.terminal import ArgumentParser
 
 COMMANDS = {
     "train": "align a checkpoint on preference data",
@@ -16,24 +19,18 @@ MODULES = {"compare": "lab.compare"}  # where a command's module has another nam
 
 
 def main(argv: list[str] | None = None) -> int:
+    p = ArgumentParser("minibnf", usage="minibnf COMMAND ...   (minibnf COMMAND --help says more)")
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.description = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+    p.add_argument("--version", action="version", version=f"minibnf {version('minibnf')}")
+    p.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] and argv[0] in COMMANDS:
-        try:
-            return import_module(f"minibnf.{MODULES.get(argv[0], argv[0])}").main(argv[1:])
-        except KeyboardInterrupt:  # while it was still starting
-            print("interrupted", file=sys.stderr)
-            return 130
-    if argv == ["--version"]:
-        print(f"minibnf {version('minibnf')}")
-        return 0
-    asked = argv[:1] in (["-h"], ["--help"])
-    out = sys.stdout if asked else sys.stderr
-    if argv and not asked:
-        print(f"error: {argv[0]!r} is no command", file=out)
-    print("usage: minibnf COMMAND ...   (minibnf COMMAND --help says more)\n", file=out)
-    for name, what in COMMANDS.items():
-        print(f"  {name:10}{what}", file=out)
-    return 0 if asked else 2
+    command = p.parse_args(argv[:1]).command
+    try:
+        return import_module(f"minibnf.{MODULES.get(command, command)}").main(argv[1:])
+    except KeyboardInterrupt:  # while it was still starting
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from minibnf.files.disk import read_json
+from minibnf.files.disk import optional
 from minibnf.files.terminal import ArgumentParser
 from minibnf.losses import LOSSES, Loss
 
@@ -26,44 +26,34 @@ def parser() -> ArgumentParser:
     p.description = "Align a checkpoint on preference data."
     # fmt: off
     a = p.add_argument_group("what to train").add_argument
-    a("--model", metavar="DIR",
-      help="checkpoint in Hugging Face layout: the start, and the reference")
-    a("--from-scratch", action="store_true",
-      help="random weights; DIR needs only config.json and a tokenizer")
+    a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: start and reference")
+    a("--from-scratch", action="store_true", help="random weights; DIR needs none")
     a("--data", metavar="FILE", help="preference rows: JSON Lines, a JSON array or Parquet")
-    a("--eval-data", metavar="FILE",
-      help="held-out rows, evaluated before the first step and after the last")
-    a("--eval-every", type=int, default=0, metavar="N",
-      help="also evaluate every N steps (0: only at both ends)")
+    a("--eval-data", metavar="FILE", help="held-out rows, evaluated before and after training")
+    a("--eval-every", type=int, default=0, metavar="N", help="also evaluate every N steps")
     a("--out", metavar="DIR", help="folder of the run")
     a("--overlong", choices=["error", "truncate", "skip"], default="error",
       help="rows longer than the model's context; default error")
     a = p.add_argument_group("the loss").add_argument
-    a("--loss", choices=list(LOSSES), default="bnf", help="default: bnf")
+    a("--loss", choices=list(LOSSES), default="bnf", help="default bnf")
     a("--loss-args", nargs="*", default=[], metavar="NAME=X",
       help=f"hyper-parameters of the loss, by default {hypers}")
     group = p.add_argument_group("how long and how fast")
     a = group.add_mutually_exclusive_group().add_argument
     a("--epochs", type=int, metavar="N", help="passes over the data; default 1")
-    a("--max-steps", type=int, metavar="N",
-      help="stop after N steps instead, repeating the data if need be")
+    a("--max-steps", type=int, metavar="N", help="stop after N steps instead")
     a = group.add_argument
-    a("--batch-size", type=int, default=32, metavar="N",
-      help="examples (pairs, unpaired responses) per step; default 32")
+    a("--batch-size", type=int, default=32, metavar="N", help="examples per step; default 32")
     a("--lr", type=float,
       help=f"peak learning rate; default {WIDTH}/hidden_size times the loss's own, which was found "
            f"by trying on SmolLM2-135M (hidden_size {WIDTH}) and the small world: {rates}")
-    a("--warmup", type=float, default=0.1, metavar="X",
-      help="share of the steps over which it rises; default 0.1")
-    a("--decay", type=float, default=0.9, metavar="X",
-      help="share of the steps over which it falls to 0; default 0.9")
+    a("--warmup", type=float, default=0.1, metavar="X", help="share of steps it rises; default 0.1")
+    a("--decay", type=float, default=0.9, metavar="X", help="share of steps it falls; default 0.9")
     a("--optimizer", choices=["adamw", "muon"], default="adamw",
       help="muon: for matrices, with adamw for the rest; default adamw")
-    a("--weight-decay", type=float, default=0.0, metavar="X",
-      help="decoupled, of the layers' matrices alone; default 0")
+    a("--weight-decay", type=float, default=0.0, metavar="X", help="of matrices alone; default 0")
     a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
-    a("--seed", type=int, default=0,
-      help="of the order of the data (and of fresh weights); default 0")
+    a("--seed", type=int, default=0, help="of the data's order and of fresh weights; default 0")
     a = p.add_argument_group("the machine").add_argument
     a("--device", choices=["auto", "cpu", "cuda"], default="auto",
       help="auto: CUDA when present, for models of more than 5 M parameters")
@@ -77,19 +67,15 @@ def parser() -> ArgumentParser:
       help="tokens per micro-batch: bounds memory, changes no result; default 2048 on a CPU, 16384 "
            "on CUDA, and at least the longest example")
     a("--gradient-checkpointing", action="store_true",
-      help="keep only each layer's input for the backward pass and run the layer again: less "
-           "memory, a third more work, the same result")
-    a("--save-every", type=int, default=200, metavar="N",
-      help="steps between checkpoints; default 200")
-    a("--save-dtype", choices=["float32", "bfloat16"], default="float32",
-      help="of OUT/model; default float32")
+      help="run each layer again in backward: less memory, a third more work, the same result")
+    a("--save-every", type=int, default=200, metavar="N", help="save every N steps; default 200")
+    a("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of OUT/model")
     group = p.add_argument_group("a folder that holds a run")
     a = group.add_mutually_exclusive_group().add_argument
     a("--resume", action="store_true", help="go on from its newest checkpoint")
     a("--overwrite", action="store_true",
       help="delete that run, with all that lies in its model/ and checkpoints/, and start anew")
-    a = group.add_argument
-    a("--config", metavar="FILE",
+    group.add_argument("--config", metavar="FILE",
       help="take arguments from the config.json of an earlier run; flags override it")
     # fmt: on
     return p
@@ -98,9 +84,7 @@ def parser() -> ArgumentParser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = parser()
     args = p.parse_args(argv)
-    file = args.config
-    if args.resume and args.out and not file:
-        file = Path(args.out) / "config.json"
+    file = args.config or (args.resume and args.out and f"{args.out}/config.json")
     earlier = config_of(Path(file)) if file else None
     if earlier and set(earlier["arguments"]) <= set(vars(args)):
         if args.epochs or args.max_steps:  # a flag overrides its alternative too
@@ -118,10 +102,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def config_of(file: Path) -> dict | None:
     """The config.json that a run wrote; None where there is none, or it is something else's."""
     try:
-        found = read_json(file)
-    except (FileNotFoundError, ValueError):
+        found = optional(file)
+    except ValueError:
         return None
-    return found if isinstance(found, dict) and {"arguments", "facts"} <= set(found) else None
+    return found if {"arguments", "facts"} <= set(found) else None
 
 
 def check_arguments(p: ArgumentParser, args: argparse.Namespace) -> None:

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from minibnf.files.terminal import in_one_line, printable
-from minibnf.generate import Reader, load_for_sampling, stream
+from minibnf.files.terminal import ArgumentParser, in_one_line, printable
+from minibnf.files.tokenizer import load_tokenizer
+from minibnf.generate import load_on, stream
 from minibnf.machine import memory_advice
-from minibnf.sampling import add_sampling, check_settings
+from minibnf.sampling import Sampling, add_sampling, settings_of
 
 ADVICE = "a shorter conversation (/reset) or --dtype bfloat16 takes less"
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -28,14 +29,13 @@ class Side:
 
     def __init__(self, directory: str, args: argparse.Namespace):
         self.name, self.args = directory, args
-        self.model, self.tokenizer = load_for_sampling(directory, args.device, args.dtype)
-        self.how = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}
+        self.tokenizer = load_tokenizer(directory)
+        self.model = load_on(directory, args.device, args.dtype)
         self.reset()
         self.encode([*self.history, {"role": "user", "content": "?"}])  # a template is there
 
     def reset(self) -> None:
         self.history = [{"role": "system", "content": self.args.system}] if self.args.system else []
-        self.reader, self.turn = Reader(self.model), 0
 
     def encode(self, messages: list[dict]) -> list[int]:
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -45,20 +45,21 @@ class Side:
 
         What was said is kept in the history, also when the answer is stopped.
         """
-        context, most = self.model.config.max_position_embeddings, self.args.max_new_tokens
+        context, how = self.model.config.max_position_embeddings, settings_of(self.args)
         asked = [*self.history, {"role": "user", "content": message}]
         ids, ends = self.encode(asked), self.tokenizer.end_ids
         if len(ids) >= context:
             full = f"the conversation has {len(ids)} tokens and the model reads {context}"
             yield f"[{full}: /reset starts a new one]"
             return
-        limit = min(most, context - len(ids))
-        how = {"max_new_tokens": limit, "row": self.turn, "stop_ids": ends}
-        how |= self.how | {"vocab_size": self.tokenizer.vocab_size}
+        limit = min(how["max_new_tokens"], context - len(ids))
+        turn = sum(message["role"] == "assistant" for message in self.history)
+        how |= {"max_new_tokens": limit, "row": turn, "stop_ids": ends}
+        how["vocab_size"] = self.tokenizer.vocab_size
         drawn, said = [], ""
 
         def until_the_end() -> Iterator[int]:
-            for token in stream(self.reader, ids, **how):
+            for token in stream(self.model, ids, **how):
                 drawn.append(token)
                 if token not in ends:
                     yield token
@@ -69,9 +70,9 @@ class Side:
                 yield printable(piece)
         finally:
             self.history = [*asked, self.answer(said)]
-            self.turn += 1
         if not set(drawn) & set(ends):
-            reason = "--max-new-tokens" if limit == most else "the context is full"
+            cut = limit == self.args.max_new_tokens
+            reason = "--max-new-tokens" if cut else "the context is full"
             yield f" [stopped after {limit} tokens: {reason}]"
 
     def answer(self, said: str) -> dict:
@@ -140,7 +141,7 @@ def converse(sides: list[Side]) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("minibnf chat", epilog=HELP, allow_abbrev=False)
+    p = ArgumentParser("minibnf chat", epilog=HELP, allow_abbrev=False)
     p.description = "Talk with a model, or with two: before and after alignment."
     folder = "checkpoint in Hugging Face layout, with a chat template"
     p.add_argument("--model", required=True, metavar="DIR", help=folder)
@@ -153,7 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
+    Sampling(**settings_of(args))  # raises for an impossible one
     with memory_advice(ADVICE):
         sides = [Side(folder, args) for folder in (args.model, args.compare) if folder]
     with suppress(ImportError):  # arrow keys and a history of what was typed

@@ -6,15 +6,14 @@ DIR may also be a run's folder: then its model/ is meant. Of the weights' files 
 are read (--values reads all). What is wrong is reported as train would report it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 from minibnf.files.config import Config, announce_ignored, read_config
-from minibnf.files.safetensors import FLOATS, Stored, tensors_of
-from minibnf.files.terminal import in_one_line, positive
+from minibnf.files.safetensors import FLOATS, tensors_of
+from minibnf.files.terminal import ArgumentParser, counted, in_one_line, positive
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.model import Transformer, tensors_stored
 
@@ -31,9 +30,10 @@ def memory(
     """
     width = {"float32": 4, "bfloat16": 2}[dtype]
     D, V, L = c.hidden_size, c.vocab_size, c.num_hidden_layers
-    layers = layer_bytes(c, width) + L * D * width if recompute else L * layer_bytes(c, width)
-    matrices = parameters - V * D * (1 if c.tie_word_embeddings else 2)
-    copied = matrices // (L if recompute else 1) if dtype == "bfloat16" else 0
+    held = 1 if recompute else L  # the layers whose insides there are at once
+    layers = held * layer_bytes(c, width) + (L * D * width if recompute else 0)
+    matrices = parameters - embeddings_of(c)
+    copied = matrices * held // L if dtype == "bfloat16" else 0
     return {
         "weights, float32": 4 * parameters,
         "gradients, float32": 4 * parameters,
@@ -42,6 +42,10 @@ def memory(
         "activations": tokens * layers,
         "logits, and gradients of embeddings": 4 * min(2**24, tokens * V) + 12 * V * D,
     }
+
+
+def embeddings_of(c: Config) -> int:
+    return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
 
 
 def layer_bytes(c: Config, width: int) -> int:
@@ -65,55 +69,38 @@ def report(directory, max_tokens=2048, values=False, recompute=False) -> str:
     with torch.device("meta"):
         model = Transformer(c, raw)
     stored, tokenizer = tensors_stored(directory, model), load_tokenizer(directory)
-    if values:
-        check_values(stored)
+    for name, tensor in tensors_of(stored) if values else []:
+        if not tensor.isfinite().all():
+            where = f"{stored[name].file}: tensor '{name}'"
+            raise ValueError(f"{where} holds a number that is not finite")
     announce_ignored(directory, raw)
 
+    files, known = {x.file for x in stored.values()}, min(tokenizer.vocab_size, c.vocab_size)
+    beyond = tokenizer.vocab_size > known
+    kinds = " and ".join(sorted({FLOATS[x.dtype] for x in stored.values()}))
+    size = sum(file.stat().st_size for file in files) / 1e6
     parameters = sum(p.numel() for p in model.parameters())
-    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     tied = "tied" if c.tie_word_embeddings else "not tied"
     finite = ", every number finite" if values else ""
     windows = [layer.window for layer in c.layers if layer.window is not None]
     lines = {
         "model": f"{directory}: {c.family}",
-        "parameters": f"{parameters:,}, {embeddings:,} of them embeddings, {tied}",
-        "stored": files_of(stored),
+        "parameters": f"{parameters:,}, {embeddings_of(c):,} of them embeddings, {tied}",
+        "stored": f"{kinds}, {size:,.1f} MB in {counted(len(files), 'file')}",
         "tensors": f"{len(stored)}, as config.json says{finite}",
         "layers": f"{c.num_hidden_layers} of width {c.hidden_size}, {c.num_attention_heads} heads "
         f"of {c.head_dim} on {c.num_key_value_heads} of keys and values, MLP {c.intermediate_size}",
         "context": f"{c.max_position_embeddings} tokens"
         + (f"; {len(windows)} layers see {windows[0]} tokens back" if windows else ""),
-        "vocabulary": vocabulary_of(c, tokenizer),
+        "vocabulary": f"{c.vocab_size}, {known} of them in "
+        + tokenizer.backend.path.name
+        + (f"; data that needs one from id {c.vocab_size} on is refused" if beyond else ""),
         "chat": chat_of(tokenizer),
     }
     text = [f"{name:12}{value}" for name, value in lines.items()]
     if tokenizer.closing_warning:
         text.append(tokenizer.closing_warning)
     return "\n".join([*text, "", *memory_table(c, parameters, max_tokens, recompute)])
-
-
-def check_values(stored: dict[str, Stored]) -> None:
-    for name, tensor in tensors_of(stored):
-        if not tensor.isfinite().all():
-            where = f"{stored[name].file}: tensor '{name}'"
-            raise ValueError(f"{where} holds a number that is not finite")
-
-
-def files_of(stored: dict[str, Stored]) -> str:
-    files = {x.file for x in stored.values()}
-    kinds = " and ".join(sorted({FLOATS[x.dtype] for x in stored.values()}))
-    size = sum(file.stat().st_size for file in files)
-    return f"{kinds}, {size / 1e6:,.1f} MB in {len(files)} file{'s' if len(files) > 1 else ''}"
-
-
-def vocabulary_of(c: Config, tokenizer: Tokenizer) -> str:
-    file = tokenizer.backend.path.name
-    if tokenizer.vocab_size <= c.vocab_size:
-        return f"{c.vocab_size}, {tokenizer.vocab_size} of them in {file}"
-    return (
-        f"{c.vocab_size}; {file} holds {tokenizer.vocab_size} tokens, "
-        f"and data that needs one from id {c.vocab_size} on is refused"
-    )
 
 
 def chat_of(tokenizer: Tokenizer) -> str:
@@ -124,8 +111,9 @@ def chat_of(tokenizer: Tokenizer) -> str:
 
 
 def memory_table(c: Config, parameters: int, max_tokens: int, recompute: bool) -> list[str]:
-    wide = memory(c, parameters, max_tokens, "float32", recompute)
-    half = memory(c, parameters, max_tokens, "bfloat16", recompute)
+    wide, half = (
+        memory(c, parameters, max_tokens, dtype, recompute) for dtype in ("float32", "bfloat16")
+    )
     for table in (wide, half):
         table["together, at least"] = sum(table.values())
     unit, size = ("GB", 1e9) if wide["together, at least"] >= 1e9 else ("MB", 1e6)
@@ -136,9 +124,9 @@ def memory_table(c: Config, parameters: int, max_tokens: int, recompute: bool) -
 
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("minibnf check")
-    parser.description = "What a checkpoint is, and the memory to train it."
-    add = parser.add_argument
+    p = ArgumentParser("minibnf check", allow_abbrev=False)
+    p.description = "What a checkpoint is, and the memory to train it."
+    add = p.add_argument
     # fmt: off
     add("directory", type=Path, metavar="DIR", help="a checkpoint in Hugging Face layout")
     add("--max-tokens", type=positive, default=2048, metavar="N",
@@ -146,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--gradient-checkpointing", action="store_true", help="as in train")
     add("--values", action="store_true", help="read every weight and see that it is finite")
     # fmt: on
-    args = parser.parse_args(argv)
+    args = p.parse_args(argv)
     inner = args.directory / "model"  # of a run's folder
     folder = inner if (inner / "config.json").is_file() else args.directory
     print(report(folder, args.max_tokens, args.values, args.gradient_checkpointing))

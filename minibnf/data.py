@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class Example(NamedTuple):
     line: int  # in its file, from 1
     pairs: tuple[tuple[int, int], ...] = ()  # (chosen, rejected), which of the responses
     unit: str = "line"  # or "row", in an array and in Parquet
+    ref_logps: tuple[Tensor, ...] = ()  # the reference's, of each response's tokens, once known
 
     @property
     def tokens(self) -> int:
@@ -80,25 +81,23 @@ def read_examples(
     counts = Counter()
 
     def example(row: dict, place: Place) -> Example | None:
-        record = parse_row(row, place)
-        if notes:
-            notes.add(record, place, tokenizer)
-        prompt, responses = token_ids(tokenizer, record, place)
+        found = example_of(parse_row(row, place), place, tokenizer, notes)
+        prompt, responses = found.prompt, found.responses
         longest, room = len(prompt) + max(map(len, responses)), max_length - len(prompt)
-        if longest > max_length and overlong == "skip":
-            counts["skipped"] += 1
-            return None
-        if longest > max_length and (overlong == "error" or room <= 0):
-            raise ValueError(
-                f"{place}: the prompt has {len(prompt)} tokens and {longest} with its response, "
-                f"and the model reads {max_length}; shorten it, or pass --overlong skip or truncate"
-                " (which shortens a response, not a prompt)"
-            )
-        counts["truncated"] += longest > max_length
+        if longest > max_length:
+            if overlong == "error" or (overlong == "truncate" and room <= 0):
+                raise ValueError(
+                    f"{place}: the prompt has {len(prompt)} tokens and {longest} with its response,"
+                    f" and the model reads {max_length}; shorten it, or pass --overlong skip or "
+                    "truncate (which shortens a response, not a prompt)"
+                )
+            counts["skipped" if overlong == "skip" else "truncated"] += 1
+            if overlong == "skip":
+                return None
         responses = tuple(response[:room] for response in responses)
-        same = len(responses) == 2 and responses[0] == responses[1]
+        same = len(set(responses)) < len(responses)
         counts["whose chosen and rejected are the same"] += same
-        return Example(prompt, responses, record.preferred, place.number, record.pairs, place.unit)
+        return found._replace(responses=responses)
 
     examples = [e for e in each_row(scan_rows(path), example) if e]
     if not examples:
@@ -106,23 +105,21 @@ def read_examples(
     return examples, +counts  # what did not occur is left out
 
 
-def token_ids(tokenizer, record: Record, place) -> tuple[tuple[int, ...], tuple]:
-    """The ids of a prompt and of each response to it; ValueError where one has no token."""
-    prompt = encode_prompt(tokenizer, record.prompt, place, record.variables)
-    if not prompt:
-        raise ValueError(
-            f"{place}: field 'prompt' is empty, so nothing predicts the first token of a response"
-        )
-    responses = []
+def example_of(record: Record, place: Place, tokenizer, notes: Notes | None = None) -> Example:
+    """A row's prompt and responses as token ids; ValueError where one has no token."""
+    if notes:
+        notes.add(record, place, tokenizer)
+    variables = record.variables
+    tokens = {"prompt": encode_prompt(tokenizer, record.prompt, place, variables)}
     for field, completion in record.completions:
         with _named(place, field):
-            ids = _response_ids(tokenizer, record.prompt, completion, record.variables)
-        if not ids:
-            raise ValueError(
-                f"{place}: field '{field}' is empty; a response needs at least one token"
-            )
-        responses.append(tuple(ids))
-    return tuple(prompt), tuple(responses)
+            tokens[field] = _response_ids(tokenizer, record.prompt, completion, variables)
+    empty = [field for field, ids in tokens.items() if not ids]
+    if empty:
+        raise ValueError(f"{place}: field '{empty[0]}' is empty; it needs at least one token")
+    prompt, *responses = map(tuple, tokens.values())
+    preferred, pairs = record.preferred, record.pairs
+    return Example(prompt, tuple(responses), preferred, place.number, pairs, place.unit)
 
 
 def encode_prompt(tokenizer, prompt, where, variables: dict) -> list[int]:
@@ -148,13 +145,12 @@ def _response_ids(tokenizer, prompt, completion, variables: dict) -> list[int]:
 
 def _check_calls(tokenizer, messages: list[dict]):
     """ValueError for a message that only calls a tool, where the template knows no calls."""
-    for message in messages:
-        lost = message.get("tool_calls") and not message.get("content")
-        if lost and not tokenizer.mentions("tool_calls"):
-            raise ValueError(
-                f"a message of '{message['role']}' has no text beside its 'tool_calls', "
-                "which this model's chat template does not read"
-            )
+    lost = [m["role"] for m in messages if m.get("tool_calls") and not m.get("content")]
+    if lost and not tokenizer.mentions("tool_calls"):
+        raise ValueError(
+            f"a message of '{lost[0]}' has no text beside its 'tool_calls', "
+            "which this model's chat template does not read"
+        )
 
 
 @contextmanager
@@ -199,38 +195,36 @@ def mismatched(examples: list[Example], max_length: int, path) -> tuple[list[Exa
     own, as where every rejected answer is "No.", the first of them is taken all the same, and
     counted. KTO estimates its reference point from these. Raises ValueError where nothing fits.
     """
-    run_ends: list[int] = []  # where the run of rows with the same prompt ends, for each row
-    for _, run in groupby(examples, key=lambda example: example.prompt):
-        rows = len(list(run))
-        run_ends += [len(run_ends) + rows] * rows
-    moved, equals, n = [], 0, len(examples)
+    moved, equals, end, n = [], 0, 0, len(examples)
     for i, example in enumerate(examples):
-        others = (examples[j % n] for j in range(run_ends[i], i + n))
-        first, other = None, []
-        for answers in islice(_answers(others, example.prompt, max_length), LOOK):
-            first = first or answers
-            other = [answer for answer in answers if answer[0] not in example.responses]
+        end = max(end, i + 1)  # of the rows with this prompt
+        while end < i + n and examples[end % n].prompt == example.prompt:
+            end += 1
+        others = (examples[j % n] for j in range(end, i + n))
+        first, other = (), ()
+        for fitting in islice(_fitting(others, example.prompt, max_length), LOOK):
+            first = first or fitting
+            other = tuple(r for r in fitting if r not in example.responses)
             if other:
                 break
-        if first is None:
+        if not first:
             raise ValueError(
                 f"{path}, {example.place}: kto compares with a response to another prompt, and no "
                 f"row has one that fits into the {max_length} tokens that the model reads"
             )
         equals += not other
-        responses, preferred = zip(*(other or first), strict=True)
-        moved.append(example._replace(responses=responses, preferred=preferred, pairs=()))
+        responses = other or first
+        unknown = (False,) * len(responses)  # labels, for which nobody asks
+        moved.append(example._replace(responses=responses, preferred=unknown, pairs=()))
     return moved, equals
 
 
-def _answers(others: Iterable[Example], prompt, max_length: int) -> Iterator[list[tuple]]:
-    """Of each other prompt, the responses that fit after this one, as (response, preferred)."""
+def _fitting(others: Iterable[Example], prompt, max_length: int) -> Iterator[tuple]:
+    """Of each example with another prompt that has some, the responses that fit after this one."""
     for other in others:
-        if other.prompt != prompt:
-            answers = zip(other.responses, other.preferred, strict=True)
-            fitting = [answer for answer in answers if len(prompt) + len(answer[0]) <= max_length]
-            if fitting:
-                yield fitting
+        fitting = tuple(r for r in other.responses if len(prompt) + len(r) <= max_length)
+        if other.prompt != prompt and fitting:
+            yield fitting
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -247,6 +241,7 @@ class Batch:
     predictors (N,): where in T the hidden state stands that predicts each response token.
     targets (N,): that token.
     owner (N,), preferred (R,), pairs (P, 2): as in responses.Responses.  lengths (R,).
+    ref_logps (N,): the reference's log-probabilities, None where the examples have none.
     order (R,): which responses these are, as (index of the example, index in it).
     starts: {token in N: (response, pair)}: where each row begins, and at last where all end.
     examples: how many a loss sees, pairs and responses in no pair.
@@ -261,6 +256,7 @@ class Batch:
     preferred: Tensor
     pairs: Tensor
     lengths: Tensor
+    ref_logps: Tensor | None
     order: list[tuple[int, int]]
     starts: dict[int, tuple[int, int]]
     examples: int
@@ -281,7 +277,8 @@ def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[B
     an example longer than max_tokens.
     """
     groups: list[list[int]] = []
-    newest: dict[tuple[int, ...], list[int]] = {}  # the group of a prompt that may still have room
+    sizes: list[int] = []  # of each group, in tokens
+    newest: dict[tuple[int, ...], int] = {}  # the group of a prompt that may still have room
     for i in indices:
         example = examples[i]
         if example.tokens > max_tokens:
@@ -289,17 +286,19 @@ def pack(examples: list[Example], indices: list[int], max_tokens: int) -> list[B
                 f"{example.place}: the example has {example.tokens} tokens, more than a "
                 f"micro-batch holds; pass --max-tokens {example.tokens} or more"
             )
-        group = newest.get(example.prompt)
-        if group and _tokens(examples, [*group, i]) <= max_tokens:
-            group.append(i)
+        group, more = newest.get(example.prompt), example.tokens - len(example.prompt)
+        if group is not None and sizes[group] + more <= max_tokens:
+            groups[group].append(i)
+            sizes[group] += more
         else:
-            newest[example.prompt] = [i]
-            groups.append(newest[example.prompt])
-    groups.sort(key=lambda group: -_tokens(examples, group))
+            newest[example.prompt] = len(groups)
+            groups.append([i])
+            sizes.append(example.tokens)
+    longest_first = sorted(range(len(groups)), key=lambda group: -sizes[group])
+    places = _first_fit([sizes[group] for group in longest_first], max_tokens)
     batches: dict[int, list[list[int]]] = {}
-    places = _first_fit([_tokens(examples, group) for group in groups], max_tokens)
-    for place, group in zip(places, groups, strict=True):
-        batches.setdefault(place, []).append(group)
+    for place, group in zip(places, longest_first, strict=True):
+        batches.setdefault(place, []).append(groups[group])
     return [_flatten(examples, groups) for groups in batches.values()]
 
 
@@ -321,12 +320,6 @@ def _first_fit(sizes: list[int], capacity: int) -> list[int]:
             k //= 2
             room[k] = max(room[2 * k], room[2 * k + 1])
     return bins
-
-
-def _tokens(examples: list[Example], group: list[int]) -> int:
-    """How many tokens examples that share a prompt have together."""
-    prompt = len(examples[group[0]].prompt)
-    return prompt + sum(examples[i].tokens - prompt for i in group)
 
 
 def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
@@ -353,6 +346,7 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         R += len(example.responses)
         P += len(example.pairs)
         starts[N] = R, P
+    ref_logps = [logps for e in packed for logps in e.ref_logps]
     lengths = torch.tensor([len(response) for e in packed for response in e.responses])
     return Batch(
         tokens=torch.tensor([tokens]),
@@ -364,6 +358,7 @@ def _flatten(examples: list[Example], groups: list[list[int]]) -> Batch:
         preferred=torch.tensor([preferred for e in packed for preferred in e.preferred]),
         pairs=pairs_of(packed),
         lengths=lengths,
+        ref_logps=torch.cat(ref_logps) if ref_logps else None,
         order=[(i, k) for i in rows for k in range(len(examples[i].responses))],
         starts=starts,
         examples=sum(e.count for e in packed),

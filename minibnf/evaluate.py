@@ -32,7 +32,6 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Iterable
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -41,14 +40,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minibnf.data import Example, digest, pairs_of, token_ids
-from minibnf.files.config import announce_ignored
+from minibnf.data import Example, digest, example_of, pairs_of
 from minibnf.files.disk import check_output, write_json
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
-from minibnf.files.terminal import in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, counted, in_one_line, positive
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
-from minibnf.machine import memory_advice, resolve_device_and_dtype
-from minibnf.model import load
+from minibnf.generate import dtype_name, load_on
+from minibnf.machine import memory_advice
 from minibnf.step import read_responses
 
 # ------------------------------------------------------------------------------------ last numbers
@@ -106,26 +104,13 @@ def record_for(task: str, row: dict, where, tokenizer: Tokenizer) -> Record:
     return record_of(row, where, prompt, [("answer", completion)], (True,), texts)
 
 
-def tokenised(
-    scanned: Iterable, tokenizer: Tokenizer, task: str = "auto", notes: Notes | None = None
-) -> tuple[str, list[Example]]:
-    """The task ("auto": what the first row's fields say), and its rows; notes as read_examples.
-
-    scanned: what rows.scan_rows yields. Raises ValueError as rows.each_row, and as scan_rows.
-    """
-    scanned = list(scanned)
-    if task == "auto":
-        named = (task_of(row, place) for place, row in scanned if isinstance(row, dict))
-        task = next(named, "preference")
+def tokenised(scanned, tokenizer: Tokenizer, task: str, notes: Notes | None = None):
+    """The examples of what rows.scan_rows yields; errors and notes as in data.read_examples."""
 
     def read(row: dict, place: Place) -> Example:
-        record = record_for(task, row, place, tokenizer)
-        if notes:
-            notes.add(record, place, tokenizer)
-        prompt, responses = token_ids(tokenizer, record, place)
-        return Example(prompt, responses, record.preferred, place.number, record.pairs, place.unit)
+        return example_of(record_for(task, row, place, tokenizer), place, tokenizer, notes)
 
-    return task, each_row(scanned, read)
+    return each_row(scanned, read)
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -254,26 +239,20 @@ def table_of(measured: dict[str, Figure], base: dict[str, Figure]) -> dict[str, 
 # ------------------------------------------------------------------------------------- the command
 
 
-def check_out(args: argparse.Namespace) -> None:
-    """Raise ValueError where --out cannot be written, before anything is measured."""
-    out = Path(args.out)
-    check_output(out, [Path(given) for given in (args.data, args.model, args.base) if given])
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{out} exists already; --overwrite replaces it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-
 def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
     """The task and the rows of --data. Raises ValueError where --base reads other tokens."""
     tokenizer, notes = load_tokenizer(args.model), Notes()
-    scanned = list(islice(scan_rows(args.data), args.limit))
-    task, examples = tokenised(scanned, tokenizer, args.task, notes)
+    scanned, task = list(islice(scan_rows(args.data), args.limit)), args.task
+    if task == "auto":
+        named = (task_of(row, place) for place, row in scanned if isinstance(row, dict))
+        task = next(named, "preference")
+    examples = tokenised(scanned, tokenizer, task, notes)
     for note in notes.lines():
         print(note)
     if args.base:
         tokenizer_of_base = load_tokenizer(args.base)
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
-        if digest(examples) != digest(tokenised(scanned, tokenizer_of_base, task)[1]):
+        if digest(examples) != digest(tokenised(scanned, tokenizer_of_base, task)):
             both = f"{args.base} and {args.model}"
             raise ValueError(f"the tokenizers of {both} make different tokens of {args.data}")
     return task, examples
@@ -281,12 +260,9 @@ def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
 
 def measure_folder(directory: str, examples: list[Example], args) -> tuple[Measured, dict]:
     """What the model in a folder makes of the rows, and {"device", "dtype"} it was done in."""
-    model = load(directory)
-    announce_ignored(directory, model.raw)
-    parameters = sum(p.numel() for p in model.parameters())
-    device, dtype = resolve_device_and_dtype(args.device, args.dtype, parameters)
-    measured = measure(model.to(device=device, dtype=dtype), examples, args.max_tokens)
-    return measured, {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    model = load_on(directory, args.device, args.dtype)
+    where = {"device": model.unembed.device.type, "dtype": dtype_name(model)}
+    return measure(model, examples, args.max_tokens), where
 
 
 def print_table(table: dict[str, dict[str, float]], with_base: bool) -> None:
@@ -300,20 +276,14 @@ def print_table(table: dict[str, dict[str, float]], with_base: bool) -> None:
         print(line)
 
 
-def write_table(table: dict[str, dict[str, float]], args: argparse.Namespace, facts: dict) -> None:
-    """Write the figures and settings to --out. JSON has no nan: null stands for it."""
-    settings = {name: value for name, value in vars(args).items() if name != "overwrite"} | facts
-    table = {
-        name: {key: None if math.isnan(value) else value for key, value in x.items()}
-        for name, x in table.items()
-    }
-    write_json(Path(args.out), {"settings": settings, "figures": table})
-
-
 def report(args: argparse.Namespace) -> None:
     """Measure --model, and --base where there is one: print the table, write --out."""
-    if args.out:
-        check_out(args)
+    if args.out:  # before anything is measured
+        out = Path(args.out)
+        check_output(out, [Path(given) for given in (args.data, args.model, args.base) if given])
+        if out.exists() and not args.overwrite:
+            raise ValueError(f"{out} exists already; --overwrite replaces it")
+        out.parent.mkdir(parents=True, exist_ok=True)
     task, examples = read_rows(args)
     measured, where = measure_folder(args.model, examples, args)
     base, of_base = None, {}
@@ -321,17 +291,21 @@ def report(args: argparse.Namespace) -> None:
         base, _ = measure_folder(args.base, examples, args)
         of_base = figures(task, examples, base)
     table = table_of(figures(task, examples, measured, base), of_base)
-    rows = f"{len(examples)} row{'s' if len(examples) > 1 else ''}"
+    rows = counted(len(examples), "row")
     print(f"{args.data}: {rows} of {task}, {where['device']}, {where['dtype']}")
     print_table(table, base is not None)
     if len(examples) < 30:
         print("\nWith fewer than about 30 rows the intervals of means are too narrow")
     if args.out:
-        write_table(table, args, {"task": task, **where, "data_sha256": digest(examples)})
+        settings = {name: value for name, value in vars(args).items() if name != "overwrite"}
+        settings |= {"task": task, **where, "data_sha256": digest(examples)}
+        for x in table.values():  # JSON has no nan: null stands for it
+            x.update({key: None for key, value in x.items() if math.isnan(value)})
+        write_json(out, {"settings": settings, "figures": table})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("minibnf evaluate", description=__doc__, allow_abbrev=False)
+    p = ArgumentParser("minibnf evaluate", description=__doc__, allow_abbrev=False)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     add = p.add_argument
     # fmt: off
@@ -350,10 +324,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=positive, metavar="N",
         help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")
     # fmt: on
-    args = p.parse_args(argv)
-    if args.overwrite and not args.out:
-        p.error("--overwrite goes with --out")
-    return args
+    return p.parse_args(argv)
 
 
 @in_one_line

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import chain
@@ -29,63 +30,45 @@ from minibnf.data import encode_prompt
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import check_output, read_json, write_json
 from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
-from minibnf.files.terminal import in_one_line
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.machine import memory_advice, resolve_device_and_dtype, to_device
 from minibnf.model import Transformer, load
-from minibnf.sampling import MAX_NEW_TOKENS, add_sampling, check_settings, sample, uniforms
+from minibnf.sampling import MAX_NEW_TOKENS, Sampling, add_sampling, settings_of
 from minibnf.step import fingerprint
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass
-EMPTY = "is empty; generation needs at least one token to start from"
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    stop_ids=(),
-    first_row: int = 0,
-    vocab_size: int | None = None,
+    model: Transformer, prompts: list[list[int]], *, first_row: int = 0, **settings
 ) -> list[list[int]]:
     """max_new_tokens new ids for each prompt, or fewer, the last of them one of stop_ids.
 
-    temperature 0 is greedy; top_k keeps the k most probable tokens (0: all), then top_p the most
-    probable that together reach this share. vocab_size: choose among the ids below it alone (None:
-    all), for a model that has more rows than its tokenizer has ids. Row i's randomness depends on
-    seed and first_row + i, not on what it is batched with. Raises ValueError for an empty prompt or
-    an impossible setting.
+    settings: max_new_tokens, temperature, top_p, top_k, seed, stop_ids, vocab_size; see Sampling.
+    Row i's randomness depends on seed and first_row + i, not on what it is batched with. Raises
+    ValueError for an empty prompt or an impossible setting.
     """
-    check_settings(max_new_tokens, temperature, top_p, top_k, seed)
+    how = Sampling(**settings)
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {i} {EMPTY}")
-
-    def choose(logits: Tensor, u: Tensor) -> Tensor:
-        return sample(logits[:, :vocab_size], u, temperature, top_p, top_k)
-
-    draws = uniforms(seed, range(first_row, first_row + len(prompts)), max_new_tokens)
+            raise ValueError(f"prompt {i} is empty; there must be a token to start from")
+    draws = how.uniforms(range(first_row, first_row + len(prompts)))
     outputs: list[list[int]] = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while waiting:
         # The longest ones first, with those at least half as long: a row attends over as many
         # places of the cache as the longest one has.
-        capacity = len(prompts[waiting[-1]]) + max_new_tokens
-        rows = sum(2 * (len(prompts[i]) + max_new_tokens) >= capacity for i in waiting)
+        capacity = len(prompts[waiting[-1]]) + how.max_new_tokens
+        rows = sum(2 * (len(prompts[i]) + how.max_new_tokens) >= capacity for i in waiting)
         rows = min(rows, _rows_that_fit(model, capacity))
         waiting, together = waiting[:-rows], waiting[-rows:]
         together.sort(key=lambda i: tuple(prompts[i]))  # equal beginnings side by side
         texts = [tuple(prompts[i]) for i in together]
-        drawn = _generate(model, texts, draws[together], choose, set(stop_ids))
-        for i, new in zip(together, drawn, strict=True):
-            outputs[i] = new
+        for i, token in _generate(model, texts, draws[together], how):
+            outputs[together[i]].append(token)
     return outputs
 
 
@@ -95,75 +78,70 @@ def _rows_that_fit(model: Transformer, capacity: int) -> int:
     return max(1, CACHE_BYTES // (numbers * model.unembed.element_size()))
 
 
-def _generate(model, prompts: list[tuple], draws: Tensor, choose, stop_ids: set) -> list[list[int]]:
-    """The new tokens of each of the sorted prompts; draws (B, most new tokens), one per token.
+@torch.no_grad()
+def _generate(model, prompts: list[tuple], draws: Tensor, how: Sampling) -> Iterator:
+    """Yields (which of the sorted prompts, its next token); draws (B, most new tokens), one each.
 
     Each step waits for the device once, to see which texts ended.
     """
-    device, room = model.unembed.device, draws.shape[1]
+    device, room, stop_ids = model.unembed.device, how.max_new_tokens, set(how.stop_ids)
     cache, logits = _prefill(model, prompts, room)
-    draws, outputs = to_device(draws, device), [[] for _ in prompts]
+    draws = to_device(draws, device)
     alive = list(range(len(prompts)))  # the prompt that each row of the cache continues
     for step in range(room):
-        new = choose(logits, draws[:, step])
+        new = how.choose(logits, draws[:, step])
         going = []
         for row, (i, token) in enumerate(zip(alive, new.tolist(), strict=True)):
-            outputs[i].append(token)
+            yield i, token
             if token not in stop_ids:
                 going.append(row)
         if not going or step + 1 == room:
-            break
+            return
         if len(going) < len(alive):
             order = cache.keep(going)
             alive = [alive[row] for row in order]
             rows = to_device(torch.tensor(order), device)
             new, draws = new[rows], draws[rows]
         logits = model(new[:, None], cache.length[:, None], cache=cache)[:, 0]
-    return outputs
 
 
 def _prefill(model: Transformer, prompts: list[tuple], room: int) -> tuple[Cache, Tensor]:
-    """Read the sorted prompts -> a cache with room for more, and next-token logits (B, V)."""
-    lengths = [len(p) for p in prompts]
+    """Read the sorted prompts -> a cache with room for more, and next-token logits (B, V).
+
+    Each distinct prompt is read once, with as many others as PREFILL_TOKENS allow.
+    """
+    lengths, copies = [len(p) for p in prompts], Counter(prompts)
     cache = Cache(model.config, len(prompts), max(lengths) + room, model.unembed)
-    logits = [_read(model, cache, row, pack) for row, pack in _packs(prompts)]
+    packs: list[list[tuple]] = [[]]
+    for prompt in copies:
+        if packs[-1] and sum(map(len, packs[-1])) + len(prompt) > PREFILL_TOKENS:
+            packs.append([])
+        packs[-1].append(prompt)
+    logits, row = [], 0
+    for pack in packs:
+        which = torch.repeat_interleave(torch.tensor([copies[prompt] for prompt in pack]))
+        logits.append(_read(model, cache, row, pack, which))
+        row += len(which)
     cache.set_lengths(lengths)
     return cache, torch.cat(logits)
 
 
-def _packs(prompts: list[tuple]) -> Iterator[tuple[int, list[tuple]]]:
-    """(index of its first prompt, prompts): as many as PREFILL_TOKENS allow, or one.
+def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple], which) -> Tensor:
+    """Read prompts into the cache's rows from `row` on: row + i gets prompts[which[i]].
 
-    A prompt that follows its equal costs nothing.
+    Returns the rows' next-token logits. What all the prompts begin with (a chat template's first
+    words, say) is read once.
     """
-    start, size = 0, 0
-    for i, prompt in enumerate(prompts):
-        cost = 0 if i > start and prompt == prompts[i - 1] else len(prompt)
-        if cost and i > start and size + cost > PREFILL_TOKENS:
-            yield start, prompts[start:i]
-            start, size = i, 0
-        size += cost
-    yield start, prompts[start:]
-
-
-def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple]) -> Tensor:
-    """Read sorted prompts into the cache's rows from `row` on -> next-token logits (prompts, V).
-
-    Each distinct prompt is read once, packed with the others, and so is what all of them begin
-    with: a chat template's first words, say.
-    """
-    distinct = list(dict.fromkeys(prompts))
-    sizes, number = [len(p) for p in distinct], {p: i for i, p in enumerate(distinct)}
+    sizes = [len(p) for p in prompts]
     windows = any(layer.window for layer in model.config.layers)  # then a group is one large mask
     # They are sorted: what the first and the last begin with, all begin with. But each keeps a last
     # token of its own, whose logits are wanted.
-    unlike = (k for k in range(min(sizes) - 1) if distinct[0][k] != distinct[-1][k])
+    unlike = (k for k in range(min(sizes) - 1) if prompts[0][k] != prompts[-1][k])
     shared = 0 if windows else next(unlike, min(sizes) - 1)
     rests = [n - shared for n in sizes]
-    tokens = [*distinct[0][:shared], *chain.from_iterable(p[shared:] for p in distinct)]
+    tokens = [*prompts[0][:shared], *chain.from_iterable(p[shared:] for p in prompts)]
     positions = [*range(shared), *chain.from_iterable(range(shared, n) for n in sizes)]
     end = torch.tensor(rests).cumsum(0) + shared  # of each prompt's rest, in the packed tokens
-    which = torch.tensor([number[p] for p in prompts])
     column = torch.arange(max(sizes))
     own = (end - torch.tensor(sizes))[which, None] + column  # the places of a row's own tokens
     places = torch.where(column < shared, column, own).clamp(max=len(tokens) - 1)
@@ -182,189 +160,147 @@ def _read(model: Transformer, cache: Cache, row: int, prompts: list[tuple]) -> T
     return logits[which]
 
 
-class Reader:
-    """One growing text read through a cache: `logits` reads only what is new in it. For chat."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.ids = model, []
-        self.cache = Cache(model.config, 1, 0, model.unembed)
-
-    @torch.no_grad()
-    def logits(self, ids: list[int]) -> Tensor:
-        """(1, V): of the token after ids, which may also go back on what was read before."""
-        if not ids:
-            raise ValueError(f"the prompt {EMPTY}")
-        model, device = self.model, self.model.unembed.device
-        limit = min(len(self.ids), len(ids) - 1)
-        n = next((k for k in range(limit) if self.ids[k] != ids[k]), limit)  # to keep
-        if self.cache.capacity < len(ids):
-            longer = Cache(model.config, 1, 2 * len(ids), model.unembed)
-            read = zip(self.cache.keys, self.cache.values, strict=True)
-            longer.fill(0, torch.arange(n, device=device)[None], read)
-            self.cache = longer
-        self.cache.set_lengths([n])
-        self.ids = ids[:n]  # what holds if this is interrupted
-        logits = model(
-            torch.tensor([ids[n:]], device=device),
-            torch.arange(n, len(ids), device=device)[None],
-            cache=self.cache,
-            head=lambda x, unembed: model.logits(x[:, -1], unembed),
-        )
-        self.ids = list(ids)
-        return logits
-
-
-def stream(
-    reader: Reader, prompt: list[int], *, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
-    seed=0, row=0, stop_ids=(), vocab_size=None,
-):  # fmt: skip
+def stream(model: Transformer, prompt: list[int], *, row: int = 0, **settings) -> Iterator[int]:
     """Yields new ids one by one: what generate() returns for a prompt that is its row `row`."""
-    check_settings(max_new_tokens, temperature, top_p, top_k, seed)
-    ids = list(prompt)
-    for u in uniforms(seed, [row], max_new_tokens)[0]:
-        logits = reader.logits(ids)[:, :vocab_size]
-        token = int(sample(logits, u[None].to(logits.device), temperature, top_p, top_k))
+    how = Sampling(**settings)
+    for _, token in _generate(model, [tuple(prompt)], how.uniforms([row]), how):
         yield token
-        if token in stop_ids:
-            return
-        ids.append(token)
 
 
 # ------------------------------------------------------------------------------------ the command
 
 
-def read_prompts(
-    path, tokenizer, chat: bool, context: int, max_new_tokens: int, notes: Notes
-) -> list[tuple[int, dict, list[int]]]:
-    """(line, what was given, token ids) of every row; notes gathers what a person should know.
+def read_prompts(path, tokenizer, chat: bool, notes: Notes) -> list[tuple[Place, dict, list[int]]]:
+    """(place, what was given, token ids) of every row; notes gathers what a person should know.
 
     What was given: "prompt", and "system", "tools", "chat_template_kwargs" where the row has them.
     ValueError lists the bad rows, each with its place and field.
     """
 
-    def read(row: dict, place: Place) -> tuple[int, dict, list[int]]:
+    def read(row: dict, place: Place) -> tuple[Place, dict, list[int]]:
         record = parse_prompt(row, place, chat)
         notes.add(record, place, tokenizer)
         ids = encode_prompt(tokenizer, record.prompt, place, record.variables)
-        if len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"{place}: the prompt has {len(ids)} tokens; with {max_new_tokens} new ones, more "
-                f"than the {context} that the model reads: shorten it or lower --max-new-tokens"
-            )
-        return place.number, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
+        return place, {k: row[k] for k in ("prompt", *OPTIONS) if k in row}, ids
 
     return each_row(scan_rows(path), read)
 
 
+def room_for(wanted: int | None, prompts: list[tuple], context: int) -> int:
+    """How many new tokens are made at most. ValueError where the longest prompt leaves no room."""
+    place, _, longest = max(prompts, key=lambda prompt: len(prompt[2]))
+    if len(longest) + (wanted or 1) > context:
+        raise ValueError(
+            f"{place}: the prompt has {len(longest)} tokens; with {wanted or 1} new ones, more "
+            f"than the {context} that the model reads: shorten it or lower --max-new-tokens"
+        )
+    return wanted or min(MAX_NEW_TOKENS, context - len(longest))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        "minibnf generate", description="Completions of the prompts in a file.", allow_abbrev=False
-    )
+    p = ArgumentParser("minibnf generate", allow_abbrev=False)
+    p.description = "Completions of the prompts in a file."
     a = p.add_argument
+    # fmt: off
     a("--model", required=True, metavar="DIR", help="checkpoint in Hugging Face layout")
     a("--data", required=True, metavar="FILE",
       help='rows, each with a "prompt", a text or messages: JSON Lines, a JSON array, '
-           "Parquet")  # fmt: skip
+           "Parquet")
     a("--out", required=True, metavar="FILE", help=".jsonl to write, one row a completion")
     a("--chat", action="store_true",
       help="a prompt that is a text is asked as a user's message, not continued as it "
-           "stands")  # fmt: skip
-    a("--samples", type=int, default=1, metavar="N", help="completions of each prompt; default 1")
-    a("--batch-size", type=int, default=64, metavar="N",
-      help="completions made together and then written; default 64")  # fmt: skip
+           "stands")
+    a("--samples", type=positive, default=1, metavar="N",
+      help="completions of each prompt; default 1")
+    a("--batch-size", type=positive, default=64, metavar="N",
+      help="completions made together and then written; default 64")
     add_sampling(a, None)
-    a = p.add_argument_group("an --out that exists").add_argument
+    group = p.add_argument_group("an --out that exists")
+    a = group.add_mutually_exclusive_group().add_argument
     a("--resume", action="store_true", help="go on where an interrupted run stopped")
     a("--overwrite", action="store_true", help="start anew")
+    # fmt: on
     args = p.parse_args(argv)
-    if args.samples < 1 or args.batch_size < 1:
-        p.error("--samples and --batch-size must be 1 or more")
     if args.samples > 1 and args.temperature == 0:
         p.error(f"--temperature 0 would write the same answer {args.samples} times")
-    if args.resume and args.overwrite:
-        p.error("--resume and --overwrite exclude each other")
     return args
 
 
-def load_for_sampling(directory, device: str, dtype: str):
-    """-> (model, tokenizer); device and dtype as resolve_device_and_dtype says."""
-    tokenizer, model = load_tokenizer(directory), load(directory)
+def load_on(directory, device: str, dtype: str) -> Transformer:
+    """The model in a folder, to be read; device and dtype as resolve_device_and_dtype says."""
+    model = load(directory)
     announce_ignored(directory, model.raw)
-    device, dtype = resolve_device_and_dtype(
-        device, dtype, sum(p.numel() for p in model.parameters())
-    )
-    return model.to(device=device, dtype=dtype), tokenizer
+    parameters = sum(p.numel() for p in model.parameters())
+    device, dtype = resolve_device_and_dtype(device, dtype, parameters)
+    return model.to(device=device, dtype=dtype)
+
+
+def dtype_name(model: Transformer) -> str:
+    return str(model.unembed.dtype).removeprefix("torch.")
 
 
 def run(args: argparse.Namespace) -> None:
-    least = 1 if args.max_new_tokens is None else args.max_new_tokens
-    check_settings(least, args.temperature, args.top_p, args.top_k, args.seed)
+    Sampling(**settings_of(args) | {"max_new_tokens": 1})  # raises for an impossible setting
     out, settings_file = Path(args.out), Path(f"{args.out}.settings.json")
-    inputs = [Path(args.data), Path(args.model)]
-    check_output(out, inputs)
-    check_output(settings_file, inputs)
+    for file in (out, settings_file):
+        check_output(file, [Path(args.data), Path(args.model)])
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
-    model, tokenizer = load_for_sampling(args.model, args.device, args.dtype)
-    resumed = args.resume and out.exists()
-    before = read_json(settings_file) if resumed else {}
-    if "now" in before:  # a template may have put the date of the first run into the prompts
+    before = read_json(settings_file) if args.resume and out.exists() else None
+    tokenizer, model = load_tokenizer(args.model), load_on(args.model, args.device, args.dtype)
+    if before:  # a template may have put the date of the first run into the prompts
         tokenizer.now = datetime.fromisoformat(before["now"])
-    context = model.config.max_position_embeddings
     notes = Notes()
-    prompts = read_prompts(args.data, tokenizer, args.chat, context, least, notes)
-    if args.max_new_tokens is None:
-        longest = max(len(ids) for _, _, ids in prompts)
-        args.max_new_tokens = min(MAX_NEW_TOKENS, context - longest)
+    prompts = read_prompts(args.data, tokenizer, args.chat, notes)
     for note in notes.lines():
         print(note)
-    settings = settings_of(args, model, prompts)
-    wanted = [(*p, k) for p in prompts for k in range(args.samples)]
-    if resumed:
-        done = rows_to_keep(out, before, settings, len(wanted))
-    else:
-        done = 0
+    context = model.config.max_position_embeddings
+    args.max_new_tokens = room_for(args.max_new_tokens, prompts, context)
+    settings = all_settings(args, model, tokenizer, prompts)
+    if not before:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("")  # first: rows of other settings must not be taken for rows of these
-        write_json(settings_file, settings | {"now": tokenizer.now.isoformat()})
+        write_json(settings_file, settings)
+        before = settings
+    for name, now in settings.items():
+        if (was := before.get(name)) != now:
+            raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
+    done = keep_batches(out, args.batch_size)
+    wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     write_completions(args, model, tokenizer, wanted, done)
     said = f" and {done} from before" if done else ""
-    print(f"{out}: {max(len(wanted) - done, 0)} completions{said}")
+    print(f"{out}: {len(wanted) - done} completions{said}")
 
 
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-
-
-def settings_of(args, model, prompts) -> dict:
+def all_settings(args, model, tokenizer, prompts) -> dict:
     """All that the completions depend on."""
-    names = (*SAMPLING, "chat", "samples", "batch_size")
+    places = ("model", "data", "out", "resume", "overwrite", "device")
     ids = json.dumps([ids for _, _, ids in prompts])
-    return {name: getattr(args, name) for name in names} | {
+    return {name: value for name, value in vars(args).items() if name not in places} | {
         "model_sha256": fingerprint(model),
-        "dtype": str(model.unembed.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model),
         "prompts_sha256": hashlib.sha256(ids.encode()).hexdigest(),
+        "now": tokenizer.now.isoformat(),
     }
 
 
-def rows_to_keep(out: Path, before: dict, settings: dict, wanted: int) -> int:
-    """How many rows of an interrupted out hold; what follows them is cut off.
-
-    Only whole batches hold, so that the rest comes out as it would have.
-    """
-    for name, now in settings.items():
-        if before.get(name) != now:
-            was = before.get(name)
-            raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
+def keep_batches(out: Path, size: int) -> int:
+    """How many rows of out are kept: those of whole batches, so that the rest comes as it would."""
     ends = [place + 1 for place, byte in enumerate(out.read_bytes()) if byte == 10]
-    size = settings["batch_size"]
-    done = len(ends) // size * size if len(ends) < wanted else len(ends)
+    done = len(ends) // size * size
     os.truncate(out, ends[done - 1] if done else 0)
     return done
 
 
+def text_of(tokenizer, new: list[int]) -> str:
+    """The text of generated ids without the end of their turn; a stray control token shows."""
+    ended = new[-1] in tokenizer.end_ids
+    return tokenizer.decode(new[:-1] if ended else new, skip_special=False)
+
+
 def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) -> None:
-    """Append the rows from `done` on of wanted, (line, given, ids, sample), batch by batch."""
-    how = {name: getattr(args, name) for name in SAMPLING}
+    """Append the rows from `done` on of wanted, (place, given, ids, sample), batch by batch."""
+    how = settings_of(args)
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
     with (
         open(args.out, "a", encoding="utf-8") as lines,
@@ -373,14 +309,13 @@ def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) ->
         for at in range(done, len(wanted), args.batch_size):
             batch = wanted[at : at + args.batch_size]
             drawn = generate(model, [ids for _, _, ids, _ in batch], first_row=at, **how)
-            for (line, given, _, k), new in zip(batch, drawn, strict=True):
-                ended = new[-1] in tokenizer.end_ids
-                # a stray control token shows
-                text = tokenizer.decode(new[:-1] if ended else new, skip_special=False)
-                said = [{"role": "assistant", "content": text}]
-                answer = text if isinstance(given["prompt"], str) else said
-                finish = "stop" if ended else "length"
-                row = {"line": line, "sample": k, **given, "completion": answer, "finish": finish}
+            for (place, given, _, k), new in zip(batch, drawn, strict=True):
+                answer = text_of(tokenizer, new)
+                if not isinstance(given["prompt"], str):
+                    answer = [{"role": "assistant", "content": answer}]
+                finish = "stop" if new[-1] in tokenizer.end_ids else "length"
+                row = {"line": place.number, "sample": k, **given}
+                row |= {"completion": answer, "finish": finish}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
             bar.update(len(batch))

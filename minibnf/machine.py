@@ -1,5 +1,6 @@
 """The machine: which device, which numbers to compute in, and what to say when memory runs out."""
 
+import re
 from contextlib import contextmanager
 
 import torch
@@ -38,18 +39,10 @@ def to_device(x: Tensor, device) -> Tensor:
 
 
 # what the text of a RuntimeError says where PyTorch has no class for it
-OUT_OF_MEMORY = (
-    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)  # fmt: skip
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Does this exception mean that a device, or the machine, ran out of memory?"""
-    if isinstance(error, RuntimeError):
-        text = str(error).lower()
-        return any(words.lower() in text for words in OUT_OF_MEMORY)
-    return isinstance(error, MemoryError)
+OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|can(?:'t|not) allocate memory|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 @contextmanager
@@ -58,7 +51,7 @@ def memory_advice(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         said = str(error).splitlines() or [type(error).__name__]
         raise MemoryError(f"out of memory; {advice} ({said[0]})") from None

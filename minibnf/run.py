@@ -1,7 +1,6 @@
 """A run, and its folder: config.json, checkpoints and resuming, metrics, model card, figure."""
 
 import argparse
-import itertools
 import json
 import math
 import shutil
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,9 +20,9 @@ from minibnf.files.disk import delete, inside, optional, replacing, write_json, 
 from minibnf.files.safetensors import write_tensors
 from minibnf.files.terminal import counted
 from minibnf.files.tokenizer import Tokenizer
+from minibnf.kernels import LARGE
 from minibnf.losses import Loss
 from minibnf.model import Transformer
-from minibnf.step import metrics
 
 
 @dataclass
@@ -30,22 +30,41 @@ class Run:
     """What was resolved from the arguments and the files they name."""
 
     args: argparse.Namespace
-    out: Path
     loss: Loss
-    hyper: dict
     tokenizer: Tokenizer
     model: Transformer
-    device: torch.device
     dtype: torch.dtype
-    max_tokens: int
     sets: dict[str, list[Example]]  # "train", "eval"; for kto mismatched too: "train-kl", "eval-kl"
-    steps_per_epoch: int
-    steps: int
-    facts: dict  # what config.json and the first lines printed say of all this
+    facts: argparse.Namespace  # what config.json and the first lines printed say of all this
 
     @property
-    def hyper_text(self) -> str:
-        return " ".join(f"{k}={v}" for k, v in self.hyper.items() if k != "kl")
+    def out(self) -> Path:
+        return Path(self.args.out)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.sets["train"]) / self.args.batch_size)
+
+
+def summary(run: Run, model: str, data: str) -> list[str]:
+    """What was resolved, line by line; model and data: what to call them."""
+    f, args = run.facts, run.args
+    hyper = " ".join(f"{k}={v}" for k, v in f.loss_args.items() if k != "kl")
+    epochs = counted(f"{f.steps / run.steps_per_epoch:.3g}", "epoch")
+    rows = f"{counted(f.pairs, 'pair')}, {f.unpaired} unpaired"
+    large = any(p.dim() == 2 and p.numel() >= LARGE for p in run.model.parameters())
+    by = f" multiplied by {f.products}" if large and f.dtype == "float32" else ""
+    how = f", compiled: {f.compiled}" if f.device != "cpu" else by
+    machine = f"{f.device}, {f.dtype}{how}, {counted(f.threads, 'thread')}"
+    notes = filter(None, [run.tokenizer.closing_warning, *f.notes])
+    return [
+        f"model    {model}: {f.parameters / 1e6:.1f} M parameters{', fresh' * args.from_scratch}",
+        f"data     {data}: {rows}, {f.tokens_per_epoch:,} tokens per epoch",
+        *(f"         {note}" for note in notes),
+        f"loss     {run.loss.name} {hyper}, lr {f.lr:.3g}, {args.optimizer}",
+        f"machine  {machine}, at most {f.max_tokens} tokens per micro-batch",
+        f"steps    {f.steps} of {counted(f.batch, 'example')}: {epochs}",
+    ]
 
 
 # ------------------------------------------------------------------------------------- its folder
@@ -62,11 +81,12 @@ def written(out: Path) -> list[Path]:
     return [path for name in WRITES for path in sorted(out.glob(name))]
 
 
-def check_folder(args: argparse.Namespace, out: Path) -> dict | None:
+def check_folder(args: argparse.Namespace) -> dict | None:
     """The config.json of the run to resume, None for a new one.
 
     Raises ValueError where the run would write over another's, or over what no run wrote.
     """
+    out = Path(args.out)
     inputs = {"--model": args.model, "--data": args.data, "--eval-data": args.eval_data}
     for flag, path in inputs.items():
         if path is not None and inside(Path(path), out):
@@ -97,7 +117,7 @@ def begin_folder(run: Run) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
     passing = ("resume", "overwrite", "config")
     arguments = {k: v for k, v in vars(run.args).items() if k not in passing}
-    write_json(run.out / "config.json", {"arguments": arguments, "facts": run.facts})
+    write_json(run.out / "config.json", {"arguments": arguments, "facts": vars(run.facts)})
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -129,37 +149,32 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
     """Put the newest checkpoint into model and optimisers.
 
     Returns (steps done, tokens read), (0, 0) if there is none.
-    Raises OSError that names a checkpoint that is damaged, or cannot be read.
+    Raises OSError that names a checkpoint that is damaged or cannot be read.
     """
     if not checkpoints(out):
         return 0, 0
     directory = checkpoints(out)[-1]
     try:
-        with safe_open(directory / "model.safetensors", framework="pt") as stored:
-            for name, p in model.named_parameters():
-                p.copy_(_like(p, stored, name))
+        stored = load_file(directory / "model.safetensors")
+        for name, p in model.named_parameters():
+            p.copy_(_like(p, stored[name], name))
         for i, optim in enumerate(optims):
             params = [p for group in optim.param_groups for p in group["params"]]
             states = {k: {} for k in range(len(params))}
-            with safe_open(directory / f"optimizer-{i}.safetensors", framework="pt") as stored:
-                for key in stored.keys():
-                    k, name = key.split(".")
-                    states[int(k)][name] = _like(params[int(k)], stored, key)
+            for key, x in load_file(directory / f"optimizer-{i}.safetensors").items():
+                k, name = key.split(".")
+                states[int(k)][name] = _like(params[int(k)], x, key)
             groups = optim.state_dict()["param_groups"]
             optim.load_state_dict({"state": states, "param_groups": groups})
         state = optional(directory / "state.json")
         return state["step"], state["num_tokens"]
-    except (SafetensorError, ValueError, KeyError, FileNotFoundError) as error:
-        raise OSError(
-            f"{directory}: a damaged checkpoint ({error}); --overwrite starts anew"
-        ) from None
-    except OSError as error:  # no damage: a file that may not be read, say
-        raise OSError(f"{directory}: the checkpoint cannot be read: {error}") from None
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        said = f"{directory}: damaged or unreadable ({error}); --overwrite starts anew"
+        raise OSError(said) from None
 
 
-def _like(p: Tensor, stored, name: str) -> Tensor:
-    """A stored tensor that belongs to a parameter: it has its shape, or is a single number."""
-    x = stored.get_tensor(name)
+def _like(p: Tensor, x: Tensor, name: str) -> Tensor:
+    """x, a stored tensor that belongs to a parameter: it has its shape, or is a single number."""
     if x.dim() and x.shape != p.shape:
         raise ValueError(f"tensor '{name}' is {tuple(x.shape)}, the model's {tuple(p.shape)}")
     return x
@@ -167,8 +182,8 @@ def _like(p: Tensor, stored, name: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------ its metrics
 
-# steps launched before an earlier one's numbers are read, so that a GPU never waits for that
-AHEAD = {"cpu": 0, "cuda": 1}
+# devices on which a step's numbers are read when the next one is launched, so as not to wait
+LATE = {"cuda"}
 
 
 class Log:
@@ -180,12 +195,12 @@ class Log:
     def __init__(self, run: Run, step: int):
         """step: the last one of the checkpoint. What a killed run logged past it is dropped."""
         self.run, self.file = run, run.out / "metrics.jsonl"
-        self.launched: list[tuple] = []  # steps whose numbers have not been read
+        self.launched: tuple = ()  # the step whose numbers have not been read
         self.read_at = 0.0  # when numbers were last read
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
         write_text(self.file, "".join(line for line in whole if json.loads(line)["step"] <= step))
-        name, total = run.loss.name, run.steps
+        name, total = run.loss.name, run.facts.steps
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None)
         self.close = self.bar.close
 
@@ -193,127 +208,98 @@ class Log:
         with open(self.file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    def step(self, began: float, row: dict, batches: list[Batch], loss, norm, sums) -> None:
-        """A step was launched. loss and sums: as run_batches gives them; norm: the gradient's."""
-        numbers = torch.cat([torch.stack([loss, norm]), sums.flatten()])
-        numbers, made = numbers.to("cpu", non_blocking=True), None
-        if self.run.device.type == "cuda":
+    def step(self, began: float, row: dict, batches: list[Batch], found: dict[str, Tensor]) -> None:
+        """A step was launched. found: its loss, its gradient's norm and its metrics."""
+        numbers, made = torch.stack(list(found.values())).to("cpu", non_blocking=True), None
+        device = self.run.model.unembed.device.type
+        if device == "cuda":
             made = torch.cuda.current_stream().record_event()
-        self.launched.append((began, row, batches, numbers, made))
-        self.settle(AHEAD[self.run.device.type])
+        self.settle()  # the step before
+        self.launched = (began, row, batches, list(found), numbers, made)
+        if device not in LATE:
+            self.settle()
 
-    def settle(self, ahead: int = 0) -> None:
-        """Read and write the numbers of the steps launched, but for the newest `ahead`."""
-        while len(self.launched) > ahead:
-            began, row, batches, numbers, made = self.launched.pop(0)
-            if made:
-                made.synchronize()
-            began, self.read_at = max(began, self.read_at), time.perf_counter()
-            seconds = self.read_at - began
-            loss, norm = numbers[:2].tolist()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                what = f"loss {loss}, gradient norm {norm}"
-                raise FloatingPointError(not_finite(self.run, row["step"], batches, what))
-            sums = numbers[2:].view(-1, sum(len(b.order) for b in batches))
-            found = metrics(batches, sums, self.run.hyper.get("beta", 1.0))
-            rates = {
-                "examples_per_s": sum(b.examples for b in batches) / seconds,
-                "tokens_per_s": sum(b.tokens.numel() for b in batches) / seconds,
-            }
-            self.write(row | {"loss": loss, "grad_norm": norm} | found | rates)
-            shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
-
-
-def not_finite(run: Run, step: int, batches: list[Batch], what: str) -> str:
-    examples = run.sets["train"]
-    lines = sorted({examples[i].line for b in batches for i, _ in b.order})
-    return f"""stopped at step {step}: {what}; nothing of it was saved.
-Its batch: {examples[0].unit}s {", ".join(map(str, lines))} of {run.args.data}.
-Look at those rows, or start anew (--overwrite) with a lower --lr. What went before: \
-{run.out / "metrics.jsonl"}"""
+    def settle(self) -> None:
+        """Read and write the numbers of the step launched last, if they are not read yet."""
+        if not self.launched:
+            return
+        (began, row, batches, names, numbers, made), self.launched = self.launched, ()
+        if made:
+            made.synchronize()
+        began, self.read_at = max(began, self.read_at), time.perf_counter()
+        found = dict(zip(names, numbers.tolist(), strict=True))
+        loss, norm = found["loss"], found["grad_norm"]
+        if not math.isfinite(loss + norm):
+            examples = self.run.sets["train"]
+            lines = sorted({examples[i].line for b in batches for i, _ in b.order})
+            raise FloatingPointError(
+                f"stopped at step {row['step']}: loss {loss}, gradient norm {norm}; nothing of it "
+                f"was saved.\nIts batch: {examples[0].unit}s {', '.join(map(str, lines))} of "
+                f"{self.run.args.data}.\nLook at those rows, or start anew (--overwrite) with a "
+                f"lower --lr. What went before: {self.file}"
+            )
+        counts = {
+            "examples_per_s": sum(b.examples for b in batches),
+            "tokens_per_s": sum(b.tokens.numel() for b in batches),
+        }
+        rates = {name: count / (self.read_at - began) for name, count in counts.items()}
+        self.write(row | found | rates)
+        shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
 
 
 # ------------------------------------------------------------------------------ what it ends with
 
 
-def model_card(run: Run, title: str, table: dict) -> str:
-    """README.md of a trained model. table: {metric: (before, after)}; title: of what."""
-    f, args, base = run.facts, run.args, name_of(run.args.model)
-    rows = "".join(f"| {k} | {old:.4f} | {new:.4f} |\n" for k, (old, new) in table.items())
-    data = f"{counted(f['pairs'], 'pair')} and {counted(f['unpaired'], 'unpaired response')}"
-    steps = f"{counted(f['steps'], 'step')} of {counted(f['batch'], 'example')}"
+def model_card(run: Run, results: list[str]) -> str:
+    """README.md of a trained model: what it was made of and how, and what became of the metrics."""
+    path, loss = Path(run.args.model).resolve(), run.loss.name
+    # in a hub's cache a model lies in models--org--name/snapshots/*
+    on_hub = [part for part in path.parts if part.startswith("models--")]
+    base = on_hub[-1].removeprefix("models--").replace("--", "/", 1) if on_hub else path.name
+    lines = "\n".join([*summary(run, base, Path(run.args.data).name), *results])
     return f"""---
 base_model: {base}
-tags: [minibnf, {args.loss}, preference-alignment]
+tags: [minibnf, {loss}, preference-alignment]
 ---
-# {base}, trained with {args.loss}
+# {base}, trained with {loss}
 
-Loss: {args.loss} {run.hyper_text}. Data: {Path(args.data).name}, {data}. {steps}, seed {args.seed},
-{args.optimizer}, peak learning rate {f["lr"]:.3g}, computed in {f["dtype"]}.
-Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834).
+Made by minibnf (Bidirectional Negative Feedback: Mao et al., ICLR 2025, arXiv 2410.04834), seed
+{run.args.seed}.
 
-| {title} | before | after |
-|---|---|---|
-{rows}"""
-
-
-def name_of(directory) -> str:
-    """A model's name: org/name in a hub's cache (models--org--name/snapshots/*), or its folder."""
-    *_, repository, snapshots, _ = (".", ".", *Path(directory).resolve().parts)
-    if snapshots == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return Path(directory).absolute().name
+```text
+{lines}
+```
+"""
 
 
 GOOD, BAD, PLAIN = "#1b7f79", "#c8553d", "#4a5568"  # preferred, dispreferred, everything else
-PANELS = {
-    "loss (nats)": {"loss": PLAIN},
-    "log-likelihood (nats per response)": {"logps/chosen": GOOD, "logps/rejected": BAD},
-    "reward: shift against the reference, × β if any (nats)": {
-        "rewards/chosen": GOOD, "rewards/rejected": BAD,
-    },
+CURVES = {
+    "loss": PLAIN, "logps/chosen": GOOD, "logps/rejected": BAD,
+    "rewards/chosen": GOOD, "rewards/rejected": BAD,
 }  # fmt: skip
 
 
 def training_curves(rows: list[dict], file: Path, title: str) -> None:
-    """Loss, log-likelihoods and rewards of chosen and rejected against the step.
-
-    Faint dots are steps, and the line their running mean; full dots are held-out rows.
-    """
+    """Loss, log-likelihoods and rewards against the step: a line, and dots for held-out rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    logged = {name for row in rows for name in row}
-    panels = {label: lines for label, lines in PANELS.items() if logged.intersection(lines)}
-    size = (4.2 * len(panels), 3.2)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
-        for name, colour in lines.items():
-            x, y = points(rows, name)
-            axis.plot(x, y, ".", color=colour, alpha=0.3, markersize=3)
-            axis.plot(x, smooth(y), color=colour, label=name)
-            axis.plot(*points(rows, f"eval_{name}"), "o", color=colour)
-        axis.set_title(label, fontsize="medium")
-        axis.set_xlabel("step")
+    panels = [["loss", "logps", "rewards"]]
+    figure, axes = plt.subplot_mosaic(panels, figsize=(12.6, 3.2), layout="constrained")
+    for name, colour in CURVES.items():
+        axis = axes[name.partition("/")[0]]
+        for metric, style in {name: "-", f"eval_{name}": "o"}.items():
+            having = [row for row in rows if metric in row]
+            x, y = [row["step"] for row in having], [row[metric] for row in having]
+            axis.plot(x, y, style, color=colour, label=metric)
+    for panel, axis in axes.items():
+        axis.set(title=f"{panel} (nats)", xlabel="step")
         axis.legend()
-    figure.suptitle(f"{title} (large dots: held-out rows)")
+    figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-def points(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """The steps at which a metric was logged, and its values."""
-    having = [row for row in rows if name in row]
-    return [row["step"] for row in having], [row[name] for row in having]
-
-
-def smooth(y) -> list[float]:
-    """A running mean over a tenth of the points, centred."""
-    half, sums = max(1, len(y) // 20), [0, *itertools.accumulate(y)]
-    bounds = [(max(0, i - half), min(len(y), i + half + 1)) for i in range(len(y))]
-    return [(sums[b] - sums[a]) / (b - a) for a, b in bounds]

@@ -1,9 +1,12 @@
 """One token from logits: greedy, by temperature, of the top k, of the nucleus; the options."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from minibnf.files.terminal import positive
 from minibnf.machine import DTYPES
 
 MAX_NEW_TOKENS = 256  # by default
@@ -19,39 +22,67 @@ def add_sampling(
     share = "of the most probable tokens that together reach P (1: all)"
     auto = "bfloat16 where the device has matrix units for it and the model over 20 M parameters"
     default = max_new_tokens or f"{MAX_NEW_TOKENS}, less where the longest prompt leaves less room"
-    a("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
-      help=f"at most; default {default}")  # fmt: skip
+    # fmt: off
+    a("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
+      help=f"at most; default {default}")
     a("--temperature", type=float, default=temperature, metavar="T",
-      help=f"0: always the most probable token; default {temperature:g}")  # fmt: skip
+      help=f"0: always the most probable token; default {temperature:g}")
     a("--top-p", type=float, default=top_p, metavar="P", help=f"{share}; default {top_p:g}")
     a("--top-k", type=int, default=0, metavar="K",
-      help="of the K most probable tokens; default 0: all")  # fmt: skip
+      help="of the K most probable tokens; default 0: all")
     a("--seed", type=int, default=0, help="default 0")
     a("--device", choices=["auto", "cpu", "cuda"], default="auto",
       help="auto: CUDA when present, for models of more than 5 M parameters")  # fmt: skip
     a("--dtype", choices=["auto", *DTYPES], default="auto", help=f"auto: {auto}")
+    # fmt: on
 
 
-def check_settings(
-    max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int
-) -> None:
-    """ValueError for the first setting that is impossible."""
-    settings = [
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
-        ("seed", seed, seed >= 0, "0 or more"),
-    ]
-    for name, value, possible, wanted in settings:
-        if not possible:
-            raise ValueError(f"{name} = {value}: it must be {wanted}")
+def settings_of(args) -> dict:
+    """What add_sampling's options said of the drawing, as generate() and stream() take it."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    return {name: getattr(args, name) for name in names}
 
 
-def uniforms(seed: int, rows, n: int) -> Tensor:
-    """(len(rows), n) float64 in [0, 1): the draws of each row, the same whatever n is."""
-    draws = [np.random.default_rng((seed, row)).random(n) for row in rows]
-    return torch.from_numpy(np.array(draws).reshape(-1, n))
+@dataclass
+class Sampling:
+    """How new tokens are drawn. Raises ValueError for an impossible setting.
+
+    max_new_tokens: at most so many for each prompt, the last of them one of stop_ids if fewer.
+    temperature 0 is greedy; top_k keeps the k most probable tokens (0: all), then top_p the most
+    probable that together reach this share. vocab_size: choose among the ids below it alone (None:
+    all), for a model that has more rows than its tokenizer has ids.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        must_be = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "seed": (self.seed >= 0, "0 or more"),
+        }
+        for name, (possible, wanted) in must_be.items():
+            if not possible:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be {wanted}")
+
+    def uniforms(self, rows) -> Tensor:
+        """(rows, max_new_tokens) float64 in [0, 1): a row's draws, the same however many follow."""
+        n = self.max_new_tokens
+        draws = [np.random.default_rng((self.seed, row)).random(n) for row in rows]
+        return torch.from_numpy(np.array(draws).reshape(-1, n))
+
+    def choose(self, logits: Tensor, u: Tensor) -> Tensor:
+        """(B,): one token for each row of logits (B, V), by its draw u (B,)."""
+        logits = logits[:, : self.vocab_size]
+        return sample(logits, u, self.temperature, self.top_p, self.top_k)
 
 
 def sample(

@@ -5,9 +5,8 @@ Shapes: N response tokens and R responses of a batch, P pairs, D width, V vocabu
 
 import hashlib
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.data import Batch, Example, pack
-from minibnf.feedback import target_logits
 from minibnf.files.safetensors import write_tensors
 from minibnf.kernels import compiling
 from minibnf.logprob import chunk_tokens, cuts, sweep, token_logps
@@ -29,28 +27,29 @@ from minibnf.responses import Responses
 
 
 def batch_loss(
-    model, batch: Batch, loss: Loss, hyper: dict, ref_logps: Tensor | None, E: int, dtype
+    model, batch: Batch, loss: Loss, hyper: dict, E: int, dtype
 ) -> tuple[Tensor, Tensor]:
     """A micro-batch's share of the step's loss, a scalar, and logps (N,), detached.
 
-    ref_logps (N,) or None: the reference's log-probabilities. E: how many examples the step has.
-    dtype: what to compute in. Call backward on the loss as it is.
+    E: how many examples the step has. dtype: what to compute in. Call backward on the loss as it
+    is.
     """
+    chunks = chunks_of(model, batch, loss)
 
-    def judge(i: slice, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """What the loss makes of the tokens in slice i, of which logps are given."""
-        owner, preferred = batch.owner[i], batch.preferred
+    def judge(k: int, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss makes of the tokens in chunk k, of which logps are given."""
+        i, owner, preferred = chunks[k], batch.owner[chunks[k]], batch.preferred
         pairs, lengths = batch.pairs, batch.lengths
         if not loss.token_local:  # of these rows alone
             first, first_pair = batch.starts[i.start]
             end, end_pair = batch.starts[i.stop]
             owner, preferred, lengths = owner - first, preferred[first:end], lengths[first:end]
             pairs = pairs[first_pair:end_pair] - first
-        ref_part = None if ref_logps is None else ref_logps[i]
-        part = Responses(logps, ref_part, owner, preferred, pairs, lengths, E)
+        ref_logps = None if batch.ref_logps is None else batch.ref_logps[i]
+        part = Responses(logps, ref_logps, owner, preferred, pairs, lengths, E)
         return loss.value(part, **hyper), loss.gradient(part, **hyper)
 
-    return _sweep(model, batch, loss, dtype, judge)
+    return predict(model, batch, dtype, partial(sweep, chunks=chunks, judge=judge))
 
 
 def batch_logps(model: Transformer, batch: Batch, loss: Loss, dtype) -> Tensor:
@@ -59,26 +58,16 @@ def batch_logps(model: Transformer, batch: Batch, loss: Loss, dtype) -> Tensor:
     What is compiled rounds alike in the same graph alone, and training's is the one with gradients.
     """
     with torch.set_grad_enabled(compiling()):
-        return _sweep(model, batch, loss, dtype)[1]
+        return predict(model, batch, dtype, partial(sweep, chunks=chunks_of(model, batch, loss)))[1]
 
 
-def _sweep(model, batch: Batch, loss: Loss, dtype, judge=None) -> tuple[Tensor, Tensor]:
-    """One pass over the vocabulary, in chunks that the loss can judge.
+def chunks_of(model: Transformer, batch: Batch, loss: Loss) -> list[slice]:
+    """The response tokens in chunks that the loss can judge one by one.
 
-    A token-local loss may be cut anywhere, others only between rows. judge(slice of the response
-    tokens, their logps) -> value and dlogps; without it there are only logps.
+    A token-local loss may be cut anywhere, others only between rows.
     """
-
-    def read(hidden, unembed, targets, softcap):
-        sizes = None if loss.token_local else [b - a for a, b in pairwise(batch.starts)]
-        chunks = cuts(sizes, len(targets), chunk_tokens(unembed))
-
-        def judge_chunk(k: int, logps: Tensor) -> tuple[Tensor, Tensor]:
-            return judge(chunks[k], logps)
-
-        return sweep(hidden, unembed, targets, chunks, judge and judge_chunk, softcap=softcap)
-
-    return predict(model, batch, dtype, read)
+    sizes = None if loss.token_local else [b - a for a, b in pairwise(batch.starts)]
+    return cuts(sizes, len(batch.targets), chunk_tokens(model.unembed))
 
 
 def predict(model: Transformer, batch: Batch, dtype, read: Callable):
@@ -92,14 +81,13 @@ def predict(model: Transformer, batch: Batch, dtype, read: Callable):
 
 
 def run_batches(
-    model, batches: list[Batch], loss: Loss, hyper: dict, ref, dtype, device, *, backward: bool
+    model: Transformer, batches: list[Batch], loss: Loss, hyper: dict, dtype, *, backward: bool
 ) -> tuple[Tensor, Tensor]:
     """A step's loss over all its micro-batches, and what its responses sum to.
 
-    ref: the Reference, or None where the loss needs none. Returns the loss, a scalar whose
-    gradients are accumulated if backward, and the R responses' log-likelihoods (1, R), with a
-    reference also how far these have shifted from it (2, R), in nats. Nothing here waits for the
-    device.
+    Returns the loss, a scalar whose gradients are accumulated if backward, and the R responses'
+    log-likelihoods (1, R), with a reference also how far these have shifted from it (2, R), in
+    nats. Nothing here waits for the device.
     """
     values, sums = [], []
     E = sum(len(b.preferred) if loss.per_response else b.examples for b in batches)
@@ -107,92 +95,75 @@ def run_batches(
         tokens = sum(len(b.targets) for b in batches)
         hyper = hyper | {"length": tokens / sum(len(b.preferred) for b in batches)}
     for batch in batches:
-        batch = batch.to(device)
-        ref_logps = None if ref is None else ref.of(batch)
+        batch = batch.to(model.unembed.device)
         with torch.set_grad_enabled(backward):
-            value, logps = batch_loss(model, batch, loss, hyper, ref_logps, E, dtype)
+            value, logps = batch_loss(model, batch, loss, hyper, E, dtype)
         if backward:
             value.backward()
         values.append(value.detach())
-        found = [logps] if ref is None else [logps, logps - ref_logps]
-        responses = batch.responses(logps, ref_logps)
+        found = [logps] if batch.ref_logps is None else [logps, logps - batch.ref_logps]
+        responses = batch.responses(logps, batch.ref_logps)
         sums.append(torch.stack([responses.sums(x) for x in found]))
     return torch.stack(values).sum(), torch.cat(sums, 1)
 
 
-@torch.no_grad()
-def kl_estimate(model: Transformer, ref, batches: list[Batch], loss: Loss, dtype, device) -> Tensor:
+def kl_estimate(model: Transformer, batches: list[Batch], loss: Loss, dtype) -> Tensor:
     """KTO's reference point z0, a scalar in nats.
 
     max(0, the mean over mismatched responses of how far their log-likelihood has shifted).
     """
-    shifts = []
-    for batch in batches:
-        batch = batch.to(device)
-        logps = batch_logps(model, batch, loss, dtype)
-        shifts.append(batch.responses(logps, None).sums(logps - ref.of(batch)))
-    return torch.cat(shifts).mean().clamp(min=0)
+    hyper = loss.hyper({"kl": 0.0})  # the loss itself is not asked for
+    _, (_, shifts) = run_batches(model, batches, loss, hyper, dtype, backward=False)
+    return shifts.mean().clamp(min=0)
 
 
-def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict:
-    """TRL's names, from run_batches' sums on the CPU; absent where undefined.
+def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict[str, Tensor]:
+    """TRL's names, from run_batches' sums, as scalars on their device; absent where undefined.
 
     logps: log-likelihoods of whole responses in nats. rewards: beta (1 where a loss has none) times
-    the shift against the reference; margins and accuracies are over pairs.
+    the shift against the reference; margins and accuracies are over pairs. Waits for nothing.
     """
     preferred = torch.cat([b.preferred for b in batches])
+    sides = {"chosen": preferred.nonzero()[:, 0], "rejected": (~preferred).nonzero()[:, 0]}
     values = {"logps": sums[0]}
     if len(sums) > 1:
         values["rewards"] = beta * sums[1]
     found = {}
     for name, x in values.items():
-        for side, which in {"chosen": preferred, "rejected": ~preferred}.items():
-            if which.any():
-                found[f"{name}/{side}"] = x[which].mean().item()
-    if "rewards" in values:
-        starts = accumulate((len(b.preferred) for b in batches), initial=0)
-        pairs = torch.cat([b.pairs + at for at, b in zip(starts, batches, strict=False)])
-        margins = beta * (sums[1][pairs[:, 0]] - sums[1][pairs[:, 1]])
-        if len(margins):
-            found["rewards/margins"] = margins.mean().item()
-            found["rewards/accuracies"] = (margins > 0).float().mean().item()
+        for side, responses in sides.items():
+            if len(responses):
+                found[f"{name}/{side}"] = x[to_device(responses, x.device)].mean()
+    starts = accumulate((len(b.preferred) for b in batches), initial=0)
+    pairs = torch.cat([b.pairs + at for at, b in zip(starts, batches, strict=False)])
+    if "rewards" in values and len(pairs):
+        chosen, rejected = sums[1][to_device(pairs, sums.device)].unbind(1)
+        margins = beta * (chosen - rejected)
+        found["rewards/margins"] = margins.mean()
+        found["rewards/accuracies"] = (margins > 0).float().mean()
     return found
 
 
 # ------------------------------------------------------------------------------------ the reference
 
 
-class Reference:
-    """The reference's log-probabilities of every response token of a data set."""
-
-    def __init__(self, examples: list[Example], logps: Tensor):
-        """logps (N,): all responses' tokens, one response after another."""
-        responses = {(i, k): r for i, e in enumerate(examples) for k, r in enumerate(e.responses)}
-        parts = logps.split([len(response) for response in responses.values()])
-        self.logps, self.parts = logps, dict(zip(responses, parts, strict=True))
-
-    def of(self, batch: Batch) -> Tensor:
-        """(N,): the reference log-probabilities of a batch's response tokens."""
-        logps = torch.cat([self.parts[place] for place in batch.order])
-        return to_device(logps, batch.targets.device)
-
-
-def reference(
+def with_reference(
     model, examples: list[Example], steps: Iterable[list[Batch]], file: Path, loss, dtype
-) -> Reference:
-    """The log-probabilities of all examples, computed once and cached in file.
+) -> list[Example]:
+    """The examples with the model's log-probabilities, computed once and cached in file.
 
     steps: the examples as training will meet them, lists of packed batches. A product of other
     sizes may round otherwise, so only where the reference is read in the same packs and chunks do
     policy and reference agree before the first step. A cache that is damaged is made again.
     """
-    with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as cached:
-        return Reference(examples, cached.get_tensor("logps"))
-
-    read = partial(batch_logps, model, loss=loss, dtype=dtype)
-    logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
-    write_tensors(file, {"logps": logps})
-    return Reference(examples, logps)
+    try:
+        with safe_open(file, framework="pt") as cached:
+            logps = cached.get_tensor("logps")
+    except (OSError, SafetensorError):
+        read = partial(batch_logps, model, loss=loss, dtype=dtype)
+        logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
+        write_tensors(file, {"logps": logps})
+    parts = iter(logps.split([len(response) for e in examples for response in e.responses]))
+    return [e._replace(ref_logps=tuple(islice(parts, len(e.responses)))) for e in examples]
 
 
 def fingerprint(model: Transformer) -> str:
@@ -211,7 +182,7 @@ def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logp
     """What `read` makes of every response token: a tensor per response, on the CPU, in order.
 
     read(hidden, unembed, targets, softcap=): its log-probability (token_logps), its logit
-    (target_logits) or both (logps_and_logits). dtype: what to compute in.
+    (feedback.target_logits), or what else it makes. dtype: what to compute in.
     """
     places = list(range(len(examples)))
     steps = (pack(examples, places[at : at + 512], max_tokens) for at in places[::512])
@@ -232,9 +203,3 @@ def read_all(model, examples: list[Example], steps, read, desc: str) -> list[Ten
             found.update(zip(batch.order, x.split(batch.lengths.tolist()), strict=True))
             bar.update(len({i for i, _ in batch.order}))
     return [found[place] for place in sorted(found)]
-
-
-def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:
-    """(N, 2): log-probability and logit of each target."""
-    logps = token_logps(hidden, unembed, targets, softcap=softcap)
-    return torch.stack([logps, target_logits(hidden, unembed, targets, softcap=softcap)], -1)

@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,22 +38,13 @@ from minibnf.files.disk import replacing
 from minibnf.files.rows import Notes
 from minibnf.files.terminal import counted, in_one_line
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
-from minibnf.kernels import LARGE, compile_by, fastest_library, multiply_by
+from minibnf.kernels import compile_by, fastest_library, multiply_by
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
 from minibnf.model import Transformer, fresh, load, save
-from minibnf.run import (
-    Log,
-    Run,
-    begin_folder,
-    check_folder,
-    load_training,
-    model_card,
-    not_finite,
-    save_training,
-    training_curves,
-)
-from minibnf.step import fingerprint, kl_estimate, metrics, reference, run_batches
+from minibnf.run import Log, Run, begin_folder, check_folder, load_training
+from minibnf.run import model_card, save_training, summary, training_curves
+from minibnf.step import fingerprint, kl_estimate, metrics, run_batches, with_reference
 
 # ------------------------------------------------------------------------------------------- set-up
 
@@ -68,9 +60,9 @@ def setup(args: argparse.Namespace) -> Run | None:
 
     Raises ValueError, OSError or ImportError for what the user must mend.
     """
-    out, loss = Path(args.out), LOSSES[args.loss]
+    loss = LOSSES[args.loss]
     hyper = loss_hyper(loss, args.loss_args)
-    earlier = check_folder(args, out)
+    earlier = check_folder(args)
     tokenizer = load_tokenizer(args.model)
     products = fastest_library()
     if earlier:  # a template may have put the first run's date into rows
@@ -87,62 +79,51 @@ def setup(args: argparse.Namespace) -> Run | None:
     longest = max(e.tokens for some in sets.values() for e in some)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
-        raise ValueError(
-            f"--max-tokens {max_tokens} is less than the {longest} tokens of the longest example"
-        )
-    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
-    steps = args.max_steps or (args.epochs or 1) * steps_per_epoch
+        raise ValueError(f"--max-tokens {max_tokens}: the longest example has {longest} tokens")
     pairs = sum(len(e.pairs) for e in examples)
-    facts = {
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "products": products,
-        "parameters": parameters,
-        "lr": args.lr or default_rate(loss.name) * WIDTH / model.config.hidden_size,
-        "loss_args": hyper,
-        "pairs": pairs,
-        "unpaired": sum(e.count for e in examples) - pairs,
-        "model_sha256": fingerprint(model),
-        "data_sha256": {name: digest(e) for name, e in sets.items()},
-        "tokens_per_epoch": sum(e.tokens for e in examples),
-        "notes": notes,
-        "batch": min(args.batch_size, len(examples)),
-        "now": tokenizer.now.isoformat(),
-        "steps": steps,
-        "max_tokens": max_tokens,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    facts = argparse.Namespace(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        products=products,
+        compiled="no",
+        parameters=parameters,
+        lr=args.lr or default_rate(loss.name) * WIDTH / model.config.hidden_size,
+        loss_args=hyper,
+        pairs=pairs,
+        unpaired=sum(e.count for e in examples) - pairs,
+        model_sha256=fingerprint(model),
+        data_sha256={name: digest(e) for name, e in sets.items()},
+        tokens_per_epoch=sum(e.tokens for e in examples),
+        notes=notes,
+        batch=min(args.batch_size, len(examples)),
+        now=tokenizer.now.isoformat(),
+        steps=args.max_steps or (args.epochs or 1) * math.ceil(len(examples) / args.batch_size),
+        max_tokens=max_tokens,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
     if earlier:
-        before, present = earlier["arguments"] | earlier["facts"], vars(args) | facts
+        before, present = earlier["arguments"] | earlier["facts"], vars(args) | vars(facts)
         for key in RESUME_NEEDS:
             if before.get(key) != present[key]:
                 changed = f"{key} was {before.get(key)} and is {present[key]} now"
-                raise ValueError(f"{out}: cannot resume, {changed}")
-        if (out / "model").exists():
+                raise ValueError(f"{args.out}: cannot resume, {changed}")
+        if Path(args.out, "model").exists():
             return None
-    model = model.to(device)
-    run = Run(
-        args, out, loss, hyper, tokenizer, model, device, dtype, max_tokens, sets, steps_per_epoch,
-        steps, facts,
-    )  # fmt: skip
-    facts["compiled"] = compile_blocks(run)
+    run = Run(args, loss, tokenizer, model.to(device), dtype, sets, facts)
+    if device.type == "cuda" and args.compile == "auto":
+        facts.compiled = compile_layers(run)
     return run
 
 
-def compile_blocks(run: Run) -> str:
-    """Compile the layers on CUDA; "yes", or "no" and why.
-
-    The first micro-batch is the trial. A CPU gains nothing by it (measured).
-    """
-    if run.device.type != "cuda" or run.args.compile == "off":
-        return "no"
+def compile_layers(run: Run) -> str:
+    """ "yes", or "no" and why: the step's first micro-batch is the trial."""
+    nll = LOSSES["nll"]
 
     def trial():
-        batches, nll = pack(run.sets["train"], rows_of_step(run, 0), run.max_tokens), LOSSES["nll"]
-        where = run.dtype, run.device
-        run_batches(run.model, batches[:1], nll, nll.hyper({}), None, *where, backward=True)
+        batches = pack(run.sets["train"], rows_of_step(run, 0), run.facts.max_tokens)[:1]
+        run_batches(run.model, batches, nll, nll.hyper({}), run.dtype, backward=True)
         run.model.zero_grad(set_to_none=True)
 
     failed = compile_by("inductor", trial)
@@ -152,43 +133,18 @@ def compile_blocks(run: Run) -> str:
 def read_sets(args, loss: Loss, tokenizer: Tokenizer, context: int) -> tuple[dict, list[str]]:
     """The examples of every set, by its name, and what a person should know of them."""
     sets, changes, notes = {}, [], Notes()
-    files = {"train": args.data, "eval": args.eval_data}
+    files = {"train": args.data} | ({"eval": args.eval_data} if args.eval_data else {})
     for split, file in files.items():
-        if file is None:
-            continue
         sets[split], counts = read_examples(file, tokenizer, context, args.overlong, notes)
         lone = [e.place for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
-            raise ValueError(
-                f"{file}, {lone[0]}: loss '{loss.name}' needs pairs, and this row is none (one of "
-                f"{len(lone)}); --loss bnf needs none"
-            )
+            why = f"loss '{loss.name}' needs pairs, and this row is none (one of {len(lone)})"
+            raise ValueError(f"{file}, {lone[0]}: {why}; --loss bnf needs none")
         if "kl" in loss.defaults:
             sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
             counts["for which other prompts have only equal responses"] = equals
         changes += [f"{counted(n, f'{split} row')} {what}" for what, n in counts.items() if n]
     return sets, [*changes, *notes.lines()]
-
-
-def announce(run: Run) -> None:
-    """Print what was resolved."""
-    f, args = run.facts, run.args
-    start = ", fresh" if args.from_scratch else ""
-    print(f"model    {args.model}: {f['parameters'] / 1e6:.1f} M parameters{start}")
-    rows = f"{counted(f['pairs'], 'pair')}, {f['unpaired']} unpaired"
-    print(f"data     {args.data}: {rows}, {f['tokens_per_epoch']:,} tokens per epoch")
-    for note in filter(None, [run.tokenizer.closing_warning, *f["notes"]]):
-        print(f"         {note}")
-    print(f"loss     {run.loss.name} {run.hyper_text}, lr {f['lr']:.3g}, {args.optimizer}")
-    most, numbers = f"at most {run.max_tokens} tokens per micro-batch", f["dtype"]
-    large = any(p.dim() == 2 and p.numel() >= LARGE for p in run.model.parameters())
-    if run.device.type == "cpu" and numbers == "float32" and large:
-        numbers += f" multiplied by {f['products']}"
-    if run.device.type == "cuda":
-        print(f"compiled {f['compiled']}")
-    print(f"machine  {run.device}, {numbers}, {counted(f['threads'], 'thread')}, {most}")
-    epochs = counted(f"{run.steps / run.steps_per_epoch:.3g}", "epoch")
-    print(f"steps    {run.steps} of {counted(f['batch'], 'example')}: {epochs}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -202,21 +158,21 @@ def train(run: Run) -> None:
     """
     args, model = run.args, run.model
     begin_folder(run)
-    announce(run)
-    refs = references(run)
-    optims = optimizers(model, args, run.facts["lr"])
-    step, tokens = load_training(run.out, model, optims) if args.resume else (0, 0)
+    print("\n".join(summary(run, args.model, args.data)), flush=True)
+    read_references(run)
+    optims = optimizers(model, args, run.facts.lr)
+    step, tokens = load_training(run.out, model, optims)
     if step:
         print(f"resumed  after step {step}", flush=True)
     with interruptions() as interrupted, closing(Log(run, step)) as log:
         if step == 0:
-            evaluate(run, refs, log, step)
-        while step < run.steps and not interrupted:
+            evaluate(run, log, step)
+        while step < run.facts.steps and not interrupted:
             began = time.perf_counter()
             rows = rows_of_step(run, step)
-            batches, loss, sums = run_step(run, "train", rows, refs, backward=True)
+            batches, loss, found = run_step(run, "train", rows, backward=True)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            rate = learning_rate(step, run.steps, run.facts["lr"], args)
+            rate = learning_rate(step, run.facts.steps, run.facts.lr, args)
             for optim in optims:
                 for group in optim.param_groups:
                     group["lr"] = rate
@@ -227,18 +183,15 @@ def train(run: Run) -> None:
             tokens += sum(b.tokens.numel() for b in batches)
             epoch = step / run.steps_per_epoch
             row = {"step": step, "epoch": epoch, "learning_rate": rate, "num_tokens": tokens}
-            log.step(began, row, batches, loss, norm, sums)
-            at_end = step == run.steps
+            log.step(began, row, batches, {"loss": loss, "grad_norm": norm} | found)
+            at_end = step == run.facts.steps
             if at_end or (args.eval_every and step % args.eval_every == 0):
-                evaluate(run, refs, log, step)
+                evaluate(run, log, step)
             if at_end or step % args.save_every == 0 or interrupted:
-                log.settle()
-                if not all(p.isfinite().all() for p in model.parameters()):
-                    what = "the weights after it are not finite"
-                    raise FloatingPointError(not_finite(run, step, batches, what))
+                log.settle()  # nothing is saved after a gradient that was not finite
                 save_training(run.out, step, tokens, model, optims)
-    if step < run.steps:
-        print(f"interrupted after step {step} of {run.steps}{', and saved' if step else ''}")
+    if step < run.facts.steps:
+        print(f"interrupted after step {step} of {run.facts.steps}{', and saved' if step else ''}")
         raise KeyboardInterrupt
     finish(run)
 
@@ -250,43 +203,40 @@ def rows_of_step(run: Run, step: int) -> list[int]:
     return order[k * size : (k + 1) * size]
 
 
-def references(run: Run) -> dict:
-    """{name of a set: its Reference}, None where the loss needs none.
+def read_references(run: Run) -> None:
+    """Give the examples the reference's log-probabilities, where the loss needs them.
 
-    It is read as training first meets a set: the first epoch's steps, or all held-out rows at once.
+    They are read as training first meets a set: the first epoch's steps, or all held-out rows at
+    once.
     """
-    refs = dict.fromkeys(run.sets)
     for name, examples in run.sets.items() if run.loss.needs_ref else ():
         steps = [list(range(len(examples)))]
         if name.startswith("train"):
             steps = [rows_of_step(run, step) for step in range(run.steps_per_epoch)]
-        packed = (pack(examples, rows, run.max_tokens) for rows in steps)
+        packed = (pack(examples, rows, run.facts.max_tokens) for rows in steps)
         file = run.out / f"reference-{name}.safetensors"
-        refs[name] = reference(run.model, examples, packed, file, run.loss, run.dtype)
-    return refs
+        run.sets[name] = with_reference(run.model, examples, packed, file, run.loss, run.dtype)
 
 
-def run_step(run: Run, split: str, rows: list[int], refs: dict, backward: bool) -> tuple:
-    """The micro-batches of these rows, and what run_batches makes of them."""
-    hyper, where, kl = run.hyper, (run.dtype, run.device), f"{split}-kl"
+def run_step(run: Run, split: str, rows: list[int], *, backward: bool) -> tuple:
+    """The micro-batches of these rows, their loss and their metrics."""
+    hyper, max_tokens, kl = run.facts.loss_args, run.facts.max_tokens, f"{split}-kl"
     if kl in run.sets:  # kto's reference point comes from mismatched responses
-        others = pack(run.sets[kl], rows, run.max_tokens)
-        hyper = hyper | {"kl": kl_estimate(run.model, refs[kl], others, run.loss, *where)}
-    batches, ref = pack(run.sets[split], rows, run.max_tokens), refs[split]
-    return batches, *run_batches(
-        run.model, batches, run.loss, hyper, ref, *where, backward=backward
-    )
+        others = pack(run.sets[kl], rows, max_tokens)
+        hyper = hyper | {"kl": kl_estimate(run.model, others, run.loss, run.dtype)}
+    batches = pack(run.sets[split], rows, max_tokens)
+    loss, sums = run_batches(run.model, batches, run.loss, hyper, run.dtype, backward=backward)
+    return batches, loss, metrics(batches, sums, hyper.get("beta", 1.0))
 
 
-def evaluate(run: Run, refs: dict, log: Log, step: int) -> None:
+def evaluate(run: Run, log: Log, step: int) -> None:
     """One row of metrics, of all held-out rows if there are any."""
-    if "eval" not in run.sets:
-        return
-    log.settle()
-    rows = list(range(len(run.sets["eval"])))
-    batches, loss, sums = run_step(run, "eval", rows, refs, backward=False)
-    found = {"loss": loss.item()} | metrics(batches, sums.cpu(), run.hyper.get("beta", 1.0))
-    log.write({"step": step} | {f"eval_{k}": v for k, v in found.items()})
+    if "eval" in run.sets:
+        log.settle()
+        rows = list(range(len(run.sets["eval"])))
+        _, loss, found = run_step(run, "eval", rows, backward=False)
+        numbers = {"loss": loss} | found
+        log.write({"step": step} | {f"eval_{name}": x.item() for name, x in numbers.items()})
 
 
 def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimizer]:
@@ -299,11 +249,10 @@ def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimize
     matrices = {k: p for k, p in named.items() if p.dim() == 2 and k.startswith("model.layers.")}
     decaying = {"params": list(matrices.values()), "lr": lr, "weight_decay": args.weight_decay}
     others = {"params": [p for k, p in named.items() if k not in matrices], "weight_decay": 0.0}
-    groups = [others] if args.optimizer == "muon" else [others, decaying]
-    optims = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    adamw = partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.95), fused=True)
     if args.optimizer == "muon":
-        optims.append(torch.optim.Muon([decaying], adjust_lr_fn="match_rms_adamw"))
-    return optims
+        return [adamw([others]), torch.optim.Muon([decaying], adjust_lr_fn="match_rms_adamw")]
+    return [adamw([others, decaying])]
 
 
 def learning_rate(step: int, total: int, lr: float, args) -> float:
@@ -334,27 +283,24 @@ def interruptions() -> Iterator[list[int]]:
 def finish(run: Run) -> None:
     """Write OUT/model and the figure, and say where everything lies."""
     args, out = run.args, run.out
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
     held_out = [row for row in rows if "eval_loss" in row]
     first, last = (held_out or rows)[0], (held_out or rows)[-1]
     told = [k for k in first if k in last and (k.endswith("loss") or "/" in k)]
-    table = {k: (first[k], last[k]) for k in told}
+    results = [f"{name:26} {first[name]:10.4f} -> {last[name]:.4f}" for name in told]
+    if not held_out:
+        results.insert(0, "of training rows, in the first step -> in the last one:")
     with replacing(out / "model") as temporary:
         save(run.model, temporary, DTYPES[args.save_dtype])
         run.tokenizer.save(temporary)
-        title = "held-out rows" if held_out else "first and last step"
-        card = model_card(run, title, table)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(run, results), encoding="utf-8")
     figure = out / "figures" / "training.png"
     try:
         training_curves(rows, figure, f"{args.loss} on {Path(args.data).name}")
     except ImportError:
         figure = "none: pip install 'minibnf[plots]' draws one"
-    if not held_out:
-        print("of training rows, in the first step -> in the last one:")
-    for name, (before, after) in table.items():
-        print(f"{name:26} {before:10.4f} -> {after:.4f}")
+    print("\n".join(results))
     print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
 
 

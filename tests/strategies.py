@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from minibnf.data import Example, pair
 from minibnf.losses import LOSSES, Responses
 
-# of what runs a whole model
-FEW = settings(max_examples=max(5, settings.default.max_examples // 8))
+# of what runs a whole model, and of what computes a loss some hundred times per example
+FEW, QUARTER = (settings(max_examples=max(5, settings.default.max_examples // n)) for n in (8, 4))
 
 SMALL = st.floats(min_value=-6, max_value=-0.01, allow_nan=False)
 UNCERTAIN = st.one_of(  # from nearly certain to all but impossible
@@ -105,3 +105,11 @@ def examples(draw, vocabulary=97, max_examples=6):
         else:
             found.append(Example(prompt, (draw(response),), (draw(st.booleans()),), line))
     return found
+
+
+def referred(examples, reference=None):
+    """The examples with a flat reference (tokens,), to which by default each is e^-2 probable."""
+    sizes = [len(response) for e in examples for response in e.responses]
+    flat = torch.full((sum(sizes),), -2.0) if reference is None else reference
+    parts = iter(flat.split(sizes))
+    return [e._replace(ref_logps=tuple(next(parts) for _ in e.responses)) for e in examples]

@@ -100,19 +100,9 @@ def shorten(file):
     file.write_bytes(file.read_bytes()[:-9])
 
 
-def quantise(state):
-    state[NORM] = state[NORM].to(torch.int8)
-
-
-def extend(state):
-    state["model.extra"] = torch.zeros(1)
-
-
-def untie(state):
-    state["lm_head.weight"] = torch.zeros(672, 128)
-
-
 NORM = "model.norm.weight"
+QUANTISED, EXTRA = {NORM: torch.zeros(128).to(torch.int8)}, {"model.extra": torch.zeros(1)}
+UNTIED = {"lm_head.weight": torch.zeros(672, 128)}
 OTHER_SIZE = "'model.embed_tokens.weight' is (672, 128), but config.json says (600, 128)"
 
 
@@ -124,9 +114,12 @@ OTHER_SIZE = "'model.embed_tokens.weight' is (672, 128), but config.json says (6
         (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.json nor tokenizer.model"),
         (lambda d: change(d, vocab_size=600), OTHER_SIZE),
         (lambda d: edit(d, lambda s: s.pop(NORM)), f"tensor '{NORM}' is missing (1 of 38 are)"),
-        (lambda d: edit(d, extend), "tensor 'model.extra' is in the files but not in the model"),
-        (lambda d: edit(d, quantise), f"tensor '{NORM}' is I8; quantised"),
-        (lambda d: edit(d, untie), "lm_head.weight differs"),
+        (
+            lambda d: edit(d, lambda s: s.update(EXTRA)),
+            "tensor 'model.extra' is in the files but not in the model",
+        ),
+        (lambda d: edit(d, lambda s: s.update(QUANTISED)), f"tensor '{NORM}' is I8; quantised"),
+        (lambda d: edit(d, lambda s: s.update(UNTIED)), "lm_head.weight differs"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_status_1(directory, capsys, spoil, message):

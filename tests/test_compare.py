@@ -12,9 +12,9 @@ from minibnf.lab.compare import check, compare, main
 from minibnf.lab.figures import comparison
 from minibnf.lab.language import QA, problems
 from minibnf.lab.plan import chosen_settings, collapsed, finals, objective, select, settings, sweep
-from minibnf.lab.tables import concentration, figure, good_rates, ranks, table
-from minibnf.lab.trials import prepare, slug
-from minibnf.lab.verdicts import CUSTOMARY, NOT, REPRODUCED, report, verdicts, within
+from minibnf.lab.tables import concentration, figure, good_rates, ranks
+from minibnf.lab.trials import slug
+from minibnf.lab.verdicts import NOT, REPRODUCED, report, verdicts, within
 
 SPEC = {
     "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32, "device": "cpu"},
@@ -120,7 +120,6 @@ REFUSED = [
     (changed("on", math=["bnf"]), "'on' names 'math'"),
     (changed("on", qa=["bnf", "ipo"]), "'on' names 'ipo'"),
     (changed("methods", "bnf", loss="bfn"), "the trainer refuses"),
-    (changed(seeds=[]), "'seeds' is empty"),
     (changed("sets", "qa", count=None), "set of the small world 'qa': field 'count' is missing"),
     (changed("sets", "qa", rows="x"), "set of files 'qa': field 'held_out' is missing"),
     (changed("sets", "qa", kind="maths"), "set 'qa': its 'kind' must be one of qa, math"),
@@ -253,12 +252,12 @@ TRADED = keeps(bnf=0.88, kto=0.88) | {"dpo_0.1": {"accuracy": 0.8}, "dpo_2": {"w
     [
         ("aligns", wins(bnf=0.6, dpo=0.62), REPRODUCED, ""),  # within two errors
         ("aligns", wins(bnf=0.6, dpo=0.7), NOT, ""),
-        ("aligns", wins(bnf=0.6) | FAR_BEST, CUSTOMARY, "best rival dpo 0.700"),
+        ("aligns", wins(bnf=0.6) | FAR_BEST, NOT, "best rival dpo 0.700"),
         ("costs", keeps(bnf=0.88, dpo=0.8, kto=0.8), REPRODUCED, ""),
         ("costs", keeps(bnf=0.84, dpo=0.8, kto=0.8), NOT, ""),
         ("costs", keeps(bnf=0.88, dpo=0.88, kto=0.86), NOT, "median 0.030"),  # of 0.02 and 0.04
         ("costs", keeps(bnf=0.9, dpo=0.9, kto=0.9), NOT, ""),  # nothing to lose less of
-        ("costs", TRADED, CUSTOMARY, "median 0.010 (least: dpo 0.000), at customary"),
+        ("costs", TRADED, NOT, "median 0.010 (least: dpo 0.000), at customary"),
         ("unpaired", wins(bnf=0.6, kto=0.6), REPRODUCED, ""),
         ("unpaired", wins(bnf=0.51, kto=0.5), NOT, ""),  # no gain
         ("unpaired", wins(bnf=0.6, kto=0.7), NOT, ""),
@@ -289,23 +288,13 @@ def test_stability_counts_settings():
     assert "at customary hyper-parameters bnf 50%, rivals' median 0%" in numbers
 
 
-def test_tuning_counts_decades_of_good_rates():
-    made = results()
-    for r in select(made["runs"], method="bnf", setting={"lr": 1e-3}):
-        r["result"]["win_rate"] = [0.5, 0.01]
-    assert good_rates(made, "qa", "bnf", {}) == [1e-4] and verdict(made, "tuning")[0] == NOT
-
-
 def test_an_error_joins_seeds_and_prompts():
     made = results(bnf={"error": 0.03})
     first, second = select(made["runs"], method="bnf", split="test", set="qa")
     first["result"]["win_rate"][0], second["result"]["win_rate"][0] = 0.5, 0.7
     mean, error = figure(made, "qa", "bnf", "best", "win_rate")
     assert mean == pytest.approx(0.6) and error == pytest.approx(math.sqrt(0.02 / 2 + 0.03**2))
-
-
-def test_within_two_errors():
-    """0.1 apart: sqrt(.03² + .05²) > .05 > sqrt(2) .03."""
+    # 0.1 apart: sqrt(.03² + .05²) > .05 > sqrt(2) .03
     assert within((0.5, 0.03), (0.6, 0.05)) and not within((0.5, 0.03), (0.6, 0.03))
 
 
@@ -313,15 +302,6 @@ def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
     made = results()
     made["spec"]["on"] = {"qa": ["bnf", "dpo"]}
     assert [claim.split()[0] for claim, _, _ in verdicts(made)] == ["aligns", "costs", "shifts"]
-
-
-def test_a_table_has_the_base_first_then_the_best(tmp_path):
-    made = results(bnf={"win": 0.7})
-    lines = table(made, "qa").splitlines()
-    assert lines[2].startswith("| base |") and lines[3].startswith("| bnf | best, customary |")
-    assert all("0 of 4" in line for line in lines if line.startswith("| dpo | best"))
-    rows = [line for line in report(made).splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows if "BNF" not in line}) == 2
 
 
 def test_ranks_and_what_the_gini_goes_with():
@@ -371,6 +351,10 @@ def test_good_rates_have_no_holes():
     assert good_rates(made, "qa", "bnf", {}) == [1e-5]
     made["runs"][2]["result"]["win_rate"][0] = 0.61
     assert good_rates(made, "qa", "bnf", {}) == [1e-3, 1e-2]
+    made = results()
+    for r in select(made["runs"], method="bnf", setting={"lr": 1e-3}):
+        r["result"]["win_rate"] = [0.5, 0.01]
+    assert verdict(made, "tuning")[0] == NOT
 
 
 def odd_results():
@@ -414,20 +398,6 @@ def test_every_committed_spec_can_be_run():
     for file in Path("tutorials/evidence").glob("*.json"):
         if not file.stem.endswith("-results"):
             check(json.loads(file.read_text()))
-
-
-def test_rows_are_rows_whatever_their_text_holds(tmp_path):
-    """A line separator of Unicode inside a text ends no row."""
-    rows = [{"prompt": f"{k}", "chosen": "a\u2028b\x85", "rejected": "c"} for k in range(6)]
-    given = {"rows": written(tmp_path / "rows.jsonl", rows), "count": 2, "held_out": 4}
-    spec = changed("sets", mine=given)
-    files = prepare(spec, "mine", tmp_path / "data")
-    lines = [line for file in files.values() for line in file.read_text().splitlines()]
-    assert [json.loads(line) for line in lines] == rows
-    unpaired = [{"prompt": "a", "completion": "b", "label": False}] * 6
-    given["rows"] = written(tmp_path / "unpaired.jsonl", unpaired)
-    with pytest.raises(ValueError, match="and then 4 pairs to hold out"):
-        prepare(spec, "mine", tmp_path / "other")
 
 
 def test_results_of_another_base_are_not_taken_for_these(tmp_path):

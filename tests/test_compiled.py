@@ -21,8 +21,8 @@ from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.model import Transformer
 
-from minibnf.step import Reference, batch_logps, run_batches
-from tests.strategies import FEW
+from minibnf.step import batch_logps, run_batches
+from tests.strategies import FEW, referred
 
 LAYOUTS = st.lists(
     st.tuples(st.integers(1, 300), st.lists(st.integers(0, 200), max_size=3)),
@@ -95,11 +95,9 @@ def step(model, name: str, longest: int):
     """A step's loss, sums and gradients."""
     rows, loss = examples(longest), LOSSES[name]
     hyper = loss.hyper({"kl": 0.0} if "kl" in loss.defaults else {})
-    tokens = sum(len(response) for e in rows for response in e.responses)
-    ref = Reference(rows, torch.full((tokens,), -2.0)) if loss.needs_ref else None
-    batches = pack(rows, [0, 1, 2], 2048)
+    batches = pack(referred(rows) if loss.needs_ref else rows, [0, 1, 2], 2048)
     model.zero_grad()
-    found = run_batches(model, batches, loss, hyper, ref, torch.float32, "cpu", backward=True)
+    found = run_batches(model, batches, loss, hyper, torch.float32, backward=True)
     return [*found, *(p.grad.clone() for p in model.parameters())]
 
 

@@ -19,8 +19,9 @@ from minibnf.kernels import compile_by
 from minibnf.lab.smallworld import write_base
 from minibnf.losses import LOSSES
 from minibnf.model import Transformer, fresh, save
-from minibnf.step import Reference, run_batches
+from minibnf.step import run_batches
 from minibnf.train import main
+from tests.strategies import referred
 from tests.test_train import arguments, killed, logged
 from tests.test_train import world  # noqa: F401, a fixture
 
@@ -168,13 +169,11 @@ def gradients(name: str, device: str) -> tuple[torch.Tensor, dict]:
     tokens = sum(len(response) for e in EXAMPLES for response in e.responses)
     # near what the policy says, above and below, so that both branches of a loss are met
     logps = -4.6 + 3 * torch.sin(torch.arange(tokens, dtype=torch.float32))
-    ref = Reference(EXAMPLES, logps) if loss.needs_ref else None
-    batches = pack(EXAMPLES, [0, 1, 2, 3], 90)
+    rows = referred(EXAMPLES, logps) if loss.needs_ref else EXAMPLES
+    batches = pack(rows, [0, 1, 2, 3], 90)
     assert len(batches) == 2
     hyper = loss.hyper({"kl": 0.7} if "kl" in loss.defaults else {})
-    value, _ = run_batches(
-        model, batches, loss, hyper, ref, torch.float32, device, backward=True
-    )  # fmt: skip
+    value, _ = run_batches(model, batches, loss, hyper, torch.float32, backward=True)
     return value.cpu(), {name: p.grad for name, p in model.named_parameters()}
 
 

@@ -3,23 +3,15 @@ padded computation."""
 
 import json
 import warnings
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minibnf.data import (
-    Example,
-    digest,
-    mismatched,
-    order_of_epoch,
-    pack,
-    pair,
-    pairs_of,
-    read_examples,
-)
+from minibnf.data import Example, digest, mismatched, order_of_epoch
+from minibnf.data import pack, pair, pairs_of, read_examples
 from minibnf.logprob import token_logps
 from minibnf.losses import LOSSES
 from minibnf.step import batch_loss
@@ -49,10 +41,8 @@ class Letters:
     def encode_response(self, messages, response):
         if response[0]["role"] != "assistant":
             raise ValueError("the response must begin with an assistant message")
-        rest = "".join(f"<{m['role']}>{m['content']};" for m in response).removeprefix(
-            "<assistant>"
-        )
-        return self.encode_chat(messages, True), [*self.encode(rest), 0]
+        prompt, rest = self.encode_chat(messages, True), self.encode_chat(response)
+        return prompt, [*rest[len("<assistant>") :], 0]
 
 
 def said(role, content):
@@ -157,43 +147,33 @@ def test_mismatched_examples_by_hand():
     moved, equals = mismatched(found, 5, "file")
     assert [e.prompt for e in moved] == [a, a, b, c] and not equals
     assert [e.responses for e in moved] == [((7, 7, 7),), ((7, 7, 7),), ((8,),), ((4,), (5, 5))]
-    assert [e.preferred for e in moved] == [(False,), (False,), (True,), (True, False)]
     # (5, 5) no longer fits after three tokens
     assert mismatched(found, 4, "file")[0][3].responses == ((4,),)
     with pytest.raises(ValueError, match="file, line 1: kto"):
         mismatched(found[:2], 100, "file")
 
 
-def test_a_response_that_is_also_ones_own_is_no_mismatch_unless_there_is_no_other():
-    """All rejected answers are "No.": of a pair the chosen one is left; alone they are taken, and
-    counted."""
-    no, yes = (9,), [(1, 1), (2, 2), (3, 3)]
-    pairs = [pair((k,), answer, no, k) for k, answer in enumerate(yes)]
-    moved, equals = mismatched(pairs, 10, "file")
-    assert [e.responses for e in moved] == [((2, 2),), ((3, 3),), ((1, 1),)] and not equals
-    rejected = [Example((k,), (no,), (False,), k) for k in range(3)]
-    moved, equals = mismatched(rejected, 10, "file")
-    assert [e.responses for e in moved] == [(no,)] * 3 and equals == 3
-
-
 def plain_mismatched(examples, max_length):
-    """The definition, row by row."""
+    """The definition, row by row: responses, and whether they are another row's alone."""
     for i, example in enumerate(examples):
         others = [e for e in examples[i + 1 :] + examples[:i] if e.prompt != example.prompt]
         room = max_length - len(example.prompt)
         fits = [tuple(r for r in other.responses if len(r) <= room) for other in others]
         new = [tuple(r for r in some if r not in example.responses) for some in fits]
-        yield next(filter(None, new + fits), None)
+        yield next(filter(None, new + fits), None), any(new)
 
 
 @given(found=examples(vocabulary=2, max_examples=12), max_length=st.integers(4, 12))
 def test_mismatched_examples_are_those_of_the_definition(found, max_length):
     expected = list(plain_mismatched(found, max_length))
-    if None in expected:
+    responses = [taken for taken, _ in expected]
+    if None in responses:
         with pytest.raises(ValueError, match="kto compares"):
             mismatched(found, max_length, "file")
     else:
-        assert [e.responses for e in mismatched(found, max_length, "file")[0]] == expected
+        moved, equals = mismatched(found, max_length, "file")
+        assert [e.responses for e in moved] == responses
+        assert equals == sum(not other for _, other in expected)
 
 
 def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch():
@@ -303,21 +283,11 @@ def test_the_whole_models_gradient_under_bnf_is_that_of_the_published_form(tiny,
     wanted = torch.autograd.grad(total / len(found), list(tiny.parameters()))
     tiny.zero_grad()
     for b in pack(found, list(range(len(found))), max_tokens):
-        ref = torch.cat([refs[key] for key in b.order])
+        b = replace(b, ref_logps=torch.cat([refs[key] for key in b.order]))
         hyper, E = {"length": "shorter"}, len(found)
-        batch_loss(tiny, b, LOSSES["bnf"], hyper, ref, E, torch.float64)[0].backward()
+        batch_loss(tiny, b, LOSSES["bnf"], hyper, E, torch.float64)[0].backward()
     scale = max(g.abs().max() for g in wanted)
     for (name, p), g in zip(tiny.named_parameters(), wanted, strict=True):
         torch.testing.assert_close(
             p.grad, g, rtol=1e-9, atol=1e-9 * float(scale), msg=lambda m, name=name: f"{name}: {m}"
         )
-
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the development data ../shared/data is not here")
-@pytest.mark.parametrize("name, rows", [("helpful", 800), ("gsm8k_pairs", 531)])
-def test_real_data_reads_whole(name, rows):
-    found, counts = read_examples(SHARED / name / "train.jsonl", Letters(), 10**6)
-    assert len(found) == rows and not counts

@@ -243,25 +243,20 @@ def test_a_rows_fields_name_its_task(model, tmp_path, capsys, row, task):
         assert f"{x['value']:.3f}" in line
 
 
-def test_a_question_is_what_a_user_says_and_its_answer_ends_a_turn(model, tmp_path):
-    tokenizer = load_tokenizer(model)
-    _, (row,) = tokenised(scan_rows(write(tmp_path / "a.jsonl", [QUESTION])), tokenizer)
-    prompt = tokenizer.decode(row.prompt, skip_special=False)
-    assert prompt == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
-    answer = tokenizer.decode(row.responses[0], skip_special=False)
-    assert answer.endswith("#### 42<|end|>")
-
-
-def test_without_a_chat_template_a_question_is_plain_text(model, tmp_path):
+def test_a_question_is_what_a_user_says_and_without_a_chat_template_plain_text(model, tmp_path):
     tokenizer, file = load_tokenizer(model), write(tmp_path / "a.jsonl", [QUESTION])
-    tokenizer.source = None
-    begins = {"": [], "<s>": [tokenizer.bos_id]}  # as the tokenizer begins a text
-    for begin, ids in begins.items():
-        tokenizer.begin = ids
-        _, (row,) = tokenised(scan_rows(file), tokenizer)
-        prompt = tokenizer.decode(row.prompt, skip_special=False)
-        assert prompt == f"{begin}Question: {QUESTION['question']}\nAnswer:"
-        assert tokenizer.decode(row.responses[0]).startswith(" 40+2=")
+
+    def read():
+        (row,) = tokenised(scan_rows(file), tokenizer, "likelihood")
+        return [tokenizer.decode(ids, skip_special=False) for ids in (row.prompt, row.responses[0])]
+
+    prompt, answer = read()
+    assert prompt == f"<|user|>{QUESTION['question']}<|end|><|assistant|>"
+    assert answer.endswith("#### 42<|end|>")
+    tokenizer.source, tokenizer.begin = None, [tokenizer.bos_id]  # as the tokenizer begins a text
+    prompt, answer = read()
+    assert prompt == f"<s>Question: {QUESTION['question']}\nAnswer:"
+    assert answer.startswith(" 40+2=")
 
 
 @pytest.mark.parametrize(
@@ -285,13 +280,6 @@ def test_a_row_that_does_not_fit_is_named(model, tmp_path, capsys, row, task, sa
     error = capsys.readouterr().err
     assert error.startswith("error: ") and len(error.splitlines()) == 1
     assert f"line {2 if good else 1}" in error and says in error
-
-
-@pytest.mark.parametrize("option", ["--limit", "--max-tokens"])
-def test_what_counts_something_is_1_or_more(option, capsys):
-    with pytest.raises(SystemExit):
-        main(["--model", "x", "--data", "x", option, "0"])
-    assert f"{option}: must be 1 or more, not 0" in capsys.readouterr().err
 
 
 def test_max_tokens_bounds_what_is_read_at_once_and_one_row_has_no_interval(

@@ -8,7 +8,7 @@ import torch
 from minibnf.data import read_examples
 from minibnf.feedback import gini, target_logits
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.lab.exam import Exam, HeldOut, main, mean_and_error, win_rates
+from minibnf.lab.exam import Exam, main, mean_and_error, win_rates
 from minibnf.lab.language import problems
 from minibnf.lab.smallworld import write_base
 from minibnf.model import fresh, load, save
@@ -69,8 +69,9 @@ def test_what_is_scored_by_family(monkeypatch):
         return lambda prompts, n, seed: [[knows.get(prompt, "?")] * n for prompt in prompts]
 
     monkeypatch.setattr("minibnf.lab.exam.sampler", adder)
-    monkeypatch.setattr("minibnf.lab.exam.held_out", lambda model, examples: HeldOut([], [], []))
-    monkeypatch.setattr("minibnf.lab.exam.shifts", lambda found, base: {})
+    monkeypatch.setattr("minibnf.lab.exam.held_out", lambda model, examples: [])
+    monkeypatch.setattr("minibnf.lab.exam.changes", lambda found, base: [])
+    monkeypatch.setattr("minibnf.lab.exam.shifts", lambda examples: {})
     found = Exam(None, None, [], count=5).grade(None)
     assert {name: mean for name, (mean, _) in found.items()} == {
         "win_rate": 0.5, "judge_score": 0, "degenerate": 1, "accuracy": 0.25,

@@ -1,5 +1,5 @@
 """The tests of the exercises pass on the solutions (tests/exercises runs them) and fail on the
-blanks; both are small."""
+blanks."""
 
 import ast
 import os
@@ -15,40 +15,25 @@ BLANKS, SOLUTIONS = ROOT / "tutorials" / "exercises", ROOT / "tests" / "exercise
 NAMES = [file.stem for file in sorted(SOLUTIONS.glob("e[0-9][0-9].py"))]
 BLANK = "raise NotImplementedError"
 UNSOLVED = [name for name in NAMES if BLANK in (BLANKS / f"{name}.py").read_text(encoding="utf-8")]
-each = pytest.mark.parametrize("name", NAMES)
-
-
-def functions(file: Path) -> dict[str, ast.FunctionDef]:
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def asked_for(file: Path) -> dict[str, ast.FunctionDef]:
-    return {name: node for name, node in functions(file).items() if not name.startswith("_")}
+    functions = [
+        n for n in ast.parse(file.read_text("utf-8")).body if isinstance(n, ast.FunctionDef)
+    ]
+    return {f.name: f for f in functions if not f.name.startswith("_")}
 
 
-def skip_if_solved(name: str):
+@pytest.mark.parametrize("name", NAMES)
+def test_blank_and_solution_ask_for_the_same_and_the_blank_is_blank(name):
     """In a reader's clone an exercise may be solved; as committed none is."""
-    if name not in UNSOLVED and not os.environ.get("CI"):
-        pytest.skip(f"tutorials/exercises/{name}.py is solved here")
-
-
-@each
-def test_blank_and_solution_ask_for_the_same(name):
     blank, solution = asked_for(BLANKS / f"{name}.py"), asked_for(SOLUTIONS / f"{name}.py")
     assert blank and list(blank) == list(solution)
-    for f in blank:
-        assert ast.unparse(blank[f].args) == ast.unparse(solution[f].args), f
-        assert ast.get_docstring(blank[f]), f
-
-
-@each
-def test_a_blank_is_blank_and_all_of_it_is_small(name):
-    skip_if_solved(name)
-    for f, node in asked_for(BLANKS / f"{name}.py").items():
-        assert len(node.body) == 2 and ast.unparse(node.body[1]) == BLANK, f
-    for f, node in functions(SOLUTIONS / f"{name}.py").items():
-        assert node.end_lineno - node.lineno <= 40, f
+    for f, node in blank.items():
+        assert ast.unparse(node.args) == ast.unparse(solution[f].args), f
+        assert ast.get_docstring(node), f
+        if name in UNSOLVED or os.environ.get("CI"):
+            assert len(node.body) == 2 and ast.unparse(node.body[1]) == BLANK, f
 
 
 @pytest.mark.skipif(not UNSOLVED, reason="no exercise is unsolved")

@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf.feedback import feedback, gini, target_logits
-from minibnf.losses import LOSSES
-from minibnf.responses import Responses
 
 P = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
 
@@ -51,34 +49,6 @@ def test_every_curve_is_its_formula(name, r, preferred, length):
     expected = formulas(P, r, 1 if preferred else -1, length)[name] * (1 - P)
     found = feedback(name, P, r, preferred, length=length)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-@given(r=st.floats(0.01, 0.99), preferred=st.booleans())
-def test_bnf_rises_then_falls_with_its_peak_at_the_reference(r, preferred):
-    p = torch.cat([P, torch.tensor([r], dtype=torch.float64)]).sort().values
-    y = feedback("bnf", p, r, preferred)
-    steps = y.diff()
-    assert (steps[p[1:] <= r] >= 0).all() and (steps[p[:-1] >= r] <= 0).all()
-    assert y.max().item() == pytest.approx(1 - r) and p[y.argmax()].item() == pytest.approx(r)
-
-
-def test_log_likelihoods_push_grows_all_the_way_down():
-    assert (feedback("unlikelihood", P, 0.3, False).diff() < 0).all()
-
-
-def test_the_pushes_on_all_other_logits_add_up_to_that_on_the_tokens_own():
-    """Through a real softmax, for every loss: Σ_{v != y} |dL/dz_v| = |dL/dz_y|."""
-    torch.manual_seed(0)
-    logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-    targets, ref = torch.tensor([1, 2, 3, 4]), torch.full((4,), -2.0, dtype=torch.float64)
-    for name, loss in LOSSES.items():
-        logps = logits.log_softmax(-1)[torch.arange(4), targets]
-        owner, preferred = torch.tensor([0, 0, 1, 1]), torch.tensor([True, False])
-        batch = Responses(logps, ref, owner, preferred, torch.tensor([[0, 1]]))
-        value = loss(batch, **({"kl": 0.1} if name == "kto" else {}))
-        (dz,) = torch.autograd.grad(value, logits)
-        own = dz[torch.arange(4), targets].abs()
-        torch.testing.assert_close(dz.abs().sum(1) - own, own, rtol=1e-9, atol=1e-15)
 
 
 # ------------------------------------------------------------------------------ shifts and the Gini

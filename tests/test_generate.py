@@ -1,6 +1,5 @@
 """Generation against the plain forward; sampling against the distribution; the command."""
 
-import gzip
 import json
 import random
 import re
@@ -16,8 +15,9 @@ from minibnf import generate as module
 from minibnf.files.config import parse_config
 from minibnf.files.rows import Notes
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.generate import Reader, generate, main, sample, stream
+from minibnf.generate import generate, main, stream
 from minibnf.model import Transformer, load, save
+from minibnf.sampling import Sampling, sample
 from tests.strategies import FEW
 
 # many of these share a beginning, or are equal
@@ -49,24 +49,21 @@ def test_no_id_from_vocab_size_on_is_chosen(tiny, prompts, vocab_size, top_p):
             z = tiny(torch.tensor([[*prompt, *new[:k]]]))[0, -1]
             assert token == int(z[:vocab_size].argmax())
     how = {"max_new_tokens": 3, "temperature": 2, "top_p": top_p, "vocab_size": vocab_size}
-    out, reader = generate(tiny, prompts, **how), Reader(tiny)
+    out = generate(tiny, prompts, **how)
     assert all(token < vocab_size for new in out for token in new)
-    for row, (prompt, new) in enumerate(zip(prompts, out, strict=True)):
-        assert list(stream(reader, prompt, row=row, **how)) == new
     if vocab_size >= 97:
         assert out == generate(tiny, prompts, **how | {"vocab_size": None})
 
 
-def test_below_vocab_size_the_distribution_is_the_renormalised_one(tiny):
-    """Chi-squared with 9 degrees of freedom over 20,000 draws, as below."""
-    logits = tiny(torch.tensor([[1, 2, 3]]))[0, -1]
-    temperature = float(logits[:10].detach().std())  # so that all ten are drawn
-    assert (logits / temperature).softmax(0)[10:].sum() > 0.5
-    how = {"max_new_tokens": 1, "temperature": temperature, "vocab_size": 10}
-    found = torch.tensor(generate(tiny, [[1, 2, 3]] * 20000, **how))[:, 0].bincount(minlength=10)
-    p = (logits / temperature).softmax(0)[:10]
-    expected = 20000 * p / p.sum()
-    assert len(found) == 10 and ((found - expected) ** 2 / expected).sum() < 40
+@FEW
+@given(prompts=PROMPTS, how=st.sampled_from([(0, 1, 0), (1, 1, 0), (1, 0.7, 0), (1, 0.9, 3)]))
+def test_streamed_alone_a_text_is_what_a_batch_gives(tiny, prompts, how):
+    """What is read together is about speed alone; a row is known by its number."""
+    how = dict(zip(("temperature", "top_p", "top_k"), how, strict=True))
+    how |= {"max_new_tokens": 5, "seed": 3, "stop_ids": [3]}
+    out = generate(tiny, prompts, **how)
+    assert out == [list(stream(tiny, prompt, row=i, **how)) for i, prompt in enumerate(prompts)]
+    assert generate(tiny, prompts[1:], first_row=1, **how) == out[1:]
 
 
 def test_sampling_reproduces_and_does_not_depend_on_the_batch(tiny, monkeypatch):
@@ -104,6 +101,7 @@ def test_a_draw_at_either_end_takes_a_token_of_the_nucleus(u):
     logits = torch.tensor([[0.0, 5.0, -torch.inf, 4.0]])
     assert sample(logits, torch.tensor([u]), 1.0, 1.0).item() in (0, 1, 3)
     assert sample(logits, torch.tensor([u]), 1.0, 0.5).item() == 1
+    assert sample(logits, torch.tensor([u]), 1e-38).item() == 1  # the coldest is greedy
 
 
 @pytest.mark.parametrize(
@@ -122,30 +120,6 @@ def test_impossible_settings_of_generation(tiny, how, message):
         generate(tiny, [[1], []], max_new_tokens=2)
 
 
-@FEW
-@given(prompts=PROMPTS, how=st.sampled_from([(0, 1, 0), (1, 1, 0), (1, 0.7, 0), (1, 0.9, 3)]))
-def test_one_text_at_a_time_through_a_reader_is_what_a_batch_gives(tiny, prompts, how):
-    """What is read together, and what a Reader remembers of other prompts, is about speed alone."""
-    temperature, top_p, top_k = how
-    how = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    how |= {"max_new_tokens": 5, "seed": 3, "stop_ids": [3]}
-    out, reader = generate(tiny, prompts, **how), Reader(tiny)
-    for row, (prompt, new) in enumerate(zip(prompts, out, strict=True)):
-        assert list(stream(reader, prompt, row=row, **how)) == new
-    assert generate(tiny, prompts[1:], first_row=1, **how) == out[1:]
-
-
-def test_in_bfloat16_a_reader_gives_what_a_prompt_alone_gives():
-    """Both read it by the same arithmetic: real weights, whose answers a rounding can change."""
-    model, tokenizer = load("weights/tiny", dtype=torch.bfloat16), load_tokenizer("weights/tiny")
-    for i in range(30):
-        asked = [{"role": "user", "content": f"What is {i} + {40 - i}?"}]
-        prompt = tokenizer.encode_chat(asked, add_generation_prompt=True)
-        how = {"max_new_tokens": 20, "stop_ids": tokenizer.end_ids, "seed": i}
-        (new,) = generate(model, [prompt], **how)
-        assert list(stream(Reader(model), prompt, **how)) == new
-
-
 @pytest.fixture
 def shapes_read(tiny, monkeypatch):
     """The shape of the tokens of each forward of tiny."""
@@ -159,27 +133,20 @@ def shapes_read(tiny, monkeypatch):
     return shapes
 
 
-def test_equal_prompts_and_what_a_reader_knows_are_read_once(tiny, shapes_read):
+def test_equal_prompts_are_read_once(tiny, shapes_read):
     generate(tiny, [[1, 2, 3, 4, 5, 6]] * 7, max_new_tokens=1)
     generate(tiny, [[1, 2, 3], [4, 5], [1, 2, 3]], max_new_tokens=1)
-    reader = Reader(tiny)
-    reader.logits([1, 2, 3, 4, 5, 6])
-    reader.logits([1, 2, 3, 4, 5, 6, 7, 8])
-    reader.logits([1, 2, 9])
-    assert shapes_read == [(1, 6), (1, 2 + 3), (1, 6), (1, 2), (1, 1)]
+    assert shapes_read == [(1, 6), (1, 2 + 3)]
 
 
 def test_more_prompts_than_a_forward_takes_are_read_in_several(tiny, monkeypatch, shapes_read):
     prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10]]
     together = generate(tiny, prompts, max_new_tokens=4, seed=1)
-    monkeypatch.setattr("minibnf.generate.PREFILL_TOKENS", 6)
-    shapes_read.clear()
-    assert generate(tiny, prompts, max_new_tokens=4, seed=1) == together
-    assert shapes_read[:2] == [(1, 6), (1, 4)]
-    monkeypatch.setattr("minibnf.generate.PREFILL_TOKENS", 1)
-    shapes_read.clear()
-    assert generate(tiny, prompts, max_new_tokens=4, seed=1) == together
-    assert shapes_read[:3] == [(1, 3), (1, 3), (1, 4)]
+    for tokens, read in {6: [(1, 6), (1, 4)], 1: [(1, 3), (1, 3), (1, 4)]}.items():
+        monkeypatch.setattr("minibnf.generate.PREFILL_TOKENS", tokens)
+        shapes_read.clear()
+        assert generate(tiny, prompts, max_new_tokens=4, seed=1) == together
+        assert shapes_read[: len(read)] == read
 
 
 def test_rows_that_ended_are_no_longer_computed(tiny, shapes_read):
@@ -210,25 +177,6 @@ def test_a_row_among_others_draws_what_it_draws_alone_even_where_tokens_are_equa
             assert sample(z[None], draw[None], 1.0, top_p, look=8).item() == token
 
 
-def test_a_reader_that_was_interrupted_forgets_what_it_did_not_finish(tiny, monkeypatch):
-    """Control-C amid a forward: the first layer has written its keys, the others have not."""
-    reader, fresh = Reader(tiny), Reader(tiny)
-    reader.logits([1, 2, 3])
-    block = tiny.model.layers[1]
-    with monkeypatch.context() as patch:
-        patch.setattr(type(block), "forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            reader.logits([1, 2, 7, 8, 9])
-    torch.testing.assert_close(reader.logits([1, 2, 7, 8, 9, 4]), fresh.logits([1, 2, 7, 8, 9, 4]))
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        reader.logits([])
-
-
-def test_the_coldest_temperature_is_greedy():
-    logits = torch.tensor([[1.0, 3.0, 2.0], [9.0, -torch.inf, 8.0]])
-    assert sample(logits, torch.tensor([0.99, 0.99]), 1e-38).tolist() == [1, 0]
-
-
 FAMILIES = {
     "llama3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {
         "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -245,8 +193,8 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_every_family_generates_as_its_plain_forward_does(family, kv_heads):
-    """Windows, soft caps, layers without positions: packed, cached and read, against sequences."""
+def test_every_family_generates_as_its_plain_forward_does(family, kv_heads, monkeypatch):
+    """Windows, soft caps, layers without positions: packed and cached, against sequences."""
     raw = FAMILIES[family] | {
         "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 8,
@@ -259,14 +207,16 @@ def test_every_family_generates_as_its_plain_forward_does(family, kv_heads):
     rng = random.Random(1)
     prompts = [[rng.randrange(3) for _ in range(rng.randint(1, 14))] for _ in range(6)]
     prompts += [prompts[0], prompts[0] + [5], prompts[0] + [5, 6]]
-    reader = Reader(model)
+    seen, choose = [], Sampling.choose
+    monkeypatch.setattr(Sampling, "choose", lambda *of: seen.append(of[1]) or choose(*of))
     out = generate(model, prompts, max_new_tokens=6, temperature=0, stop_ids=[3])
+    seen = torch.cat(seen)
     for prompt, new in zip(prompts, out, strict=True):
         for k, token in enumerate(new):
             text = prompt + new[:k]
             z = model(torch.tensor([text]))[0, -1]
             assert int(z.argmax()) == token
-            torch.testing.assert_close(reader.logits(text)[0], z, rtol=1e-9, atol=1e-9)
+            assert torch.isclose(seen, z, rtol=1e-9, atol=1e-9).all(1).any()
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -324,16 +274,13 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(questions, tmp_path, ca
     assert {row["finish"] for row in rows_of(tmp_path / "cut.jsonl")} == {"length"}
 
 
-def test_a_text_is_continued_as_it_stands_unless_asked_as_a_message(questions, tmp_path):
+def test_a_text_is_continued_as_it_stands_unless_asked_as_a_message(questions):
     tokenizer = load_tokenizer("weights/tiny")
-    read = module.read_prompts(questions, tokenizer, False, 1024, 8, Notes())
-    assert read[0] == (1, CHATS[0], tokenizer.encode(CHATS[0]["prompt"]))
+    read = module.read_prompts(questions, tokenizer, False, Notes())
+    assert read[0][1:] == (CHATS[0], tokenizer.encode(CHATS[0]["prompt"]))
     asked = [{"role": "user", "content": CHATS[0]["prompt"]}]
-    as_chat = module.read_prompts(questions, tokenizer, True, 1024, 8, Notes())
+    as_chat = module.read_prompts(questions, tokenizer, True, Notes())
     assert as_chat[0][2] == tokenizer.encode_chat(asked, add_generation_prompt=True)
-    packed = tmp_path / "q.jsonl.gz"
-    packed.write_bytes(gzip.compress(questions.read_bytes()))
-    assert module.read_prompts(packed, tokenizer, True, 1024, 8, Notes()) == as_chat
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 5, 6])
@@ -401,7 +348,7 @@ def test_the_file_holds_what_one_call_of_generate_gives(questions, tmp_path):
     flags = "--temperature 1.3 --top-k 7 --top-p 0.8 --seed 5 --samples 3 --batch-size 2"
     assert command(questions, out, "--chat", *flags.split()) == 0
     model, tokenizer = load("weights/tiny"), load_tokenizer("weights/tiny")
-    read = module.read_prompts(questions, tokenizer, True, 256, 30, Notes())
+    read = module.read_prompts(questions, tokenizer, True, Notes())
     prompts = [ids for _, _, ids in read for _ in range(3)]
     how = {"max_new_tokens": 30, "temperature": 1.3, "top_k": 7, "top_p": 0.8, "seed": 5}
     expected = generate(model, prompts, stop_ids=tokenizer.end_ids, **how)
@@ -428,8 +375,6 @@ def test_other_prompts_and_another_model_are_not_gone_on_with(questions, tmp_pat
         more.write(json.dumps(CHATS[0]))
     assert command(tmp_path / "more.jsonl", out, "--chat", "--resume") == 1
     assert "prompts_sha256 was" in capsys.readouterr().err
-    assert command(questions, questions, "--chat", "--overwrite") == 1
-    assert "is the input" in capsys.readouterr().err and rows_of(questions) == CHATS
     with pytest.raises(SystemExit):
         command(questions, tmp_path / "twice.jsonl", "--samples", "2", "--temperature", "0")
     assert "would write the same answer 2 times" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minibnf.losses import LOSSES, bnf_loss, bnf_weight, rbnf_weight
 from minibnf.responses import Responses
-from tests.strategies import EXTREME, SMALL, UNCERTAIN, batches, responses
+from tests.strategies import EXTREME, UNCERTAIN, batches, responses
 
 close = dict(rtol=1e-9, atol=1e-12)
 
@@ -247,52 +247,24 @@ def test_padding_changes_nothing(name, data):
         assert drop_in.item() == LOSSES["bnf"](padded).item()
 
 
-# ---------------------------------------- float32 against the float64 oracle, and against the naive
-
-
-def naive_bnf_weight(p, r):
-    """The usual careful expression: exp(min(0, logit p - logit r)), each logit with the two
-    branches of log(1 - e^l)."""
-
-    def logit(x):
-        near = x > -math.log(2)
-        return x - torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-    return torch.where(p >= r, 1.0, torch.exp((logit(p) - logit(r)).clamp(max=0)))
-
-
-@given(p=UNCERTAIN, r=UNCERTAIN)
-def test_bnf_in_float32_loses_no_more_than_the_best_naive_expression(p, r):
-    p, r = torch.tensor([p]), torch.tensor([r])
-    exact = bnf_weight(p.double(), r.double())
-    ours, naive = ((f(p, r).double() - exact).abs() for f in (bnf_weight, naive_bnf_weight))
-    epsilon, d = torch.finfo(torch.float32).eps, (p.double() - r.double()).abs()
-    # three roundings, and that of log p - log r
-    assert ours <= naive + epsilon * (3 + d / 2) * exact, (ours, naive, exact)
+# --------------------------------------------------------- float32 against the float64 oracle
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @given(data=st.data())
-def test_gradients_in_float32_lose_no_more_than_autograd_of_the_value(name, data):
-    """Log-probabilities from -1e4 to -1e-9, single tokens, equal pairs, one response a batch. A sum
-    near 1e4 is only known to 1e-3 in float32; both sides inherit that, so the bound is twice
-    autograd's own error and a few roundings."""
-    loss = LOSSES[name]
-    batch, hyper = data.draw(batches(name, values=UNCERTAIN, dtype=torch.float32))
+def test_gradients_in_float32_are_finite_and_lose_no_more_than_autograd_of_the_value(name, data):
+    """Log-probabilities from -1e4 to 0, single tokens, equal pairs, one response a batch. At 0 odds
+    are infinite and so is orpo, by its definition: it is asked below 0. A sum near 1e4 is only
+    known to 1e-3 in float32; both sides inherit that, so the bound is twice autograd's own error
+    and a few roundings."""
+    loss, values = LOSSES[name], UNCERTAIN if name == "orpo" else EXTREME
+    batch, hyper = data.draw(batches(name, values=values, dtype=torch.float32))
     wide = replace(batch, logps=batch.logps.double(), ref_logps=batch.ref_logps.double())
     exact, ours = loss.gradient(wide, **hyper), loss.gradient(batch, **hyper)
     logps = batch.logps.clone().requires_grad_()
-    (naive,) = torch.autograd.grad(loss.value(replace(batch, logps=logps), **hyper), logps)
-    assert ours.isfinite().all()
+    value = loss.value(replace(batch, logps=logps), **hyper)
+    (naive,) = torch.autograd.grad(value, logps)
+    assert all(x.isfinite().all() for x in (value, ours, naive))
     error, naive_error = ((x.double() - exact).abs() for x in (ours, naive))
-    bound = 2 * naive_error.nan_to_num(nan=math.inf) + 2e-6 * exact.abs().max() + 1e-30
+    bound = 2 * naive_error + 2e-6 * exact.abs().max() + 1e-30
     assert (error <= bound).all(), (ours, naive, exact)
-
-
-@given(value=SMALL)
-def test_half_precision_input_is_computed_in_float32_and_its_gradient_comes_back_in_kind(value):
-    logps = torch.tensor([value, -1.0], dtype=torch.bfloat16, requires_grad=True)
-    batch = replace(pair([-1.0], [-1.0]), logps=logps, ref_logps=logps.detach() - 0.5)
-    loss = LOSSES["bnf"](batch)
-    loss.backward()
-    assert loss.dtype == torch.float32 and logps.grad.dtype == torch.bfloat16

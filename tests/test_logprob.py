@@ -11,22 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minibnf import logprob
 from minibnf.logprob import chunk_tokens, cuts, sweep, token_logps
-from minibnf.losses import bnf_potential, bnf_weight, nll_potential, nll_weight
-
-GOOD = torch.ones(2000, dtype=torch.bool)  # preferred tokens
-POTENTIALS = {"bnf": (bnf_potential, bnf_weight), "nll": (nll_potential, nll_weight)}
+from minibnf.losses import bnf_potential, bnf_weight
 
 
-def swept(hidden, unembed, targets, ref, preferred, c, loss="bnf", *, chunk=None, softcap=None):
-    """A sweep of Σ c Φ, which is what a token-local loss is to it."""
+def swept(hidden, unembed, targets, ref, c, *, chunk=None, softcap=None):
+    """A sweep of Σ c Φ, Φ being BNF's potential: what a token-local loss is to it."""
     chunks = cuts(None, len(targets), chunk or chunk_tokens(unembed))
-    potential, weight = POTENTIALS[loss]
 
     def judge(k, logps):
         i = chunks[k]
-        kind, reference = preferred[i], None if ref is None else ref[i].to(logps.dtype)
-        phi, w = potential(logps, reference, kind), weight(logps, reference, kind)
-        return (c[i] * phi).sum(), c[i] * w
+        reference = ref[i].to(logps.dtype)
+        value = (c[i] * bnf_potential(logps, reference)).sum()
+        return value, c[i] * bnf_weight(logps, reference)
 
     return sweep(hidden, unembed, targets, chunks, judge, softcap=softcap)
 
@@ -71,7 +67,7 @@ def test_a_sweep_is_the_loss_of_token_logps(N, V, chunk, softcap):
     expected_logps = naive(hidden, unembed, targets, softcap)
     ref = naive(hidden, unembed, targets).detach() + torch.linspace(-1, 1, N, dtype=torch.float64)
     ref = ref.clamp(max=-1e-3)
-    loss, logps = swept(hidden, unembed, targets, ref, GOOD[:N], c, chunk=chunk, softcap=softcap)
+    loss, logps = swept(hidden, unembed, targets, ref, c, chunk=chunk, softcap=softcap)
     assert_same(loss, (c * bnf_potential(expected_logps, ref)).sum(), (hidden, unembed))
     torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-10, atol=1e-12)
     chunks = cuts(None, N, chunk or chunk_tokens(unembed))
@@ -130,18 +126,6 @@ def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
     assert sizes[0] <= tokens and min(sizes) > 0.9 * sizes[0] - len(chunks)
 
 
-def test_a_sweep_without_a_reference():
-    """nll, whose dispreferred tokens get no gradient."""
-    hidden, unembed, targets, _ = problem(4, 3, 7)
-    preferred = torch.tensor([True, False, True, True])
-    c = torch.full((4,), -1 / 3, dtype=torch.float64)
-    value, _ = swept(hidden, unembed, targets, None, preferred, c, "nll")
-    (dhidden,) = torch.autograd.grad(value, hidden, retain_graph=True)
-    assert not dhidden[1].any()
-    expected = -naive(hidden, unembed, targets)[preferred].sum() / 3
-    assert_same(value, expected, (hidden, unembed))
-
-
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     V=st.integers(2, 12),
@@ -183,50 +167,41 @@ def test_a_loss_that_couples_the_tokens_of_a_row_gets_its_gradient_in_the_same_s
 def test_a_multiple_of_a_sweeps_loss_has_no_gradient():
     """It was made for the loss as it is; a wrong one must not be given in silence."""
     hidden, unembed, targets, c = problem(4, 3, 7)
-    loss, _ = swept(hidden, unembed, targets, c.clamp(max=-1), GOOD[:4], c)
+    loss, _ = swept(hidden, unembed, targets, c.clamp(max=-1), c)
     with pytest.raises(RuntimeError, match="not of a multiple"):
         (2 * loss).backward()
 
 
-@pytest.mark.parametrize("with_gradients, products", [(False, 1), (True, 3)])
-def test_a_sweep_makes_gradients_only_where_they_are_asked_for(with_gradients, products):
-    """One product of N x V x D for the logits, two more for dhidden and dunembed. Evaluation asks
-    for none, although the unembedding is a parameter."""
+@pytest.mark.parametrize(
+    "with_gradients, frozen, products", [(False, False, 1), (True, True, 2), (True, False, 3)]
+)
+def test_a_sweep_makes_gradients_only_where_they_are_asked_for(with_gradients, frozen, products):
+    """One product of N x V x D for the logits, one more for each of dhidden and dunembed.
+    Evaluation asks for none, although the unembedding is a parameter."""
     N, D, V = 6, 4, 11
     hidden, unembed, targets, _ = problem(N, D, V)
+    unembed.requires_grad_(not frozen)
     c = torch.full((N,), -1 / N, dtype=torch.float64)
     with torch.set_grad_enabled(with_gradients), FlopCounterMode(display=False) as counter:
-        swept(hidden, unembed, targets, c, GOOD[:N], c)
+        loss, _ = swept(hidden, unembed, targets, c, c)
+        assert loss.requires_grad == with_gradients
+        if with_gradients:
+            loss.backward()
     assert counter.get_total_flops() == products * 2 * N * V * D
 
 
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bnf", "nll"])
-def test_a_bfloat16_hidden_state_is_judged_in_float32_and_gradients_come_in_kind(name, master):
+def test_a_bfloat16_hidden_state_is_judged_in_float32_and_gradients_come_in_kind(master):
     """A float32 master gets a float32 gradient; the reference may have any dtype."""
     hidden, unembed, targets, _ = problem(6, 8, 11, dtype=master)
     hidden = hidden.detach().bfloat16().requires_grad_()
     ref, c = torch.full((6,), -2.0, dtype=master), torch.full((6,), -1 / 6)
-    value, logps = swept(hidden, unembed, targets, ref, GOOD[:6], c, name)
+    value, logps = swept(hidden, unembed, targets, ref, c)
     dhidden, dunembed = torch.autograd.grad(value, (hidden, unembed))
     assert (dhidden.dtype, dunembed.dtype) == (torch.bfloat16, master)
     assert {value.dtype, logps.dtype, token_logps(hidden, unembed, targets).dtype} == {
         torch.float32
     }
-
-
-def test_only_the_gradient_that_is_needed_is_made():
-    """Of a frozen unembedding none, which saves a product; of anything none without a graph."""
-    N, D, V = 5, 4, 7
-    hidden, unembed, targets, c = problem(N, D, V)
-    ref = torch.full((N,), -1.0, dtype=torch.float64)
-    for u, products in ((unembed, 3), (unembed.detach(), 2)):
-        with FlopCounterMode(display=False) as counter:
-            swept(hidden, u, targets, ref, GOOD[:N], c)[0].backward()
-        assert counter.get_total_flops() == products * 2 * N * V * D
-    with torch.no_grad():
-        loss, _ = swept(hidden, unembed, targets, ref, GOOD[:N], c)
-    assert not loss.requires_grad
 
 
 def test_no_tensor_of_all_logits_is_ever_made():
@@ -237,7 +212,7 @@ def test_no_tensor_of_all_logits_is_ever_made():
     c, ref = torch.full((N,), -1 / N), torch.full((N,), -3.0)
     with torch.profiler.profile(profile_memory=True) as profile:
         token_logps(hidden, unembed, targets, chunk=64).sum().backward()
-        swept(hidden, unembed, targets, ref, GOOD[:N], c, chunk=64)[0].backward()
+        swept(hidden, unembed, targets, ref, c, chunk=64)[0].backward()
     largest = max(e.cpu_memory_usage for e in profile.events())
     assert 60 * V * 4 <= largest < N * V * 4 / 4, largest
 

@@ -23,7 +23,7 @@ from minibnf.losses import (
     rbnf_potential,
     rbnf_weight,
 )
-from tests.strategies import EXTREME, UNCERTAIN, batches, one_response
+from tests.strategies import EXTREME, QUARTER, batches, one_response
 
 ALL = sorted(LOSSES)
 PAIR = dict(preferred=torch.tensor([True, False]), pairs=torch.tensor([[0, 1]]))
@@ -36,23 +36,19 @@ def wide(*numbers):
 # ------------------------------------------------------------------------------ gradient = autograd
 
 
-def autograds(loss, batch, hyper):
-    """The value, and autograd's gradient of it."""
-    logps = batch.logps.clone().requires_grad_()
-    value = loss.value(replace(batch, logps=logps), **hyper)
-    return value, *torch.autograd.grad(value, logps)
-
-
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
 def test_gradient_by_hand_is_the_gradient_of_the_value(name, data):
     loss, (batch, hyper) = LOSSES[name], data.draw(batches(name))
-    value, expected = autograds(loss, batch, hyper)
+    logps = batch.logps.clone().requires_grad_()
+    value = loss.value(replace(batch, logps=logps), **hyper)
+    (expected,) = torch.autograd.grad(value, logps)
     torch.testing.assert_close(loss.gradient(batch, **hyper), expected, rtol=1e-9, atol=1e-15)
     assert loss(batch, **hyper).item() == value.item()
 
 
 @pytest.mark.parametrize("name", ALL)
+@QUARTER
 @given(data=st.data())
 def test_the_differentiable_call_passes_gradcheck(name, data):
     """Away from kinks, where a finite difference straddles two branches: p = r, slic's hinge."""
@@ -68,16 +64,6 @@ def test_the_differentiable_call_passes_gradcheck(name, data):
 
 
 # ----------------------------------------------------------------------------------- extreme values
-
-
-@pytest.mark.parametrize("name", ALL)
-@given(data=st.data())
-def test_finite_in_float32_wherever_log_probabilities_lie(name, data):
-    """But for orpo at p = 1, where odds are infinite and so is it, by its definition."""
-    values = UNCERTAIN if name == "orpo" else EXTREME
-    batch, hyper = data.draw(batches(name, values=values, dtype=torch.float32))
-    for x in (*autograds(LOSSES[name], batch, hyper), LOSSES[name].gradient(batch, **hyper)):
-        assert x.isfinite().all()
 
 
 @given(p=EXTREME, r=EXTREME)
@@ -188,45 +174,6 @@ def test_feedback_is_a_tent(p, r):
     assert feedback <= -torch.expm1(r) + 1e-15  # the peak is at p = r
 
 
-@given(p=EXTREME, r=EXTREME)
-def test_below_the_reference_a_token_is_never_worth_more_than_a_nat(p, r):
-    p, r = wide(p), wide(r)
-    if p <= r:
-        assert 0 <= r - bnf_potential(p, r) <= 1 + 1e-12
-
-
-def released_bnf_weight(p, r):
-    """The released code's gradient on the token's own logit, over 1 - p: it adds 1e-6 to two
-    denominators."""
-    target = (p / (r + 1e-6)).clamp(max=1)
-    rest = (1 - target + 1e-6) / (1 - p + 1e-6)
-    # -dz_y of -(target log p + rest Σ_v≠y π_v log π_v)
-    return (target - (target + rest * (1 - p)) * p) / (1 - p)
-
-
-def test_what_the_released_codes_epsilons_cost():
-    """At the reference the weight is 1. With epsilons it is about r/(r + 1e-6): half at 1e-6 and a
-    hundredth at 1e-8."""
-    r = wide(0.5, 1e-4, 1e-6, 1e-8)
-    assert bnf_weight(r.log(), r.log()).tolist() == [1, 1, 1, 1]
-    assert released_bnf_weight(r, r).tolist() == pytest.approx(
-        [1 - 2e-6, 1 - 0.0099, 0.5, 0.0099], rel=1e-2
-    )
-
-
-def test_what_dividing_by_the_shortest_of_the_micro_batch_costs():
-    """Pairs of lengths (2, 3) and (8, 9) in one micro-batch: the released code divides both by 2,
-    so the second pair weighs four times what it does alone, and the loss depends on how the batch
-    was split. Here it does not."""
-    lengths = torch.tensor([2, 3, 8, 9])
-    owner = torch.arange(4).repeat_interleave(lengths)
-    x = torch.full((len(owner),), -1.0, dtype=torch.float64)
-    batch = Responses(x, x, owner, torch.tensor([True, False] * 2), torch.tensor([[0, 1], [2, 3]]))
-    ours = LOSSES["bnf"].gradient(batch)[owner == 2][0]
-    theirs = LOSSES["bnf"].gradient(batch, length=float(lengths.min()))[owner == 2][0]
-    assert (theirs / ours).item() == pytest.approx(4)
-
-
 # -------------------------------------------------------------------------------- by hand, and laws
 
 
@@ -292,21 +239,15 @@ def test_length_normalisers(length, divisors):
     [
         ({"logps": wide([-1.0, -2.0])}, r"logps must be flat, float \(1,\), not float \(1, 2\)"),
         ({"logps": torch.tensor([-1, -2])}, r"logps must be flat, float \(2,\), not int64"),
-        ({"logps": wide(1.0, 2.0)}, "logps holds 2: a log-probability is at most 0"),
-        ({"logps": wide(0.011, -2.0)}, "^logps holds 0.011"),
+        ({"logps": wide(0.011, -2.0)}, "^logps holds 0.011: a log-probability is at most 0"),
         ({"ref_logps": wide(-1.0)}, "ref_logps must be flat, float"),
-        ({"ref_logps": torch.tensor([-1, -2])}, "ref_logps must be flat, float"),
         ({"ref_logps": wide(0.5, -1.0)}, "ref_logps holds 0.5"),
         ({"owner": torch.tensor([0, 0], dtype=torch.int32)}, "owner must be flat, int64"),
-        ({"owner": torch.tensor([0])}, "owner must be flat, int64"),
         ({"owner": torch.tensor([0, 1])}, "owner names response 1, but there are only 1"),
         ({"owner": torch.tensor([1, 1]), **PAIR}, "response 0 has no tokens"),
-        ({"preferred": torch.tensor([True, False])}, "response 1 has no tokens"),
         ({"preferred": torch.tensor([1])}, r"preferred must be flat, bool \(1,\)"),
         ({"pairs": torch.tensor([[0, 0]])}, "a preferred, a dispreferred"),
-        ({"pairs": torch.tensor([0, 1])}, r"pairs must be flat, int64 \(2, 2\)"),
         ({"pairs": torch.empty(0, 3, dtype=torch.int64)}, r"pairs must be flat, int64 \(0, 2\)"),
-        ({"pairs": torch.empty(0, 2)}, r"pairs must be flat, int64 .* not float \(0, 2\)"),
     ],
 )
 def test_responses_that_do_not_fit_say_what_is_wrong(changes, message):
@@ -318,13 +259,12 @@ def test_responses_that_do_not_fit_say_what_is_wrong(changes, message):
     "name, hyper, changes, message",
     [
         ("bnf", {"beta": 0.1}, {}, r"no hyper-parameter 'beta' \(it has: length\)"),
-        ("dpo", {"length": 1}, PAIR, r"no hyper-parameter 'length' \(it has: beta, lam\)"),
         ("kto", {"kl": 0.0, "beta": -1.0}, {}, "beta=-1.0 must be a number above 0"),
         ("bnf", {"length": "longest"}, {}, "length='longest' must be"),
         ("bnf", {"length": 0}, {}, "length=0 must be"),
         ("dpo", {"beta": 0}, PAIR, "beta=0 must be a number above 0"),
         ("dpo", {"lam": "x"}, PAIR, "lam='x' must be a number, 0 or more"),
-        ("dpo", {"lam": -1.0}, PAIR, "lam=-1.0 must be"),
+        ("dpo", {"lam": -1e-9}, PAIR, "lam=-1e-09 must be"),
         ("dpo", {"lam": math.nan}, PAIR, "lam=nan must be"),
         ("dpo", {"lam": math.inf}, PAIR, "lam=inf must be"),
         ("dpo", {"beta": torch.tensor(-1.0)}, PAIR, "beta=.* must be a number above 0"),
@@ -340,35 +280,25 @@ def test_a_loss_that_cannot_be_computed_says_why(name, hyper, changes, message):
         LOSSES[name](one_response(owner=owner, **changes), **hyper)
 
 
-def test_rounding_above_0_is_no_error():
-    one_response(logps=wide(5e-3, -2.0))
-
-
-@pytest.mark.parametrize(
-    "ours, theirs",
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2],
-)
-def test_narrow_log_probabilities_are_computed_in_float32(ours, theirs):
-    """Values that both dtypes hold exactly, so that the result is that of float32 to its
-    rounding."""
-    batch = one_response(logps=torch.tensor([-1.5, -2.0]), ref_logps=torch.tensor([-1.0, -1.0]))
-    low = one_response(logps=batch.logps.to(ours), ref_logps=batch.ref_logps.to(theirs))
+@pytest.mark.parametrize("ours", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("theirs", [torch.bfloat16, torch.float32])
+def test_narrow_log_probabilities_are_computed_in_float32_and_gradients_come_in_kind(ours, theirs):
+    """Values that all dtypes hold exactly, so that the result is that of float32 to its rounding.
+    The reference's are never differentiated; 5e-3 above 0 is rounding and no error."""
+    wider = torch.promote_types(ours, torch.float32)
+    exact = {"logps": torch.tensor([-1.5, 2**-8]), "ref_logps": torch.tensor([-1.0, -1.0])}
+    batch = one_response(**{name: x.to(wider) for name, x in exact.items()})
+    leaf = exact["logps"].to(ours).requires_grad_()
+    low = one_response(logps=leaf, ref_logps=exact["ref_logps"].to(theirs).requires_grad_())
     for name in ("bnf", "rbnf", "nll", "kto"):
-        hyper = {"kl": 0.0} if name == "kto" else {}
-        value, gradient = LOSSES[name].value(low, **hyper), LOSSES[name].gradient(low, **hyper)
-        assert value.dtype == gradient.dtype == torch.float32
-        assert torch.equal(value, LOSSES[name].value(batch, **hyper))
-        assert torch.equal(gradient, LOSSES[name].gradient(batch, **hyper))
-    low = one_response(logps=batch.logps.double(), ref_logps=batch.ref_logps)
-    for name, hyper in (("kto", {"kl": 0.0}), ("bnf", {}), ("nll", {})):
-        assert LOSSES[name].gradient(low, **hyper).dtype == torch.float64
-
-
-def test_the_references_log_probabilities_are_never_differentiated():
-    ref = wide(-1.0, -1.0).requires_grad_()
-    batch = one_response(logps=wide(-1.5, -2.0).requires_grad_(), ref_logps=ref)
-    LOSSES["bnf"].value(batch).backward()
-    assert ref.grad is None
+        loss, hyper = LOSSES[name], {"kl": 0.0} if name == "kto" else {}
+        value, expected = loss(low, **hyper), loss.gradient(batch, **hyper)
+        assert torch.equal(value, loss(batch, **hyper)) and value.dtype == wider
+        assert torch.equal(loss.gradient(low, **hyper), expected) and expected.dtype == wider
+        (dlogps,) = torch.autograd.grad(value, leaf)
+        assert torch.equal(dlogps, expected.to(ours))
+        loss.value(low, **hyper).backward()
+        assert low.ref_logps.grad is None
 
 
 def test_losses_that_need_no_reference_run_without_one_and_ktos_kl_may_be_a_tensor():
@@ -407,17 +337,16 @@ def test_padded_input_that_does_not_fit(logps, ref, preferred, message):
 
 
 def test_the_built_wheel_works_where_only_torch_is_installed(tmp_path):
-    """pip builds the wheel; unpacked without its dependencies, the losses and token_logps import
-    and run from there, with everything else that this project uses forbidden."""
+    """pip builds the wheel; without its dependencies, the losses and token_logps import and run
+    from there (Python imports from a wheel as it is), with everything else that this project uses
+    forbidden."""
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    source = Path(__file__).parent.parent
-    copied = tmp_path / "source"
-    copied.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "minibnf"):
-        (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, copied / name)
+    source, copied = Path(__file__).parent.parent, tmp_path / "source"
+    shutil.copytree(source / "minibnf", copied / "minibnf")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(source / name, copied)
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, copied], check=True)
     (wheel,) = tmp_path.glob("minibnf-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     code = """
 import sys
 others = "numpy safetensors tqdm tokenizers sentencepiece jinja2 matplotlib transformers"
@@ -433,9 +362,7 @@ loss = bnf_loss(logps, torch.full((2, 3), -1.0), torch.ones(2, 3).bool(), prefer
 loss.backward()
 print(logps.grad[:, 0].tolist())
 """
-    run = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "site"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        run, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
-    )
+    run = [sys.executable, "-W", "ignore", "-c", code, wheel]
+    how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(wheel)}}
+    done = subprocess.run(run, capture_output=True, text=True, check=True, **how)
     assert done.stdout.strip() == "[-0.3333333432674408, 0.3333333432674408]"

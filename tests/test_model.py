@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minibnf.attention import Blocks, Causal, Packed
 from minibnf.files import safetensors
-from minibnf.files.config import Rope, announce_ignored, ignored_fields, parse_config
+from minibnf.files.config import Rope, announce_ignored, parse_config
 from minibnf.kernels import rotate
 from minibnf.model import fresh, load, rotary, save
 
@@ -50,7 +50,7 @@ def test_rotary_scores_depend_on_distance_only(m, n, shift):
 
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("cap", [None, 1.5])
-@pytest.mark.parametrize("layout", [None, [(3, [2, 4]), (2, [1])], [(4, [5])]])
+@pytest.mark.parametrize("layout", [[(9, [])], [(3, [2, 4]), (2, [1])], [(4, [5])]])
 def test_attention_is_its_definition_token_by_token(window, cap, layout):
     """Loops in float64: who sees whom, the scale, the soft cap, which keys a query head shares."""
     raw = CONFIG | {
@@ -60,21 +60,18 @@ def test_attention_is_its_definition_token_by_token(window, cap, layout):
     }  # fmt: skip
     c = parse_config({k: v for k, v in raw.items() if k != "rope_theta"}, "t")
     assert c.attention_softcap == cap and c.query_scale == 5**-0.5
-    S = 12 if layout and len(layout) == 2 else 9
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, S, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
-    # (group, part: 0 the prompt, position) of each token
-    places = [(0, 0, i) for i in range(S)] if layout is None else [
+    places = [  # (group, part: 0 the prompt, position) of each token
         (group, part, i + prompt * (part > 0))
         for group, (prompt, responses) in enumerate(layout)
         for part, n in enumerate([prompt, *responses])
         for i in range(n)
-    ]  # fmt: skip
-    if layout is None:
-        sight = Causal(c, S, window, torch.float64, "cpu")
-    else:
-        sight = Packed(c, layout, window, torch.float64)
-    found = sight.attend(q, k, v)
+    ]
+    S, g = len(places), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, S, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
+    found = Packed(c, layout, window, torch.float64).attend(q, k, v)
+    if layout == [(9, [])]:  # a prompt alone is a causal sequence
+        causal = Causal(c, S, window, torch.float64, "cpu").attend(q, k, v)
+        torch.testing.assert_close(causal, found, rtol=1e-9, atol=1e-12)
     for head in range(4):
         for i, (group, part, position) in enumerate(places):
             seen = [
@@ -189,7 +186,6 @@ def test_rotary_frequencies_in_old_files_are_passed_over_and_nothing_else_is(dir
 
 def test_fields_of_another_family_are_ignored_and_named(directory, capsys):
     fields = {"attn_logit_softcapping": 1.0, "layer_types": ["sliding_attention"], "use_mrope": 1}
-    assert not ignored_fields(CONFIG) and ignored_fields(CONFIG | fields) == list(fields)
     tokens = torch.tensor([[1, 2, 3]])
     before = load(directory)(tokens)
     (directory / "config.json").write_text(json.dumps(CONFIG | fields))
@@ -222,7 +218,6 @@ LLAMA3 = {
         ({"is_causal": False}, "field 'is_causal' = False is not supported"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "must name 2 times"),
         ({"rope_scaling": LLAMA3}, "llama3 lacks the field 'original_max_position_embeddings'"),
-        ({"hidden_size": "24"}, "field 'hidden_size' must be a whole number above 0"),
         ({"hidden_size": 24.5}, "field 'hidden_size' must be a whole number above 0, not 24.5"),
         ({"num_key_value_heads": 2}, "must be a multiple"),
     ],

@@ -15,7 +15,9 @@ from minibnf.data import mismatched, pack, pair
 from minibnf.generate import generate
 from minibnf.losses import LOSSES
 from minibnf.model import load
-from minibnf.step import Reference, kl_estimate, run_batches
+from minibnf.step import kl_estimate, metrics, run_batches
+from tests.strategies import referred
+
 
 EXAMPLES = [
     pair((5, 6, 7), (8, 9), (10,), 1),
@@ -36,27 +38,18 @@ class NoBlockingCopies(TorchDispatchMode):
         return out
 
 
-def reference(examples) -> Reference:
-    """A reference to which every token is e^-2 probable."""
-    tokens = sum(len(response) for e in examples for response in e.responses)
-    return Reference(examples, torch.full((tokens,), -2.0))
-
-
-def one_step(model, name: str, device: str) -> torch.Tensor:
-    loss, batches = LOSSES[name], pack(EXAMPLES, [0, 1, 2], 8)
+def one_step(model, name: str) -> torch.Tensor:
+    loss = LOSSES[name]
+    batches = pack(referred(EXAMPLES) if loss.needs_ref else EXAMPLES, [0, 1, 2], 8)
     assert len(batches) == 2
     hyper = loss.hyper({"kl": 0.0} if "kl" in loss.defaults else {})
     if "kl" in hyper:
         others, _ = mismatched(EXAMPLES, 100, "data")
-        hyper["kl"] = kl_estimate(
-            model, reference(others), pack(others, [0, 1, 2], 8), loss, torch.bfloat16, device
-        )
-    ref = reference(EXAMPLES) if loss.needs_ref else None
-    value, sums = run_batches(
-        model, batches, loss, hyper, ref, torch.bfloat16, device, backward=True
-    )
+        packed = pack(referred(others), [0, 1, 2], 8)
+        hyper["kl"] = kl_estimate(model, packed, loss, torch.bfloat16)
+    value, sums = run_batches(model, batches, loss, hyper, torch.bfloat16, backward=True)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    return torch.cat([torch.stack([value, norm]), sums.flatten()])
+    return torch.stack([value, norm, *metrics(batches, sums, 0.5).values()])
 
 
 @pytest.fixture
@@ -91,7 +84,7 @@ def attends(request, monkeypatch):
 def test_a_step_never_waits_for_the_device(without_a_driver, attends, name):
     model = load("weights/tiny").to("meta")
     with NoBlockingCopies():
-        assert one_step(model, name, "meta").shape == (2 + 6 * (1 + LOSSES[name].needs_ref),)
+        assert one_step(model, name).shape == (2 + 2 + 4 * LOSSES[name].needs_ref,)
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -134,11 +127,11 @@ def test_what_waits_is_noticed(without_a_driver):
 def test_a_step_never_waits_for_a_real_device(name):
     model = load("weights/tiny").to("cuda")
     optim = torch.optim.AdamW(model.parameters(), fused=True)
-    one_step(model, name, "cuda")  # compiles
+    one_step(model, name)  # compiles
     optim.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        numbers = one_step(model, name, "cuda").to("cpu", non_blocking=True)
+        numbers = one_step(model, name).to("cpu", non_blocking=True)
         optim.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

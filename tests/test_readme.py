@@ -5,7 +5,6 @@ import re
 import statistics
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -33,9 +32,7 @@ def test_the_table_of_families_has_every_model_type():
 def test_every_file_of_the_package_is_named_and_every_link_leads_somewhere():
     for file in (ROOT / "minibnf").rglob("[a-z]*.py"):
         assert f"({file.relative_to(ROOT)})" in README, file.name
-    for link in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(
-        r'src="([^"]+)"', README
-    ):
+    for link in re.findall(r"""(?:\]\(|src=")((?!http)[^)#"]+)""", README):
         assert (ROOT / link).exists(), link
 
 
@@ -75,45 +72,32 @@ def test_the_examples_in_python_run(capsys):
     _, loss, sampling = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
     exec(loss, names)
-    assert (
-        names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]
-    )  # the chosen one goes up, the rejected one down
+    # the chosen one goes up, the rejected one down
+    assert names["logps"].grad[0, 0] < 0 < names["logps"].grad[1, 0]
     exec(sampling, names)
     assert "Answer: 201" in capsys.readouterr().out
 
 
-RESULTS = ROOT / "tutorials" / "evidence" / "small-results.json"
+def evidence(name: str) -> dict:
+    return json.loads((ROOT / "tutorials/evidence" / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.skipif(
-    not RESULTS.is_file(),
-    reason="tutorials/evidence/small-results.json is not there: make compare-full makes it",
-)
+def results_of(name: str) -> dict:
+    """A comparison's committed results: of the committed specification, made by committed code."""
+    results = evidence(f"{name}-results.json")
+    assert results["spec"] == evidence(f"{name}.json")
+    assert all(len(revision) == 40 for revision in results["facts"]["revision"])
+    return results
+
+
 def test_the_verdicts_are_drawn_from_the_committed_results():
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads(
-        (ROOT / "tutorials" / "evidence" / "small.json").read_text(encoding="utf-8")
-    )
-    assert all(
-        len(revision) == 40 for revision in results["facts"]["revision"]
-    )  # of committed code alone
+    results = results_of("small")
     assert verdict_table(results) in README
     assert table(results, "qa") in README
 
 
-REAL = ROOT / "tutorials" / "evidence" / "real-results.json"
-
-
-@pytest.mark.skipif(
-    not REAL.is_file(),
-    reason="tutorials/evidence/real-results.json is not there: make compare-real makes it",
-)
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
-    results = json.loads(REAL.read_text(encoding="utf-8"))
-    assert results["spec"] == json.loads(
-        (ROOT / "tutorials" / "evidence" / "real.json").read_text(encoding="utf-8")
-    )
-    assert all(len(revision) == 40 for revision in results["facts"]["revision"])
+    results = results_of("real")
     assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
     for name in results["spec"]["on"]:
         assert table(results, name) in README, table(results, name)
@@ -121,34 +105,25 @@ def test_the_real_models_tables_are_drawn_from_the_committed_results():
 
 def test_the_table_of_speed_is_the_committed_benchmarks():
     """Medians of the rounds, and the ratio's median and range."""
-    found = json.loads(
-        (ROOT / "tutorials" / "evidence" / "bench-results.json").read_text(encoding="utf-8")
-    )["training"]
+    found = evidence("bench-results.json")["training"]
     for data, dtype in sorted({(x["data"], x["dtype"]) for x in found}):
         rounds = {x["side"]: x["rounds"] for x in found if (x["data"], x["dtype"]) == (data, dtype)}
         (theirs,) = (side for side in rounds if side.startswith("TRL"))
-        median = lambda side, key, rounds=rounds: statistics.median(r[key] for r in rounds[side])
-        both = lambda side, median=median: (
-            f"{median(side, 'pairs_per_s'):.2f}, {median(side, 'peak_gb'):.1f} GB"
-        )
         bnf, small, dpo = (
-            "minibnf bnf, 2048 tokens",
-            "minibnf bnf, 768 tokens",
-            "minibnf dpo, 2048 tokens",
+            f"minibnf {side} tokens" for side in ("bnf, 2048", "bnf, 768", "dpo, 2048")
         )
+
+        def median(side, key, rounds=rounds):
+            return statistics.median(r[key] for r in rounds[side])
+
+        speed = {side: f"{median(side, 'pairs_per_s'):.2f}" for side in (theirs, bnf, small, dpo)}
+        memory = {side: f"{median(side, 'peak_gb'):.1f} GB" for side in (theirs, bnf, small)}
+        both = {side: f"{speed[side]}, {memory[side]}" for side in memory}
         ratios = sorted(
             a["pairs_per_s"] / b["pairs_per_s"]
             for a, b in zip(rounds[bnf], rounds[theirs], strict=True)
         )
         ratio = f"{ratios[1]:.1f} ({ratios[0]:.1f} to {ratios[2]:.1f})"
         share = f"{100 * median(bnf, 'share'):.0f} % of {median(bnf, 'machine') / 1e9:.0f} GFLOP/s"
-        cells = [
-            dtype,
-            both(theirs),
-            both(bnf),
-            ratio,
-            both(small),
-            f"{median(dpo, 'pairs_per_s'):.2f}",
-            share,
-        ]
-        assert "| " + " | ".join(cells) + " |" in README
+        cells = [dtype, both[theirs], both[bnf], ratio, both[small], speed[dpo], share]
+        assert f"| {' | '.join(cells)} |" in README

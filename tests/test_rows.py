@@ -147,7 +147,7 @@ def test_a_pipe_is_read_once(tmp_path, capsys):
     command = ["--model", TINY, "--base", TINY, "--data", pipe, "--device", "cpu"]
     assert evaluate.main(list(map(str, command))) == 0
     writer.join(10)
-    assert "1 rows of preference" in capsys.readouterr().out
+    assert "1 row of preference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -434,8 +434,8 @@ def test_columns_with_a_meaning_reach_the_template(model, tmp_path, more, text):
     """Train, evaluate and generate read the same as the prompt of a row."""
     tokenizer, file = load_tokenizer(model), file_of(tmp_path / "rows.jsonl", [PAIR | more])
     ((example,), _) = read_examples(file, tokenizer, 256)
-    _, (held_out,) = evaluate.tokenised(scan_rows(file), tokenizer)
-    ((_, _, ids),) = generate.read_prompts(file, tokenizer, False, 256, 1, Notes())
+    (held_out,) = evaluate.tokenised(scan_rows(file), tokenizer, "preference")
+    ((_, _, ids),) = generate.read_prompts(file, tokenizer, False, Notes())
     assert list(example.prompt) == list(held_out.prompt) == list(ids)
     wanted = text + "<|user|>What is 3 + 4?<|end|><|assistant|>"
     assert tokenizer.decode(ids, skip_special=False) == wanted
@@ -453,7 +453,7 @@ def test_a_message_that_only_calls_a_tool_is_read_or_refused(model, tmp_path):
     with pytest.raises(ValueError, match="'tool_calls', which this model's chat template does not"):
         read_examples(said_before, load_tokenizer(TINY), 256)
     with pytest.raises(ValueError, match="'tool_calls', which this model's chat template does not"):
-        generate.read_prompts(said_before, load_tokenizer(TINY), False, 256, 1, Notes())
+        generate.read_prompts(said_before, load_tokenizer(TINY), False, Notes())
 
 
 UNUSED = {**PAIR, "tools": TOOLS, "chat_template_kwargs": {"kind": "", "deep": 1}, "source": "x"}
@@ -498,7 +498,7 @@ def test_any_key_may_be_a_variable_of_the_template(tmp_path):
 
 def test_a_template_that_reads_a_variable_uses_its_column(model, tmp_path):
     notes, file = Notes(), file_of(tmp_path / "rows.jsonl", [UNUSED])
-    generate.read_prompts(file, load_tokenizer(model), False, 256, 1, notes)
+    generate.read_prompts(file, load_tokenizer(model), False, notes)
     wanted = "columns not used: source, chat_template_kwargs.deep"
     assert notes.lines() == [wanted]
     text = Notes()  # a text prompt goes through no template

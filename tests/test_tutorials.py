@@ -28,10 +28,6 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 IMAGE = re.compile(r"!\[([^]]*)\]\(([^)]+)\)")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)[^)]*\)")
-TIMING = re.compile(
-    r"\bseconds\b|\bper second\b|/s\b|\bminutes?\b|\bhours?\b|\b\d+ ?(s|ms)\b|\bspeed", re.I
-)
-CLOCK = re.compile(r"perf_counter|timeit|\btime\.(time|monotonic)|%time")
 
 
 def prose(page: Path) -> str:
@@ -39,14 +35,10 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
-def git_status() -> str | None:
-    if not (ROOT / ".git").exists():
-        return None
-    try:
-        command = ["git", "status", "--porcelain", "--untracked-files=all"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def git_status() -> str:
+    """Empty where the tree is no clone."""
+    command = ["git", "status", "--porcelain", "--untracked-files=all"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
@@ -125,18 +117,6 @@ def test_the_blocks_print_what_the_page_says(page, eval_example, prompt):
 
 
 @each_page
-def test_every_output_line_stands_under_a_print(page):
-    for example in find_examples(page):
-        above = ""
-        for line in example.source.splitlines():
-            if line.strip().startswith("#>"):
-                advice = f"{page.name}: {line!r} stands under {above!r}; print a text in one line"
-                assert above.endswith(")"), advice
-            else:
-                above = line.strip()
-
-
-@each_page
 def test_the_blocks_can_be_pasted_into_a_prompt(page):
     """Python 3.11's prompt ends an indented block at an empty line, and nowhere else: so an empty
     line after each function, loop and so on, and none inside."""
@@ -153,24 +133,6 @@ def test_the_blocks_can_be_pasted_into_a_prompt(page):
         assert not any(held), f"{page.name}: the block from line {example.start_line} does not end"
 
 
-@each_page
-def test_the_page_has_its_form(page):
-    text = prose(page)
-    opening, headings = text.split("\n## ")[0], re.findall(r"^## (.+)", text, re.M)
-    assert re.match(r"# .+\n\n\*[^*].*", text), "no title and sentence in italics"
-    assert "you will be able to" in opening, "not said what the reader will be able to do"
-    assert 2 <= len(re.findall(r"^- ", opening, re.M)) <= 4, "not two to four things to be able to"
-    for heading, following in re.findall(r"^#+ (.+)\n\n?(.*(?:\n.+)*)", text, re.M):
-        italics = re.fullmatch(r"\*[^*]+[.?]\*", " ".join(following.split()))
-        assert italics, f"no sentence in italics after {heading!r}"
-    assert headings[-1].startswith("Exercise"), "no exercises at the end"
-    found = TIMING.search(text) or CLOCK.search(page.read_text(encoding="utf-8"))
-    assert not found, f"a timing: {found[0]!r}"
-    for example in find_examples(page):
-        for line in example.source.splitlines():
-            assert len(line) <= 100, f"a line of code of more than 100 columns: {line}"
-
-
 @pytest.mark.parametrize("page", [*PAGES, FOLDER / "README.md"], ids=lambda page: page.stem)
 def test_images_and_links(page):
     text = prose(page)
@@ -182,17 +144,12 @@ def test_images_and_links(page):
         assert (page.parent / file).is_file(), file
     for link in filter(None, LINK.findall(text)):
         assert (page.parent / link).exists(), link
+    if page in PAGES:
+        number = page.name[:2]
+        assert f"(exercises/e{number}.py)" in text, "no exercises"
+        assert (ROOT / f"tests/exercises/test_e{number}.py").is_file()
 
 
 def test_the_list_of_pages_names_those_that_exist():
     listed = re.findall(r"\]\((\d\d_\w+\.md)\)", (FOLDER / "README.md").read_text(encoding="utf-8"))
     assert listed == [page.name for page in PAGES]
-
-
-@each_page
-def test_each_page_has_exercises(page):
-    number = page.name[:2]
-    assert f"(exercises/e{number}.py)" in prose(page)
-    for file in (FOLDER / f"exercises/e{number}.py", ROOT / f"tests/exercises/e{number}.py"):
-        assert file.is_file(), file
-    assert (ROOT / f"tests/exercises/test_e{number}.py").is_file()

@@ -37,7 +37,7 @@ import torch
 
 from minibnf import arguments
 from minibnf.files.disk import read_json, write_json, write_text
-from minibnf.files.terminal import in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive
 from minibnf.lab import trials
 from minibnf.lab.plan import customary, finals, settings, sweep
 from minibnf.lab.smallworld import KINDS
@@ -66,8 +66,6 @@ def check_fields(given: dict, what: str, name: str = "") -> None:
 def check(spec: dict) -> None:
     """ValueError that names what in the spec is missing, unknown or refused by the trainer."""
     check_fields(spec, "spec")
-    if not spec["seeds"]:
-        raise ValueError("spec: 'seeds' is empty, and the second stage needs one")
     for name, given in spec["sets"].items():
         what = "set of files" if "rows" in given else "set of the small world"
         check_fields(given, what, f" '{name}'")
@@ -81,7 +79,7 @@ def check(spec: dict) -> None:
                 f"method '{name}': its grid must hold an 'lr', and the customary {usual}"
             )
     for name, methods in spec["on"].items():
-        if unknown := ({name} - set(spec["sets"])) | (set(methods) - set(spec["methods"])):
+        if unknown := {name, *methods} - {*spec["sets"], *spec["methods"]}:
             raise ValueError(f"spec: 'on' names '{min(unknown)}', no set or method of it")
     for job in sweep(spec):
         words = trials.arguments(spec, job, "data", "out")
@@ -117,9 +115,7 @@ def compare(spec: dict, folder: Path, workers: int) -> dict:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "hours_of_training": round(sum(r["train_seconds"] for r in runs) / 3600, 2),
-        "response_tokens": {
-            name: trials.response_tokens(spec, name, folder) for name in spec["on"]
-        },
+        "response_tokens": {x: trials.response_tokens(spec, x, folder) for x in spec["on"]},
     }
     results = {"spec": spec, "facts": facts, "runs": runs}
     write_text(folder / "results.json", dumps(results))
@@ -137,7 +133,7 @@ def dumps(results: dict) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("minibnf compare", allow_abbrev=False)
+    p = ArgumentParser("minibnf compare", allow_abbrev=False)
     p.description = "Many runs from one base: a table and figures."
     a = p.add_argument
     # fmt: off

@@ -20,22 +20,22 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minibnf.data import Example, pairs_of, read_examples
 from minibnf.evaluate import wins
-from minibnf.feedback import gini
+from minibnf.feedback import gini, target_logits
 from minibnf.files.config import announce_ignored
-from minibnf.files.terminal import in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QA, REASONING, Problem, problems, score
 from minibnf.lab.smallworld import Sample, sampler
+from minibnf.logprob import token_logps
 from minibnf.machine import memory_advice
 from minibnf.model import Transformer, load
-from minibnf.step import logps_and_logits, read_responses
+from minibnf.step import read_responses
 
 Figures = dict[str, tuple[float, float]]  # {name: (mean, standard error)}
 
@@ -50,13 +50,9 @@ def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
     return wins(scores[:, :, None], base_scores[:, None, :]).mean((1, 2))
 
 
-def prompts_of(asked: list[Problem]) -> list[str]:
-    return [problem.prompt for problem in asked]
-
-
 def scores_of(sample: Sample, asked: list[Problem], n: int, seed: int) -> Tensor:
     """(Q, n): the scores of n answers to every problem."""
-    answers = sample(prompts_of(asked), n, seed)
+    answers = sample([problem.prompt for problem in asked], n, seed)
     scores = [[score(p, text) for text in texts] for p, texts in zip(asked, answers, strict=True)]
     return torch.tensor(scores)
 
@@ -64,44 +60,43 @@ def scores_of(sample: Sample, asked: list[Problem], n: int, seed: int) -> Tensor
 # ---- Held-out rows: how likelihoods moved ----
 
 
-class HeldOut(NamedTuple):
-    """Rows that were not trained on, and a model's log-probability and logit of each token."""
-
-    examples: list[Example]
-    logps: list[Tensor]  # one tensor per response
-    logits: list[Tensor]
+def held_out(model: Transformer, examples: list[Example]) -> list[Tensor]:
+    """(n, 2) of each response: the log-probability and the logit of its n tokens."""
+    return read_responses(model, examples, read=logps_and_logits)
 
 
-def held_out(model: Transformer, examples: list[Example]) -> HeldOut:
-    both = [x.unbind(-1) for x in read_responses(model, examples, read=logps_and_logits)]
-    return HeldOut(examples, [logps for logps, _ in both], [logits for _, logits in both])
+def logps_and_logits(hidden: Tensor, unembed: Tensor, targets: Tensor, softcap=None) -> Tensor:
+    """(N, 2): log-probability and logit of each target."""
+    logps = token_logps(hidden, unembed, targets, softcap=softcap)
+    return torch.stack([logps, target_logits(hidden, unembed, targets, softcap=softcap)], -1)
 
 
-def gains(found: HeldOut, base: HeldOut) -> Tensor:
-    """(R,): by how much each response's log-likelihood exceeds the base's."""
-    return torch.stack([(a - b).sum() for a, b in zip(found.logps, base.logps, strict=True)])
+def changes(found: list[Tensor], base: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(R,): by how much each response's log-likelihood exceeds the base's; (N,): so each logit."""
+    moved = [(a - b).unbind(-1) for a, b in zip(found, base, strict=True)]
+    return torch.stack([logps.sum() for logps, _ in moved]), torch.cat([x for _, x in moved])
 
 
-def shifts(found: HeldOut, base: HeldOut) -> Figures:
+def shifts(examples: list[Example], gained: Tensor, logits: Tensor) -> Figures:
     """shift/chosen, shift/rejected (nats per response) and the gini of logit shifts."""
-    preferred = torch.tensor([p for e in base.examples for p in e.preferred])
-    sums, table = gains(found, base), {}
+    preferred, table = torch.tensor([p for e in examples for p in e.preferred]), {}
     for name, side in {"chosen": preferred, "rejected": ~preferred}.items():
         if side.any():
-            table[f"shift/{name}"] = mean_and_error(sums[side])
-    moved = torch.cat([a - b for a, b in zip(found.logits, base.logits, strict=True)])
-    return table | {"gini": (gini(moved), math.nan)}
+            table[f"shift/{name}"] = mean_and_error(gained[side])
+    return table | {"gini": (gini(logits), math.nan)}
 
 
-def on_files(model: Transformer, base: HeldOut, solutions: list[Example]) -> Figures:
+def on_files(
+    model: Transformer, examples: list[Example], base: list[Tensor], solutions: list[Example]
+) -> Figures:
     """preference, shifts and gini of pairs; solutions, if any, in nats per token.
 
     preference is the share of pairs whose chosen response gained more likelihood than its rejected
     one. A tie is half; for the base all are ties.
     """
-    own = held_out(model, base.examples)
-    gained = gains(own, base)[pairs_of(base.examples)]
-    table = {"preference": mean_and_error(wins(*gained.unbind(1)))} | shifts(own, base)
+    gained, logits = changes(held_out(model, examples), base)
+    told = wins(*gained[pairs_of(examples)].unbind(1))
+    table = {"preference": mean_and_error(told)} | shifts(examples, gained, logits)
     if solutions:
         means = [logps.mean() for logps in read_responses(model, solutions)]
         table["solutions"] = mean_and_error(torch.stack(means))
@@ -124,7 +119,7 @@ class Exam:
         self.questions = problems(QA, split, 40, seed)
         self.chains = problems(REASONING, split, count * len(REASONING), seed)
         self.base_scores = scores_of(sampler(base, tokenizer), self.questions, samples, seed)
-        self.held = held_out(base, examples)
+        self.examples, self.held = examples, held_out(base, examples)
 
     def grade(self, model: Transformer) -> Figures:
         """What a model scores.
@@ -146,7 +141,7 @@ class Exam:
         for family in REASONING:
             mine = torch.tensor([p.family == family for p in self.chains])
             found[f"accuracy/{family}"] = mean_and_error(right[mine])
-        return found | shifts(held_out(model, self.held.examples), self.held)
+        return found | shifts(self.examples, *changes(held_out(model, self.examples), self.held))
 
 
 # ---- The command ----
@@ -178,7 +173,7 @@ def before_and_after(args: argparse.Namespace) -> None:
         print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}{shown}")
     greedy = [sampler(model, tokenizer, temperature=0) for model in (base, aligned)]
     for what, some in {"questions": exam.questions, "problems": exam.chains}.items():
-        prompts = prompts_of(some)
+        prompts = [problem.prompt for problem in some]
         old, new = (sample(prompts, 1, args.seed) for sample in greedy)
         changed = [row for row in zip(prompts, old, new, strict=True) if row[1] != row[2]]
         first = "; the first:" if changed else ""
@@ -192,7 +187,7 @@ def before_and_after(args: argparse.Namespace) -> None:
 
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser("python -m minibnf.lab.exam", allow_abbrev=False)
+    p = ArgumentParser("python -m minibnf.lab.exam", allow_abbrev=False)
     p.description = "Two models in the small world, before alignment against after."
     a = p.add_argument
     a("--model", required=True, metavar="DIR", help="the model after alignment")

@@ -4,6 +4,8 @@ Needs matplotlib (extra `plots`); draws without a display.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -16,11 +18,23 @@ from minibnf.feedback import feedback
 from minibnf.lab.plan import best_by_rate, customary, select, with_setting
 from minibnf.run import BAD, GOOD, PLAIN
 
-PLAIN_STYLE = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "grid.alpha": 0.25,
+    "axes.spines.top": False, "axes.spines.right": False,
     "svg.hashsalt": "minibnf", "axes.facecolor": "white", "savefig.facecolor": "white",
 }  # fmt: skip
-STYLE = PLAIN_STYLE | {"axes.grid": True, "grid.alpha": 0.25}
+
+
+@contextmanager
+def drawn(file: Path, size: tuple[float, float], panels: int = 1, grid: bool = True) -> Iterator:
+    """What to draw on, one axis or an array of them; the file is written when the block ends."""
+    with plt.rc_context(STYLE | {"axes.grid": grid}):
+        figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, layout="constrained")
+        yield axes
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
+
 
 # ---- The curves of feedback ----
 
@@ -41,14 +55,10 @@ PANELS = {
 
 def feedback_curves(file: Path, r: float = 0.4) -> Path:
     """The tent of BNF beside the one-directional curves of others, for a token of reference r."""
-    with plt.rc_context(PLAIN_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    with drawn(file, (9, 3.4), panels=2, grid=False) as axes:
         for axis, kind in zip(axes, PANELS, strict=True):
             _feedback_panel(axis, kind, r)
         axes[0].set(ylabel="push on its logit, |∂L/∂z|", ylim=(0, 1.35))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Date": None})
-        plt.close(figure)
     return file
 
 
@@ -65,12 +75,8 @@ def _feedback_panel(axis, kind: str, r: float) -> None:
     grey = {"fontsize": 8, "color": "#666666"}
     axis.annotate("reference r", (r, 0.03), xytext=(4, 0), textcoords="offset points", **grey)
     axis.set(xlim=(0, 1), xlabel="probability p of the token under the policy")
-    _title(axis, f"a {kind} token (each curve scaled to 1 - r at p = r)")
+    axis.set(title=f"a {kind} token (each curve scaled to 1 - r at p = r)")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
-
-
-def _title(axis, text: str, size: int = 10) -> None:
-    axis.set_title(text, fontsize=size, loc="left")
 
 
 # ---- The figures of a comparison ----
@@ -90,17 +96,12 @@ def comparison(results: dict, folder: Path) -> list[Path]:
 
     A set of which every run broke off has none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with plt.rc_context(STYLE):
-        for name in results["spec"]["on"]:
-            if not _tried(results, name):
-                continue
-            for what, draw in {"frontier": _frontier, "rates": _rates}.items():
-                figure = draw(results, name)
-                files.append(folder / f"{name}-{what}.svg")
-                figure.savefig(files[-1], metadata={"Date": None})
-                plt.close(figure)
+    for name in results["spec"]["on"]:
+        if tried := _tried(results, name):
+            files += [folder / f"{name}-frontier.svg", folder / f"{name}-rates.svg"]
+            _frontier(files[-2], name, tried)
+            _rates(files[-1], name, tried, results["spec"])
     return files
 
 
@@ -131,49 +132,46 @@ def _axes_of(run: dict) -> tuple[str, str, str, str]:
     return *kept, "preference", "share of held-out pairs told right"
 
 
-def _frontier(results: dict, name: str):
+def _frontier(file: Path, name: str, tried: dict[str, list[dict]]) -> None:
     """One curve per method: the settings that no other of its settings beats in both respects."""
-    tried = _tried(results, name)
-    figure, axis = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
     first = next(iter(tried.values()))[0]
     x, x_label, y, y_label = _axes_of(first)
     base = first["base"][x][0], first["base"][y][0]
     shown = [base]
-    for method, runs in tried.items():
-        points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
-        faint = {"alpha": 0.25, "linestyle": "", "label": None}
-        axis.plot(*zip(*points, strict=True), markersize=4, **_look(method) | faint)
-        best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
-        axis.plot(*zip(*best, strict=True), markersize=5, **_look(method))
-        shown += best
-    # Settings worse than all of these are out of sight.
-    axis.set(xlim=(min(p[0] for p in shown) - 0.02, None))
-    axis.set(ylim=(min(p[1] for p in shown) - 0.02, None))
-    axis.plot(*base, "k+", markersize=12, label="base")
-    axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
-    _title(axis, f"{name}: gained against kept; faint: settings that another one beats")
-    axis.legend(**BESIDE)
-    return figure
+    with drawn(file, (7.6, 4.6)) as axis:
+        for method, runs in tried.items():
+            points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
+            faint = {"alpha": 0.25, "linestyle": "", "label": None}
+            axis.plot(*zip(*points, strict=True), markersize=4, **_look(method) | faint)
+            best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
+            axis.plot(*zip(*best, strict=True), markersize=5, **_look(method))
+            shown += best
+        # Settings worse than all of these are out of sight.
+        left, bottom = (min(numbers) - 0.02 for numbers in zip(*shown, strict=True))
+        axis.set(xlim=(left, None), ylim=(bottom, None))
+        axis.plot(*base, "k+", markersize=12, label="base")
+        axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
+        axis.set(title=f"{name}: gained against kept; faint: settings that another one beats")
+        axis.legend(**BESIDE)
 
 
-def _rates(results: dict, name: str):
+def _rates(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -> None:
     """What settings are chosen by, against the learning rate.
 
     At customary hyper-parameters, and at each rate's best.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True, layout="constrained")
-    for method, runs in _tried(results, name).items():
-        usual = with_setting(runs, customary(results["spec"], method))
-        for axis, some in zip(axes, (usual, runs), strict=True):
-            top = best_by_rate(some)
-            axis.plot(list(top), list(top.values()), markersize=4, **_look(method))
-    titles = ("customary hyper-parameters", "the best hyper-parameters at each rate")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(xscale="log", xlabel="learning rate")
-        _title(axis, f"{name}: {title}")
-    axes[0].set_ylabel("objective on validation prompts")
-    axes[1].legend(**BESIDE)
-    return figure
+    with drawn(file, (9.6, 4), panels=2) as axes:
+        for method, runs in tried.items():
+            usual = with_setting(runs, customary(spec, method))
+            for axis, some in zip(axes, (usual, runs), strict=True):
+                top = best_by_rate(some)
+                axis.plot(list(top), list(top.values()), markersize=4, **_look(method))
+        axes[0].set(title=f"{name}: customary hyper-parameters")
+        axes[1].set(title=f"{name}: the best hyper-parameters at each rate")
+        for axis in axes:
+            axis.set(xscale="log", xlabel="learning rate")
+        axes[0].set_ylabel("objective on validation prompts")
+        axes[1].legend(**BESIDE)
 
 
 if __name__ == "__main__":

@@ -223,14 +223,9 @@ def problems(families: Iterable[str], split: str, count: int, seed: int) -> list
     return list(itertools.islice(endless_in_turn(families, split, seed), count))
 
 
-def final(answer: str) -> str | None:
-    """What follows the last "Answer: ", or None where there is none."""
-    _, marker, tail = answer.rpartition("Answer: ")
-    return tail if marker else None
-
-
 def score(problem: Problem, answer: str) -> float:
     """QA: the judge's 0 to 5. Reasoning: 1 if what follows the last "Answer: " is right, else 0."""
     if problem.family in QA:
         return float(judge(problem.prompt, answer))
-    return float(final(answer) == final(problem.answer))
+    given, right = (text.rpartition("Answer: ")[1:] for text in (answer, problem.answer))
+    return float(given == right)

@@ -23,9 +23,9 @@ import sentencepiece
 from tqdm import tqdm
 
 from minibnf.files.disk import inside, write_json, write_text
-from minibnf.files.terminal import in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.generate import generate
+from minibnf.generate import generate, text_of
 from minibnf.lab.language import (
     PEOPLE_OF,
     QA,
@@ -148,20 +148,15 @@ def sampler(model, tokenizer, *, temperature: float = 1.0) -> Sample:
 
     Temperature 0 is greedy.
     """
-    stop = sorted(tokenizer.end_ids)
-    how = {"max_new_tokens": 64, "temperature": temperature, "top_p": 1.0}
-    how |= {"stop_ids": stop, "vocab_size": tokenizer.vocab_size}
-
-    def text_of(ids: list[int]) -> str:
-        # A control token within an answer is spelt out: without it a degenerate answer could look
-        # sound.
-        return tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, skip_special=False)
+    how = {"max_new_tokens": 64, "temperature": temperature}
+    how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
 
     def sample(prompts: list[str], n: int, seed: int) -> list[list[str]]:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         asked = [tokenizer.encode_chat(chat, add_generation_prompt=True) for chat in chats]
         repeated = [ids for ids in asked for _ in range(n)]
-        texts = [text_of(ids) for ids in generate(model, repeated, seed=seed, **how)]
+        # A control token shows: without it a degenerate answer could look sound.
+        texts = [text_of(tokenizer, new) for new in generate(model, repeated, seed=seed, **how)]
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     return sample
@@ -225,20 +220,20 @@ def write_base(directory: str | Path, seed: int = 0) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    top = argparse.ArgumentParser("python -m minibnf.lab.smallworld")
+    top = ArgumentParser("python -m minibnf.lab.smallworld")
     top.description = "Make the small world's files."
     commands = top.add_subparsers(dest="command", required=True)
     # fmt: off
     base = commands.add_parser("base", help="config and tokenizer of a fresh tiny model")
-    base.add_argument("--out", type=Path, required=True, help="the folder to write")
     rows = commands.add_parser("rows", help="pretraining rows")
     pairs = commands.add_parser("pairs", help="preference pairs out of a base model's own samples")
-    for command in (rows, pairs):
-        command.add_argument("--out", type=Path, required=True, help="the .jsonl file to write")
-        command.add_argument("--count", type=positive, required=True, help="how many rows")
     for command in (base, rows, pairs):
+        command.add_argument("--out", type=Path, required=True,
+                             help="the .jsonl file to write; of base, the folder")
         command.add_argument("--seed", type=int, default=0,
                              help="another seed, another draw; default 0")
+    for command in (rows, pairs):
+        command.add_argument("--count", type=positive, required=True, help="how many rows")
     pairs.add_argument("--model", required=True, help="folder of the base model")
     pairs.add_argument("--kind", choices=KINDS, required=True,
                        help="answers by style, or right against wrong")

@@ -43,20 +43,21 @@ def chosen(results: dict, name: str, method: str) -> dict[str, dict]:
     return plan.chosen_settings(results["spec"], results["runs"], name, method)
 
 
-def tests(results: dict, name: str, method: str, which: str) -> list[dict]:
-    """The test runs of a method's "best" or "customary" setting on a set, one per seed."""
-    setting = chosen(results, name, method)[which]
-    return plan.select(results["runs"], set=name, method=method, split="test", setting=setting)
-
-
 def figure(results: dict, name: str, method: str, which: str, what: str) -> tuple[float, float]:
+    """What a method's "best" or "customary" setting scored on the test prompts of a set."""
+    setting = chosen(results, name, method)[which]
+    runs = plan.select(results["runs"], set=name, method=method, split="test", setting=setting)
+    return over_seeds(runs, what)
+
+
+def over_seeds(runs: list[dict], what: str) -> tuple[float, float]:
     """(mean over seeds, its error). A run that broke off gets the worst value."""
-    runs, worst = tests(results, name, method, which), (WORST.get(what, 0.0), 0.0)
+    worst = (WORST.get(what, 0.0), 0.0)
     means, errors = zip(*(r["result"].get(what, worst) for r in runs), strict=True)
     over_prompts = mean(error or 0.0 for error in errors)
     several = len(means) > 1 and all(map(math.isfinite, means))
-    over_seeds = stdev(means) ** 2 / len(means) if several else 0.0
-    return mean(means), math.sqrt(over_seeds + over_prompts**2)
+    variance = stdev(means) ** 2 / len(means) if several else 0.0
+    return mean(means), math.sqrt(variance + over_prompts**2)
 
 
 def show(x: tuple[float, float], digits: int = 3) -> str:
@@ -70,8 +71,9 @@ def setting_text(setting: dict) -> str:
 # ---- The table of a set ----
 
 
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
 def table(results: dict, name: str) -> str:
@@ -79,27 +81,26 @@ def table(results: dict, name: str) -> str:
     runs = plan.select(results["runs"], set=name)
     base = next((r for r in runs if r["split"] == "test"), runs[0])["base"]
     columns = [c for c in NAMES if c in base]
-    lines = []  # (rank, line)
+    ranked = []  # (rank, cells)
     for method in results["spec"]["on"][name]:
         tried = plan.select(runs, method=method, split="validation")
         lost = f"{sum(map(plan.collapsed, tried))} of {len(tried)}"
-        best, usual = chosen(results, name, method).values()
-        both = {"best": "best", "customary": "customary"}
-        labels = {"best": "best, customary"} if best == usual else both
-        for which, label in labels.items():
-            tested = tests(results, name, method, which)
+        settings = chosen(results, name, method)
+        if settings["best"] == settings["customary"]:
+            settings = {"best, customary": settings["best"]}
+        for label, setting in settings.items():
+            tested = plan.select(runs, method=method, split="test", setting=setting)
             if not tested:
                 continue  # a method of the first stage alone
-            figures = {c: figure(results, name, method, which, c) for c in columns}
+            figures = {c: over_seeds(tested, c) for c in columns}
             cells = [show(x, 2 if c.startswith("shift") else 3) for c, x in figures.items()]
-            setting = setting_text(tested[0]["setting"])
-            line = row([method, label, setting, *cells, lost])
-            lines.append((mean(map(plan.objective, tested)), line))
-    lines.sort(key=lambda line: -line[0])
+            cells = [method, label, setting_text(setting), *cells, lost]
+            ranked.append((mean(map(plan.objective, tested)), cells))
+    ranked.sort(key=lambda one: -one[0])
     head = ["method", "setting", "", *(NAMES[c] for c in columns), "settings collapsed"]
-    own = [f"{base[c][0]:.3f}" for c in columns]
-    first = [row(head), "|---" * len(head) + "|", f"| base | | | {' | '.join(own)} | |"]
-    return "\n".join(first + [line for _, line in lines])
+    own = " | ".join(f"{base[c][0]:.3f}" for c in columns)
+    lines = markdown(head, [cells for _, cells in ranked]).splitlines()
+    return "\n".join([*lines[:2], f"| base | | | {own} | |", *lines[2:]])
 
 
 # ---- Learning rates ----
@@ -136,18 +137,16 @@ DIVISORS = {
 
 def lengths(results: dict, name: str) -> str:
     """Markdown: what BNF's length normaliser changes."""
-    lines = [
-        "| BNF divided by | best learning rate | good learning rates | win rate | reasoning |",
-        "|---|---|---|---|---|",
-    ]
+    head = ["BNF divided by", "best learning rate", "good learning rates", "win rate", "reasoning"]
+    rows = []
     for method, what in DIVISORS.items():
         if method in results["spec"]["on"][name]:
             rates = good_rates(results, name, method, {})
             best = chosen(results, name, method)["best"]["lr"]
             win = show(figure(results, name, method, "best", "win_rate"))
             kept = show(figure(results, name, method, "best", "accuracy"))
-            lines.append(row([what, f"{best:g}", f"{rates[0]:g} to {rates[-1]:g}", win, kept]))
-    return "\n".join(lines)
+            rows.append([what, f"{best:g}", f"{rates[0]:g} to {rates[-1]:g}", win, kept])
+    return markdown(head, rows)
 
 
 def beta_and_length(results: dict) -> str:
@@ -155,18 +154,15 @@ def beta_and_length(results: dict) -> str:
 
     On validation prompts, with seed 0.
     """
-    lines = [
-        "| set | tokens a response | β | β × tokens | win rate | reasoning |",
-        "|---|---|---|---|---|---|",
-    ]
+    head, rows = ["set", "tokens a response", "β", "β × tokens", "win rate", "reasoning"], []
     for name in results["spec"]["on"]:
         tokens = results["facts"]["response_tokens"][name]
         for run in plan.select(results["runs"], set=name, method="dpo lr 1e-4"):
             beta, found = run["setting"]["beta"], run["result"]
             win, kept = (show(found[x]) if found else "broke off" for x in ("win_rate", "accuracy"))
-            cells = [name, f"{tokens:.1f}", f"{beta:g}", f"{beta * tokens:.2g}", win, kept]
-            lines.append(row(cells))
-    return "\n".join(lines)
+            numbers = [f"{tokens:.1f}", f"{beta:g}", f"{beta * tokens:.2g}"]
+            rows.append([name, *numbers, win, kept])
+    return markdown(head, rows)
 
 
 def concentration(results: dict, name: str) -> tuple[float, int]:

@@ -5,13 +5,12 @@ FOLDER/results; its model is deleted.
 """
 
 import contextlib
-import json
 import multiprocessing
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -105,11 +104,12 @@ def trained(argv: list[str], out: Path) -> bool:
     return code == 0
 
 
-def run_job(spec: dict, job: dict, folder: Path) -> None:
+def run_job(folder: Path, job: dict) -> None:
     """Train and examine; the results are written to folder/results.
 
     A run on files has two results, one for each half of the held-out rows.
     """
+    spec = read_json(folder / "spec.json")
     torch.set_num_threads(spec.get("threads", 1))
     files, out = prepare(spec, job["set"], folder / "data"), folder / "runs" / slug(job)
     began = time.perf_counter()
@@ -120,15 +120,11 @@ def run_job(spec: dict, job: dict, folder: Path) -> None:
     for split in ("validation", "test") if kind == "files" else [job["split"]]:
         run = job | {"split": split, "kind": kind, "steps": steps, "train_seconds": seconds}
         run |= {"result": {}, "revision": revision()}
-        examine, run["base"] = examination(json.dumps(spec), job["set"], split, folder)
+        examine, run["base"] = examination(folder, job["set"], split)
         if whole:
             run["result"] = examine(load(out / "model"))
         write_json(folder / "results" / f"{slug(run)}.json", run)
     shutil.rmtree(out)
-
-
-def rounded(x: float) -> float | None:
-    return float(f"{x:.5g}") if x == x else None
 
 
 def examples_of(spec: dict, file: Path) -> list[Example]:
@@ -137,25 +133,26 @@ def examples_of(spec: dict, file: Path) -> list[Example]:
 
 
 @cache
-def examination(text: str, name: str, split: str, folder: Path) -> tuple[Callable, dict]:
-    """A function from a model to {name: [mean, standard error]}, and the base's; once per process.
-
-    text is the spec as JSON: what is cached must be hashable.
-    """
-    spec = json.loads(text)
+def examination(folder: Path, name: str, split: str) -> tuple[Callable, dict]:
+    """A function from a model to {name: [mean, standard error]}, and the base's; made once."""
+    spec = read_json(folder / "spec.json")
     given, base, tokenizer = spec["sets"][name], load(spec["base"]), load_tokenizer(spec["base"])
-    examples = examples_of(spec, prepare(spec, name, folder / "data")[split])
+    examples, solutions = examples_of(spec, prepare(spec, name, folder / "data")[split]), []
     if "kind" in given:
         measure = Exam(base, tokenizer, examples, split=split, **spec.get("exam", {})).grade
     else:
-        solutions = []
-        if "solutions" in given:
-            scanned = islice(scan_rows(given["solutions"]["file"]), given["solutions"]["count"])
-            _, solutions = tokenised(scanned, tokenizer, "likelihood")
-        measure = partial(on_files, base=held_out(base, examples), solutions=solutions)
+        if asked := given.get("solutions"):
+            scanned = islice(scan_rows(asked["file"]), asked["count"])
+            solutions = tokenised(scanned, tokenizer, "likelihood")
+        held = held_out(base, examples)
+        measure = partial(on_files, examples=examples, base=held, solutions=solutions)
 
     def examine(model: Transformer) -> dict[str, list]:
-        return {k: [rounded(x) for x in pair] for k, pair in measure(model).items()}
+        """Rounded; null stands for nan."""
+        return {
+            name: [float(f"{x:.5g}") if x == x else None for x in pair]
+            for name, pair in measure(model).items()
+        }
 
     return examine, examine(base)
 
@@ -164,11 +161,10 @@ def revision() -> str:
     """The git revision of this code, "+changes" where tracked files differ; "unknown" elsewhere."""
     words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        here = Path(__file__).parent
-        done = subprocess.run(words, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # there is no git
         return "unknown"
-    return done.stdout.strip()
+    return done.stdout.strip() or "unknown"
 
 
 # ---- All runs ----
@@ -183,14 +179,8 @@ def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[di
     ready, stage = len(jobs) - len(todo), jobs[0]["split"]
     bar = tqdm(total=len(jobs), initial=ready, desc=stage, unit="run", disable=None)
     with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        going = [pool.submit(run_job, spec, job, folder) for job in todo]
-        try:
-            for future in as_completed(going):
-                future.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for _ in pool.map(partial(run_job, folder), todo):  # an error cancels what has not begun
+            bar.update()
     return [read_json(file) for file in files]
 
 

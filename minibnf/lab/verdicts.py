@@ -6,15 +6,13 @@ claim says least, half or most, figures are compared as they are.
 """
 
 import math
-from collections.abc import Callable
 from statistics import mean, median
 
 from minibnf.lab import tables
 from minibnf.lab.plan import customary, select, with_setting
-from minibnf.lab.tables import TOLERANCE, figure, rivals, row, show
+from minibnf.lab.tables import TOLERANCE, figure, markdown, rivals, show
 
 REPRODUCED, NOT = "reproduced", "not reproduced"
-CUSTOMARY = "reproduced only when rivals keep their customary hyper-parameters"
 
 
 def within(a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -22,27 +20,10 @@ def within(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return a[0] >= b[0] - 2 * math.hypot(a[1], b[1])
 
 
-def either(at_best: bool, at_customary: bool) -> str:
-    return REPRODUCED if at_best else CUSTOMARY if at_customary else NOT
+# ---- The rules of the claims: (results, names of sets) -> (whether it holds, numbers) ----
 
 
-# ---- The claims, each with its rule: (results, names of sets) -> (verdict, numbers) ----
-
-CLAIMS = []  # (claim, rule, needs)
-
-
-def claim(text: str, **needs: list[str]) -> Callable:
-    """Makes a function the rule of a claim; needs: {set: methods that it judges}."""
-
-    def register(rule: Callable) -> Callable:
-        CLAIMS.append((text, rule, needs))
-        return rule
-
-    return register
-
-
-@claim("aligns as well as the best method on QA", qa=["bnf"])
-def aligns(results: dict, qa: str) -> tuple[str, str]:
+def aligns(results: dict, qa: str) -> tuple[bool, str]:
     def best_rival(which: str) -> tuple[tuple[float, float], str]:
         return max((figure(results, qa, m, which, "win_rate"), m) for m in rivals(results, qa))
 
@@ -52,11 +33,10 @@ def aligns(results: dict, qa: str) -> tuple[str, str]:
         f"win rate {show(mine)}; best rival {who} {show(top)}, "
         f"at customary hyper-parameters {usual_who} {show(usual)}"
     )
-    return either(within(mine, top), within(mine, usual)), numbers
+    return within(mine, top), numbers
 
 
-@claim("costs far less reasoning: at most half of what rivals lose", qa=["bnf"])
-def costs(results: dict, qa: str) -> tuple[str, str]:
+def costs(results: dict, qa: str) -> tuple[bool, str]:
     base = select(results["runs"], set=qa, split="test")[0]["base"]["accuracy"][0]
 
     def lost(method: str, which: str) -> float:
@@ -70,12 +50,10 @@ def costs(results: dict, qa: str) -> tuple[str, str]:
         f"reasoning lost {show((mine, error))}; rivals' median {middle:.3f} "
         f"(least: {least} {best[least]:.3f}), at customary hyper-parameters {usual_middle:.3f}"
     )
-    at_best, at_customary = (x > 2 * error and mine <= x / 2 for x in (middle, usual_middle))
-    return either(at_best, at_customary), numbers
+    return middle > 2 * error and mine <= middle / 2, numbers
 
 
-@claim("works on unpaired data: gains, and no less than KTO", qa=["bnf"], unpaired=["bnf", "kto"])
-def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
+def unpaired(results: dict, qa: str, lone: str) -> tuple[bool, str]:
     mine = figure(results, lone, "bnf", "best", "win_rate")
     paired = figure(results, qa, "bnf", "best", "win_rate")
     kto = figure(results, lone, "kto", "best", "win_rate")
@@ -84,12 +62,10 @@ def unpaired(results: dict, qa: str, lone: str) -> tuple[str, str]:
         f"win rate {show(mine)} (base {base[0]:.3f}); on pairs {show(paired)}; "
         f"kto unpaired {show(kto)}"
     )
-    gains = not within(base, mine)
-    return REPRODUCED if gains and within(mine, kto) else NOT, numbers
+    return not within(base, mine) and within(mine, kto), numbers
 
 
-@claim("is stable on mathematical pairs, where its rivals are not", math=["bnf"])
-def stable(results: dict, maths: str) -> tuple[str, str]:
+def stable(results: dict, maths: str) -> tuple[bool, str]:
     """By the share of settings, of learning rates that all tried, that keep the base's reasoning.
 
     A run that broke off keeps nothing.
@@ -100,29 +76,28 @@ def stable(results: dict, maths: str) -> tuple[str, str]:
         lowest = run["base"]["accuracy"][0] - TOLERANCE
         return run["result"].get("accuracy", [-math.inf])[0] >= lowest
 
-    def share(method: str, fixed: dict) -> float:
+    def share(method: str, usual: bool) -> float:
         runs = select(results["runs"], set=maths, method=method, split="validation")
-        return mean(keeps(r) for r in with_setting(runs, fixed) if r["setting"]["lr"] in rates)
+        runs = with_setting(runs, customary(results["spec"], method) if usual else {})
+        return mean(keeps(r) for r in runs if r["setting"]["lr"] in rates)
 
-    def steadier(fixed: dict[str, dict]) -> tuple[bool, str]:
-        own, theirs = share("bnf", fixed["bnf"]), {m: share(m, fixed[m]) for m in others}
+    def steadier(usual: bool) -> tuple[bool, str]:
+        own, theirs = share("bnf", usual), {m: share(m, usual) for m in others}
         most, middle = max(theirs, key=theirs.get), median(theirs.values())
         text = f"bnf {own:.0%}, rivals' median {middle:.0%}, most {most} {theirs[most]:.0%}"
         return own >= theirs[most] and own > middle, text
 
-    usual = {m: customary(results["spec"], m) for m in ("bnf", *others)}
-    at_best, numbers_at_best = steadier({m: {} for m in usual})
-    at_customary, numbers_at_customary = steadier(usual)
+    holds, numbers_at_best = steadier(usual=False)
+    _, numbers_at_customary = steadier(usual=True)
     numbers = (
         f"settings (rates {min(rates):g} to {max(rates):g}) that keep reasoning within "
         f"{TOLERANCE} of the base: {numbers_at_best}; "
         f"at customary hyper-parameters {numbers_at_customary}"
     )
-    return either(at_best, at_customary), numbers
+    return holds, numbers
 
 
-@claim("shifts likelihoods least, and its logit shifts are the least concentrated", qa=["bnf"])
-def shifts(results: dict, qa: str) -> tuple[str, str]:
+def shifts(results: dict, qa: str) -> tuple[bool, str]:
     def best(method: str, what: str) -> float:
         return figure(results, qa, method, "best", what)[0]
 
@@ -137,12 +112,10 @@ def shifts(results: dict, qa: str) -> tuple[str, str]:
         f"Gini: bnf {gini:.3f}, lowest rival {even} {ginis[even]:.3f}, "
         f"median {median(ginis.values()):.3f}"
     )
-    both = size <= sizes[least] and gini <= ginis[even]
-    return REPRODUCED if both else NOT, numbers
+    return size <= sizes[least] and gini <= ginis[even], numbers
 
 
-@claim("needs no tuning beyond what fine-tuning needs", qa=["bnf", "nll"])
-def tuning(results: dict, qa: str) -> tuple[str, str]:
+def tuning(results: dict, qa: str) -> tuple[bool, str]:
     def decades(method: str) -> float:
         usual = customary(results["spec"], method)
         rates = tables.good_rates(results, qa, method, usual)
@@ -155,15 +128,10 @@ def tuning(results: dict, qa: str) -> tuple[str, str]:
         f"bnf {bnf:.1f}, nll {nll:.1f}, rivals at customary hyper-parameters "
         f"{median(others):.1f} (median), {max(others):.1f} (most)"
     )
-    return REPRODUCED if bnf >= nll else NOT, numbers
+    return bnf >= nll, numbers
 
 
-@claim(
-    "(not the paper's: rbnf matches the best of DPO's sweep)",
-    qa=["bnf", "rbnf", "dpo"],
-    math=["bnf", "rbnf", "dpo"],
-)
-def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
+def retrieval(results: dict, qa: str, maths: str) -> tuple[bool, str]:
     """rbnf against the best of DPO's sweep: win rate on QA, reasoning on mathematical pairs."""
     texts, as_good = [], []
     for name, what in {qa: "win_rate", maths: "accuracy"}.items():
@@ -171,8 +139,23 @@ def retrieval(results: dict, qa: str, maths: str) -> tuple[str, str]:
         as_good.append(within(mine, dpo))
         shown = f"rbnf {show(mine)}, dpo {show(dpo)}, bnf {show(bnf)}"
         texts.append(f"{tables.NAMES[what]} on {name}: {shown}")
-    return REPRODUCED if all(as_good) else NOT, "; ".join(texts)
+    return all(as_good), "; ".join(texts)
 
+
+# fmt: off
+CLAIMS = [  # a claim, its rule, and the methods that it judges on each set
+    ("aligns as well as the best method on QA", aligns, {"qa": ["bnf"]}),
+    ("costs far less reasoning: at most half of what rivals lose", costs, {"qa": ["bnf"]}),
+    ("works on unpaired data: gains, and no less than KTO",
+     unpaired, {"qa": ["bnf"], "unpaired": ["bnf", "kto"]}),
+    ("is stable on mathematical pairs, where its rivals are not", stable, {"math": ["bnf"]}),
+    ("shifts likelihoods least, and its logit shifts are the least concentrated",
+     shifts, {"qa": ["bnf"]}),
+    ("needs no tuning beyond what fine-tuning needs", tuning, {"qa": ["bnf", "nll"]}),
+    ("(not the paper's: rbnf matches the best of DPO's sweep)",
+     retrieval, {"qa": ["bnf", "rbnf", "dpo"], "math": ["bnf", "rbnf", "dpo"]}),
+]
+# fmt: on
 
 # ---- The report ----
 
@@ -183,13 +166,13 @@ def verdicts(results: dict) -> list[tuple[str, str, str]]:
     for text, rule, needs in CLAIMS:
         has_methods = all(set(methods) <= set(on.get(name, [])) for name, methods in needs.items())
         if has_methods and all(rivals(results, name) for name in needs):
-            found.append((text, *rule(results, *needs)))
+            holds, numbers = rule(results, *needs)
+            found.append((text, REPRODUCED if holds else NOT, numbers))
     return found
 
 
 def verdict_table(results: dict) -> str:
-    lines = ["| BNF … | here | numbers |", "|---|---|---|"]
-    return "\n".join(lines + [row(line) for line in verdicts(results)])
+    return markdown(["BNF …", "here", "numbers"], verdicts(results))
 
 
 def report(results: dict) -> str:
@@ -197,18 +180,16 @@ def report(results: dict) -> str:
     parts, spec = [], results["spec"]
     for name in spec["on"]:
         parts += [f"## {name}", tables.table(results, name)]
-    small = [name for name in spec["on"] if "kind" in spec["sets"][name]]
-    if not small:
-        return "\n\n".join(parts)
-    for name in small:
-        if {"bnf", "bnf own"} <= set(spec["on"][name]):
+    for name, methods in spec["on"].items():
+        if {"bnf", "bnf own"} <= set(methods):
             parts += [f"## What BNF is divided by, {name}", tables.lengths(results, name)]
     if any("dpo lr 1e-4" in methods for methods in spec["on"].values()):
         parts += ["## DPO's β and the length of responses", tables.beta_and_length(results)]
-    parts += ["## Is a low Gini good?"]
-    for name in small:
-        rho, count = tables.concentration(results, name)
-        parts.append(
-            f"{name}: rank correlation of Gini and reasoning lost over {count} runs: {rho:+.2f}"
-        )
-    return "\n\n".join([*parts, "## Verdicts", verdict_table(results)])
+    if small := [name for name in spec["on"] if "kind" in spec["sets"][name]]:
+        parts.append("## Is a low Gini good?")
+        for name in small:
+            rho, count = tables.concentration(results, name)
+            said = "rank correlation of Gini and reasoning lost"
+            parts.append(f"{name}: {said} over {count} runs: {rho:+.2f}")
+        parts += ["## Verdicts", verdict_table(results)]
+    return "\n\n".join(parts)

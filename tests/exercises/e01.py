@@ -27,9 +27,8 @@ def parameters(config):
     matrix of its own.
     """
     D, d = config["hidden_size"], config["head_dim"]
-    attention = (
-        2 * D * d * (config["num_attention_heads"] + config["num_key_value_heads"])
-    )  # q and o, k and v
-    layer = attention + 3 * D * config["intermediate_size"] + 2 * D  # and the MLP, and two norms
+    # q and o, k and v; then the MLP, and two norms
+    attention = 2 * D * d * (config["num_attention_heads"] + config["num_key_value_heads"])
+    layer = attention + 3 * D * config["intermediate_size"] + 2 * D
     matrices = 1 if config["tie_word_embeddings"] else 2
     return matrices * config["vocab_size"] * D + config["num_hidden_layers"] * layer + D

@@ -26,11 +26,8 @@ def is_sound(data):
     at = 0
     for entry in sorted(table.values(), key=lambda entry: entry["data_offsets"]):
         begin, end = entry["data_offsets"]
-        if (
-            begin != at
-            or entry["dtype"] not in BYTES
-            or end - begin != BYTES[entry["dtype"]] * math.prod(entry["shape"])
-        ):
+        size = BYTES.get(entry["dtype"], math.nan) * math.prod(entry["shape"])
+        if begin != at or end - begin != size:
             return False
         at = end
     return 8 + n + at == len(data)

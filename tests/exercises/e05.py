@@ -14,9 +14,8 @@ def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor
     # d(-log σ(x))/dx = -σ(-x) and d(-log σ(-x))/dx = σ(x): together σ(x) - (1 - ε), zero where
     # σ(βΔ) = 1 - ε
     outer = beta * (torch.sigmoid(beta * (shift[w] - shift[l])) - (1 - epsilon)) / len(batch.pairs)
-    by_response = torch.zeros_like(shift).index_add(
-        0, torch.cat([w, l]), torch.cat([outer, -outer])
-    )  # shared ones add up
+    # index_add: the pushes on a response in two pairs add up
+    by_response = torch.zeros_like(shift).index_add(0, w, outer).index_add(0, l, -outer)
     return by_response[batch.owner]
 
 

@@ -11,10 +11,8 @@ def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
         by_question.setdefault(question, []).append((answer, score))
     made = []
     for question, answers in by_question.items():
-        (best, high), (worst, low) = (
-            max(answers, key=lambda a: a[1]),
-            min(answers, key=lambda a: a[1]),
-        )
+        best, high = max(answers, key=lambda a: a[1])
+        worst, low = min(answers, key=lambda a: a[1])
         if len(answers) == 1:
             made.append({"prompt": question, "completion": best, "label": high > 0})
         elif high > low:
@@ -23,7 +21,6 @@ def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
 
 
 def response_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    logps = (
-        logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    )  # of the next token at each place
+    # of the next token at each place
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     return logps.masked_fill(~mask[:, 1:], 0.0), mask[:, 1:]

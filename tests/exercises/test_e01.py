@@ -8,9 +8,7 @@ from minibnf.attention import Causal
 from minibnf.files.config import parse_config
 from minibnf.model import Transformer
 
-TINY = json.loads(
-    (Path(__file__).parents[2] / "weights" / "tiny" / "config.json").read_text(encoding="utf-8")
-)
+TINY = json.loads((Path(__file__).parents[2] / "weights/tiny/config.json").read_text())
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
@@ -24,13 +22,8 @@ def test_attend_sees_a_window_of_what_came_before(exercise, window):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_model(exercise, tied):
-    shapes = dict(
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=10,
-        hidden_size=48,
-        intermediate_size=80,
-    )
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+    shapes = heads | {"hidden_size": 48, "intermediate_size": 80}
     for other in ({}, shapes):  # heads x head_dim need not be hidden_size
         raw = TINY | other | {"tie_word_embeddings": tied}
         with torch.device("meta"):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from minibnf.feedback import feedback
@@ -9,11 +9,11 @@ from minibnf.losses import LOSSES
 from minibnf.responses import Responses
 from tests.strategies import responses
 
-FEW = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+QUICKLY = (Phase.generate, Phase.shrink)
 
 
 def test_smoothed_dpo_is_what_autograd_finds(exercise):
-    @FEW
+    @settings(max_examples=50, deadline=None, derandomize=True, database=None, phases=QUICKLY)
     @given(
         batch=responses(paired=True),
         beta=st.sampled_from([0.1, 0.5, 2.0]),
@@ -25,21 +25,8 @@ def test_smoothed_dpo_is_what_autograd_finds(exercise):
         x = beta * (shift[batch.pairs[:, 0]] - shift[batch.pairs[:, 1]])
         loss = (-(1 - epsilon) * F.logsigmoid(x) - epsilon * F.logsigmoid(-x)).mean()
         (expected,) = torch.autograd.grad(loss, logps)
-        torch.testing.assert_close(
-            exercise.smoothed_dpo_dlogps(batch, beta, epsilon), expected, rtol=1e-9, atol=1e-12
-        )
-
-    check()
-
-
-def test_without_smoothing_it_is_dpo(exercise):
-    @FEW
-    @given(batch=responses(paired=True))
-    def check(batch):
-        ours = exercise.smoothed_dpo_dlogps(batch, 0.1, 0.0)
-        torch.testing.assert_close(
-            ours, LOSSES["dpo"].gradient(batch, beta=0.1), rtol=1e-9, atol=1e-12
-        )
+        ours = exercise.smoothed_dpo_dlogps(batch, beta, epsilon)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
     check()
 

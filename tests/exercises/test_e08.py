@@ -9,9 +9,8 @@ def test_adamw_step_is_torchs(exercise, weight_decay):
     torch.manual_seed(0)
     p = torch.randn(5, dtype=torch.float64)
     theirs = p.clone().requires_grad_()
-    optimizer = torch.optim.AdamW(
-        [theirs], lr=0.03, betas=(0.9, 0.95), eps=1e-3, weight_decay=weight_decay
-    )
+    same = {"lr": HYPER["lr"], "betas": HYPER["betas"], "eps": HYPER["epsilon"]}
+    optimizer = torch.optim.AdamW([theirs], weight_decay=weight_decay, **same)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for step in range(1, 6):
         theirs.grad = torch.randn(5, dtype=torch.float64) * 10 ** -float(step)
@@ -21,17 +20,6 @@ def test_adamw_step_is_torchs(exercise, weight_decay):
         p, m, v = new
         optimizer.step()
         torch.testing.assert_close(p, theirs.detach(), rtol=1e-10, atol=1e-12)
-
-
-def test_the_first_step_is_one_learning_rate_long(exercise):
-    g, zero = (
-        torch.tensor([1e-4, -3.0, 50.0], dtype=torch.float64),
-        torch.zeros(3, dtype=torch.float64),
-    )
-    p, _, _ = exercise.adamw_step(zero, g, zero, zero, 1, 0.1, (0.9, 0.95), 1e-12, 0.0)
-    torch.testing.assert_close(
-        p, torch.tensor([-0.1, 0.1, -0.1], dtype=torch.float64), rtol=1e-6, atol=0
-    )
 
 
 def test_micro_batches_add_up_to_the_mean_over_all_examples(exercise):

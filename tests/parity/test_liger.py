@@ -74,14 +74,21 @@ class Case:
 ALL = range(P)
 
 
+def liger(case: Case, kind: str, chunk_size: int, *, reference=False, **options):
+    """The loss that Liger's class finds."""
+    judge = getattr(chunked_loss, f"LigerFusedLinear{kind}Loss")
+    judge = judge(**options, compiled=False, chunk_size=chunk_size)
+    given = case.reference if reference else {}
+    return judge(case.unembed, case.hidden, case.targets, **given)[0]
+
+
 @seeds
 @chunks
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_dpo(seed, chunk_size, beta):
     """The same function."""
     case = Case(seed)
-    judge = chunked_loss.LigerFusedLinearDPOLoss(beta=beta, compiled=False, chunk_size=chunk_size)
-    theirs, _ = judge(case.unembed, case.hidden, case.targets, **case.reference)
+    theirs = liger(case, "DPO", chunk_size, reference=True, beta=beta)
     case.assert_same(case.ours((1.0, "dpo", {"beta": beta}, ALL)), theirs)
 
 
@@ -95,10 +102,7 @@ def test_with_nll(seed, chunk_size, name, beta, weight):
     """
     case = Case(seed)
     options = {"beta": beta, "alpha": weight, "compute_nll_loss": True}
-    kind = getattr(chunked_loss, f"LigerFusedLinear{name.upper()}Loss")
-    judge = kind(**options, compiled=False, chunk_size=chunk_size)
-    reference = case.reference if name == "dpo" else {}
-    theirs, _ = judge(case.unembed, case.hidden, case.targets, **reference)
+    theirs = liger(case, name.upper(), chunk_size, reference=name == "dpo", **options)
     lams = [weight * case.token_share(i) for i in ALL]
     terms = [(1 / P, name, {"beta": beta, "lam": lams[i]}, [i]) for i in ALL]
     case.assert_same(case.ours(*terms), theirs)
@@ -110,11 +114,9 @@ def test_with_nll(seed, chunk_size, name, beta, weight):
 def test_simpo(seed, chunk_size, beta, gamma):
     """The same function without the NLL that Liger adds by default."""
     case = Case(seed)
-    options = {"beta": beta, "gamma": gamma, "compute_nll_loss": False}
-    kind = chunked_loss.LigerFusedLinearSimPOLoss
-    judge = kind(**options, compiled=False, chunk_size=chunk_size)
-    theirs, _ = judge(case.unembed, case.hidden, case.targets)
-    case.assert_same(case.ours((1.0, "simpo", {"beta": beta, "gamma": gamma}, ALL)), theirs)
+    hyper = {"beta": beta, "gamma": gamma}
+    theirs = liger(case, "SimPO", chunk_size, compute_nll_loss=False, **hyper)
+    case.assert_same(case.ours((1.0, "simpo", hyper, ALL)), theirs)
 
 
 @seeds
@@ -125,8 +127,7 @@ def test_orpo(seed, chunk_size, lam):
     mean over all chosen tokens of the batch: pair i counts |y_w,i| / mean |y_w| times instead of
     once, and what that is more or less is added as nll."""
     case = Case(seed)
-    judge = chunked_loss.LigerFusedLinearORPOLoss(beta=lam, compiled=False, chunk_size=chunk_size)
-    theirs, _ = judge(case.unembed, case.hidden, case.targets)
+    theirs = liger(case, "ORPO", chunk_size, beta=lam)
     more = [((case.token_share(i) - 1) / P, "nll", {}, [i]) for i in ALL]
     case.assert_same(case.ours((1.0, "orpo", {"lam": lam}, ALL), *more), theirs)
 

@@ -27,7 +27,7 @@ from minibnf.data import Example, pack, pair  # noqa: E402
 from minibnf.logprob import token_logps  # noqa: E402
 from minibnf.losses import LOSSES, Responses  # noqa: E402
 from minibnf.model import load  # noqa: E402
-from minibnf.step import Reference, batch_logps, kl_estimate, metrics, run_batches  # noqa: E402
+from minibnf.step import batch_logps, kl_estimate, metrics, run_batches  # noqa: E402
 from tests.parity.bnf_in_trl import BNFTrainer  # noqa: E402
 
 datasets.disable_progress_bars()
@@ -51,8 +51,8 @@ def words() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def llama(folder, seed: int) -> transformers.LlamaForCausalLM:
-    """A random tiny one, also saved to folder; its unembedding is tied for even seeds."""
+def llama(folder, seed: int):
+    """A random tiny one, saved to folder; its unembedding is tied for even seeds."""
     torch.manual_seed(seed)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -61,20 +61,15 @@ def llama(folder, seed: int) -> transformers.LlamaForCausalLM:
     config = transformers.LlamaConfig(
         **size, **heads, **words, **special, max_position_embeddings=64, initializer_range=0.2
     )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    return model
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 @pytest.fixture
-def models_of(tmp_path):
-    """seed -> policy, reference, and the folders where minibnf finds them."""
-
-    def make(seed):
-        folders = tmp_path / "policy", tmp_path / "reference"
-        return llama(folders[0], 2 * seed + seed % 2), llama(folders[1], 2 * seed + 10), folders
-
-    return make
+def folders(tmp_path, seed):
+    """Where minibnf finds a policy and a reference."""
+    for name, number in (("policy", 2 * seed + seed % 2), ("reference", 2 * seed + 10)):
+        llama(tmp_path / name, number)
+    return tmp_path / "policy", tmp_path / "reference"
 
 
 def preferences(seed: int, pairs: int = 5) -> list[dict]:
@@ -96,26 +91,27 @@ def preferences(seed: int, pairs: int = 5) -> list[dict]:
 # ---------------------------------------------------------------------------------- theirs and ours
 
 
-def trainer_of(kind, config, tmp_path, model, rows, reference=None, batch_size=None, **options):
+def trainer_of(kind, config, folders, rows, *, reference=False, batch_size=None, **options):
+    policy, frozen = map(transformers.LlamaForCausalLM.from_pretrained, folders)
     options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     options |= {"train_sampling_strategy": "sequential", "max_length": None if reference else 64}
     options["per_device_train_batch_size"] = batch_size or len(rows)
-    args = config(output_dir=str(tmp_path / "trl"), **options)
-    given = {} if reference is None else {"ref_model": reference}
+    args = config(output_dir=str(folders[0].parent / "trl"), **options)
+    given = {"ref_model": frozen} if reference else {}
     data = datasets.Dataset.from_list(rows)
-    return kind(model=model, args=args, train_dataset=data, processing_class=words(), **given)
+    return kind(model=policy, args=args, train_dataset=data, processing_class=words(), **given)
 
 
-def theirs(trainer, batch) -> tuple[float, dict]:
+def theirs(kind, config, folders, rows, **options):
+    """The trainer, its first batch, and the loss and the gradients that it finds there."""
+    trainer = trainer_of(kind, config, folders, rows, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in trainer.model.named_parameters()}
-
-
-def batch_of(trainer) -> dict:
-    return next(iter(trainer.get_train_dataloader()))
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+    return trainer, batch, (loss.item(), gradients)
 
 
 def rows_of(batch: dict, *prefixes: str) -> list[tuple]:
@@ -154,12 +150,14 @@ class Ours:
         self.max_tokens = max_tokens
 
     @torch.no_grad()
-    def reference(self, examples) -> Reference:
-        one_by_one = [
-            batch_logps(self.frozen, *pack(examples, [i], self.max_tokens), LOSSES["bnf"], None)
-            for i in range(len(examples))
-        ]
-        return Reference(examples, torch.cat(one_by_one))
+    def referred(self, examples) -> list[Example]:
+        """The examples with the reference's log-probabilities, read one by one."""
+        found = []
+        for i, e in enumerate(examples):
+            (batch,) = pack(examples, [i], self.max_tokens)
+            logps = batch_logps(self.frozen, batch, LOSSES["bnf"], None)
+            found.append(e._replace(ref_logps=logps.split(batch.lengths.tolist())))
+        return found
 
     def batches(self, examples):
         return pack(examples, list(range(len(examples))), self.max_tokens)
@@ -169,12 +167,12 @@ class Ours:
         gradients, last metrics."""
         total, grads = 0.0, {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
         for weight, name, hyper, examples in terms:
-            ref = self.reference(examples) if LOSSES[name].needs_ref else None
             self.model.zero_grad()
-            batches, loss = self.batches(examples), LOSSES[name]
+            loss = LOSSES[name]
+            batches = self.batches(self.referred(examples) if loss.needs_ref else examples)
             hyper = loss.hyper(hyper)
             value, sums = run_batches(
-                self.model, batches, loss, hyper, ref, torch.float32, "cpu", backward=True
+                self.model, batches, loss, hyper, torch.float32, backward=True
             )
             total += weight * value.item()
             for parameter, p in self.model.named_parameters():
@@ -220,19 +218,15 @@ def by_tokens(pairs: list[Example], name: str, weight: float, **hyper) -> list[t
 @seeds
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.7])
 @pytest.mark.parametrize("name, loss_type", [("dpo", "sigmoid"), ("ipo", "ipo")])
-def test_dpo_and_ipo(models_of, tmp_path, seed, beta, name, loss_type):
+def test_dpo_and_ipo(folders, seed, beta, name, loss_type):
     """The same functions: dpo sums log-ratios over tokens, ipo averages them (the paper sums; its
     authors mean averages).
 
     The metrics that have the same names are the same numbers too.
     """
-    policy, frozen, folders = models_of(seed)
-    options = {"loss_type": [loss_type], "beta": beta}
-    trainer = trainer_of(
-        DPOTrainer, DPOConfig, tmp_path, policy, preferences(seed), frozen, **options
-    )
-    batch = batch_of(trainer)
-    expected, pairs = theirs(trainer, batch), pairs_of(rows_of(batch))
+    options = {"loss_type": [loss_type], "beta": beta, "reference": True}
+    trainer, batch, expected = theirs(DPOTrainer, DPOConfig, folders, preferences(seed), **options)
+    pairs = pairs_of(rows_of(batch))
     assert {len(y) for pair in pairs for y in pair.responses} > {1}
     found = Ours(folders)((1.0, name, {"beta": beta}, pairs))
     assert_same(found, expected)
@@ -242,28 +236,26 @@ def test_dpo_and_ipo(models_of, tmp_path, seed, beta, name, loss_type):
 @seeds
 @pytest.mark.parametrize("equally_long", [False, True])
 @pytest.mark.parametrize("beta, weight", [(0.1, 1.0), (0.5, 0.2)])
-def test_dpo_with_nll(models_of, tmp_path, seed, equally_long, beta, weight):
+def test_dpo_with_nll(folders, seed, equally_long, beta, weight):
     """[sigmoid, sft] with weights [1, w] is dpo with lam, but for what the NLL is a mean of: see
     by_tokens.
 
     So the batch is the mean of its pairs, each with its λ_i; where all chosen responses are equally
     long, λ = w for all."""
-    policy, frozen, folders = models_of(seed)
     rows = [row | {"chosen": " w1 w2 w3"} if equally_long else row for row in preferences(seed)]
     options = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight], "beta": beta}
-    trainer = trainer_of(DPOTrainer, DPOConfig, tmp_path, policy, rows, frozen, **options)
-    batch = batch_of(trainer)
-    expected, pairs, ours = theirs(trainer, batch), pairs_of(rows_of(batch)), Ours(folders)
+    _, batch, expected = theirs(DPOTrainer, DPOConfig, folders, rows, reference=True, **options)
+    pairs = pairs_of(rows_of(batch))
     terms = [(1.0, "dpo", {"beta": beta, "lam": weight}, pairs)]
     if not equally_long:
         terms = by_tokens(pairs, "dpo", weight, beta=beta)
-    assert_same(ours(*terms), expected)
+    assert_same(Ours(folders)(*terms), expected)
 
 
 @seeds
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("beta, lam_d, lam_u", [(0.1, 1.0, 1.0), (0.02, 1.0, 1.3), (0.5, 0.7, 2.0)])
-def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
+def test_kto(folders, seed, swapped, beta, lam_d, lam_u):
     """The same function of the same reference point; what differs is whose completions estimate
     that point.
 
@@ -272,23 +264,21 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
     prompt. So TRL's choice is
     taken from its batch here: kl_estimate makes the same number of it, and given that number the
     loss is the same."""
-    policy, frozen, folders = models_of(seed)
     if swapped:  # the estimate is clamped to 0 one way round and above 0 the other
-        policy, frozen, folders = frozen, policy, folders[::-1]
-    kinds = {"chosen": True, "rejected": False}
+        folders = folders[::-1]
     rows = [
-        {"prompt": r["prompt"], "completion": r[k], "label": label}
+        {"prompt": r["prompt"], "completion": r[kind], "label": kind == "chosen"}
         for r in preferences(seed)
-        for k, label in kinds.items()
+        for kind in ("chosen", "rejected")
     ]
     rows.pop()  # so that there are more of one kind than of the other
     options = {"beta": beta, "desirable_weight": lam_d, "undesirable_weight": lam_u}
-    trainer = trainer_of(KTOTrainer, KTOConfig, tmp_path, policy, rows, frozen, **options)
-    batch = batch_of(trainer)
-    expected, ours = theirs(trainer, batch), Ours(folders)
-    rotated = alone(rows_of(batch, "KL_"), batch["label"])
-    rotated_ref, batches = ours.reference(rotated), ours.batches(rotated)
-    kl = kl_estimate(ours.model, rotated_ref, batches, LOSSES["kto"], torch.float32, "cpu")
+    trainer, batch, expected = theirs(
+        KTOTrainer, KTOConfig, folders, rows, reference=True, **options
+    )
+    ours, rotated = Ours(folders), alone(rows_of(batch, "KL_"), batch["label"])
+    batches = ours.batches(ours.referred(rotated))
+    kl = kl_estimate(ours.model, batches, LOSSES["kto"], torch.float32)
     assert kl.item() == pytest.approx(trainer._metrics["train"]["kl"][-1], abs=1e-5)
     assert (kl > 0) == swapped
     examples = alone(rows_of(batch), batch["label"])
@@ -298,15 +288,11 @@ def test_kto(models_of, tmp_path, seed, swapped, beta, lam_d, lam_u):
 
 
 @seeds
-def test_kto_of_pairs(models_of, tmp_path, seed):
+def test_kto_of_pairs(folders, seed):
     """Both take a pair for two responses, each an example of its own."""
-    policy, frozen, folders = models_of(seed)
-    trainer = trainer_of(
-        KTOTrainer, KTOConfig, tmp_path, policy, preferences(seed), frozen, batch_size=10
-    )
-    batch = batch_of(trainer)
+    options = {"reference": True, "batch_size": 10}
+    trainer, batch, expected = theirs(KTOTrainer, KTOConfig, folders, preferences(seed), **options)
     assert batch["label"].tolist() == [True] * 5 + [False] * 5
-    expected = theirs(trainer, batch)
     kl = trainer._metrics["train"]["kl"][-1]
     assert_same(Ours(folders)((1.0, "kto", {"kl": kl}, pairs_of(rows_of(batch)))), expected)
 
@@ -316,7 +302,7 @@ def test_kto_of_pairs(models_of, tmp_path, seed):
 
 @seeds
 @pytest.mark.parametrize("lam", [0.1, 1.0])
-def test_orpo(models_of, tmp_path, seed, lam):
+def test_orpo(folders, seed, lam):
     """TRL's NLL covers the prompt's tokens after its first as well as the chosen response, and is a
     mean over all of the batch's such tokens; the paper's, and minibnf's, is over the response and a
     mean of means. With N_i = |x_i| - 1 + |y_w,i| and a'_i the mean log-probability of those N_i
@@ -327,10 +313,8 @@ def test_orpo(models_of, tmp_path, seed, lam):
     which here is three kinds of minibnf's losses: orpo, less nll of the chosen responses, plus for
     each pair nll of an example whose prompt is the prompt's first token.
     """
-    policy, _, folders = models_of(seed)
-    trainer = trainer_of(ORPOTrainer, ORPOConfig, tmp_path, policy, preferences(seed), beta=lam)
-    batch = batch_of(trainer)
-    expected, rows = theirs(trainer, batch), rows_of(batch, "chosen_", "rejected_")
+    _, batch, expected = theirs(ORPOTrainer, ORPOConfig, folders, preferences(seed), beta=lam)
+    rows = rows_of(batch, "chosen_", "rejected_")
     pairs, chosen = pairs_of(rows), rows[: len(rows) // 2]
     whole = alone([(x[:1], x[1:] + y) for x, y in chosen], [True] * len(chosen))
     N = [len(example.responses[0]) for example in whole]
@@ -341,26 +325,22 @@ def test_orpo(models_of, tmp_path, seed, lam):
 
 @seeds
 @pytest.mark.parametrize("beta, weight", [(0.1, 1.0), (0.3, 0.5), (0.1, 0.0)])
-def test_cpo(models_of, tmp_path, seed, beta, weight):
+def test_cpo(folders, seed, beta, weight):
     """cpo_alpha weighs an NLL that is a mean over all chosen tokens of the batch: see by_tokens."""
-    policy, _, folders = models_of(seed)
     options = {"beta": beta, "cpo_alpha": weight}
-    trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), **options)
-    batch = batch_of(trainer)
-    expected, pairs = theirs(trainer, batch), pairs_of(rows_of(batch, "chosen_", "rejected_"))
+    _, batch, expected = theirs(CPOTrainer, CPOConfig, folders, preferences(seed), **options)
+    pairs = pairs_of(rows_of(batch, "chosen_", "rejected_"))
     assert_same(Ours(folders)(*by_tokens(pairs, "cpo", weight, beta=beta)), expected)
 
 
 @seeds
 @pytest.mark.parametrize("beta, gamma", [(2.0, 1.0), (0.1, 0.5), (10.0, 3.0)])
-def test_simpo(models_of, tmp_path, seed, beta, gamma):
+def test_simpo(folders, seed, beta, gamma):
     """The same function once cpo_alpha, the weight of an NLL that SimPO has not, is 0 instead of
     its default 1."""
-    policy, _, folders = models_of(seed)
     options = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": beta, "simpo_gamma": gamma}
-    trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), **options)
-    batch = batch_of(trainer)
-    expected, pairs = theirs(trainer, batch), pairs_of(rows_of(batch, "chosen_", "rejected_"))
+    _, batch, expected = theirs(CPOTrainer, CPOConfig, folders, preferences(seed), **options)
+    pairs = pairs_of(rows_of(batch, "chosen_", "rejected_"))
     assert_same(Ours(folders)((1.0, "simpo", {"beta": beta, "gamma": gamma}, pairs)), expected)
 
 
@@ -384,13 +364,12 @@ class Table(torch.nn.Module):
     ("cpo", {"beta": 0.1, "lam": 0.0}, {"beta": 0.1}),
     ("simpo", {"beta": 2.0, "gamma": 1.0}, {"beta": 2.0, "simpo_gamma": 1.0, "loss_type": "simpo"}),
 ])  # fmt: skip
-def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
+def test_in_float64(folders, seed, name, hyper, options):
     """CPO's trainer keeps float64 from the logits on (the others go to float32), so there equality
     is to its precision."""
-    policy, _, _ = models_of(seed)
     options = options | {"cpo_alpha": 0.0}
-    trainer = trainer_of(CPOTrainer, CPOConfig, tmp_path, policy, preferences(seed), **options)
-    batch, model = batch_of(trainer), Table(seed)
+    trainer, batch, _ = theirs(CPOTrainer, CPOConfig, folders, preferences(seed), **options)
+    model = Table(seed)
     loss = trainer.compute_loss(model, batch)
     rows = rows_of(batch, "chosen_", "rejected_")
     R, P = len(rows), len(rows) // 2
@@ -409,13 +388,10 @@ def test_in_float64(models_of, tmp_path, seed, name, hyper, options):
 
 
 @seeds
-def test_bnf_in_trl(models_of, tmp_path, seed):
+def test_bnf_in_trl(folders, seed):
     """One step of BNFTrainer is one step of minibnf's own trainer."""
-    policy, frozen, folders = models_of(seed)
-    rows = preferences(seed)
-    trainer = trainer_of(BNFTrainer, DPOConfig, tmp_path, policy, rows, frozen, beta=1.0)
-    batch = batch_of(trainer)
-    expected = theirs(trainer, batch)
+    options = {"reference": True, "beta": 1.0}
+    trainer, batch, expected = theirs(BNFTrainer, DPOConfig, folders, preferences(seed), **options)
     found = Ours(folders)((1.0, "bnf", {}, pairs_of(rows_of(batch))))
     assert_same(found, expected)
     kept = {name: value for name, value in found[2].items() if name in trainer._metrics["train"]}
@@ -423,17 +399,16 @@ def test_bnf_in_trl(models_of, tmp_path, seed):
     assert_same_metrics(trainer, kept)
 
 
-def test_training_with_bnf_in_trl(models_of, tmp_path):
+@pytest.mark.parametrize("seed", [1])
+def test_training_with_bnf_in_trl(folders, seed):
     """Three steps of .train(), each of two accumulated batches, with the reference that TRL itself
     loads: plain gradient descent goes the way that minibnf's gradients of the same pairs go, and
     .evaluate() then gives the same loss."""
-    _, _, folders = models_of(1)
-    policy = transformers.AutoModelForCausalLM.from_pretrained(folders[0])
-    rows = preferences(1, pairs=12)
+    rows = preferences(seed, pairs=12)
     options = {"batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
     options |= {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
     options |= {"lr_scheduler_type": "constant", "logging_steps": 1}
-    trainer = trainer_of(BNFTrainer, DPOConfig, tmp_path, policy, rows, **options)
+    trainer = trainer_of(BNFTrainer, DPOConfig, folders, rows, **options)
     pairs = [pair for batch in trainer.get_train_dataloader() for pair in pairs_of(rows_of(batch))]
     trainer.train()
     ours, losses = Ours((folders[0], folders[0])), []
