@@ -234,12 +234,6 @@ def test_the_settings_of_generate_are_not_written_over_its_data(world, tmp_path)
     assert contents(tmp_path) == before
 
 
-def test_overwrite_of_nothing_is_refused(world, answers, capsys):
-    with pytest.raises(SystemExit):
-        evaluate(["--model", str(world), "--data", str(answers), "--overwrite"])
-    assert "--overwrite goes with --out" in capsys.readouterr().err
-
-
 def test_the_small_world_writes_over_no_model(world, tmp_path, capsys):
     model = shutil.copytree(world / "model", tmp_path / "model")
     before = contents(model)
