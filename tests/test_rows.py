@@ -147,7 +147,7 @@ def test_a_pipe_is_read_once(tmp_path, capsys):
     command = ["--model", TINY, "--base", TINY, "--data", pipe, "--device", "cpu"]
     assert evaluate.main(list(map(str, command))) == 0
     writer.join(10)
-    assert "1 rows of preference" in capsys.readouterr().out
+    assert "1 row of preference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -266,8 +266,8 @@ RUDE = said("system", "Be rude.") + ASKED
         (CALLED, "share no first message"),
         (CALLED | {"rejected": CALLED["chosen"]}, "do not differ"),
         (GOOD | {"rejected": ["It is 9.", "8."]}, "'rejected', message 1: needs .* a row each"),
-        (PAIR | {"prompt": IMAGE}, "field 'prompt', message 1: content has a part of type 'image'"),
-        (PAIR | {"prompt": said("user", ["a"])}, "content has a part of type 'str'"),
+        (PAIR | {"prompt": IMAGE}, "field 'prompt', message 1: needs .* parts of the form"),
+        (PAIR | {"prompt": said("user", ["a"])}, "message 1: needs .* parts of the form"),
         (PAIR | {"system": 3}, "field 'system' must be text, not int"),
         (GOOD | {"system": "Be kind."}, "field 'system' stands beside a prompt that is text"),
         (PAIR | {"system": "Be kind.", "prompt": RUDE}, "field 'system' is another text than"),
@@ -275,8 +275,8 @@ RUDE = said("system", "Be rude.") + ASKED
         (PAIR | {"tools": {}}, "field 'tools' must be a list of schemas"),
         (PAIR | {"tools": ["add"]}, "field 'tools' must be a list of schemas"),
         (PAIR | {"chat_template_kwargs": []}, "field 'chat_template_kwargs' must be an object"),
-        (PAIR | {"chat_template_kwargs": {"messages": []}}, "kwargs' may not hold 'messages'"),
-        (PAIR | {"chat_template_kwargs": {"tools": []}}, "kwargs' may not hold 'tools'"),
+        (PAIR | {"chat_template_kwargs": {"messages": []}}, "which may not hold .*: messages, add"),
+        (PAIR | {"chat_template_kwargs": {"tools": []}}, "which may not hold .*: messages, add"),
     ],
 )
 def test_a_row_that_does_not_fit_says_where_and_why(tmp_path, row, message):
@@ -496,14 +496,10 @@ def test_any_key_may_be_a_variable_of_the_template(tmp_path):
     assert all(f"chat_template_kwargs.{key}" in notes.lines()[0] for key in keys)
 
 
-def test_a_template_that_reads_a_variable_uses_its_column(model, tmp_path):
-    notes, file = Notes(), file_of(tmp_path / "rows.jsonl", [UNUSED])
-    generate.read_prompts(file, load_tokenizer(model), False, 256, 1, notes)
-    wanted = "columns not used: source, chat_template_kwargs.deep"
-    assert notes.lines() == [wanted]
-    text = Notes()  # a text prompt goes through no template
-    read_examples(file_of(file, [GOOD | {"tools": TOOLS}]), load_tokenizer(model), 256, notes=text)
-    assert text.lines() == ["columns not used: tools"]
+def test_a_text_prompt_goes_through_no_template(model, tmp_path):
+    notes, file = Notes(), file_of(tmp_path / "rows.jsonl", [GOOD | {"tools": TOOLS}])
+    read_examples(file, load_tokenizer(model), 256, notes=notes)
+    assert notes.lines() == ["columns not used: tools"]
 
 
 def test_a_prompt_repeated_in_text_responses_is_named_once_with_its_first_line(tmp_path):

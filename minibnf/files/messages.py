@@ -27,22 +27,21 @@ def text_or_messages(value, where, name: str) -> str | list[dict]:
 def _message(message, where: str) -> dict:
     if isinstance(message, dict) and isinstance(message.get("role"), str):
         content = message.get("content")
-        if isinstance(content, list):
-            return {**message, "content": "".join(_part(part, where) for part in content)}
+        if isinstance(content, list) and all(map(_is_text, content)):
+            return {**message, "content": "".join(part["text"] for part in content)}
         if isinstance(content, str) or (content is None and message.get("tool_calls")):
             return message
     raise ValueError(
-        f"{where}: needs text in 'role' and 'content' (not 'from' and 'value', as in ShareGPT); "
-        "several answers need a row each"
+        f"{where}: needs text in 'role' and 'content', which may also be parts of the form "
+        "{'type': 'text', 'text': ...}; not 'from' and 'value', as in ShareGPT; several answers "
+        "need a row each"
     )
 
 
-def _part(part, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text" or not isinstance(part.get("text"), str):
-        form = "{'type': 'text', 'text': ...}"
-        raise ValueError(f"{where}: content has a part of type {kind!r}; only {form} is read")
-    return part["text"]
+def _is_text(part) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 # -------------------------------------------------------------------------- where a prompt ends
