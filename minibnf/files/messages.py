@@ -54,7 +54,7 @@ def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
     """
     text = any(isinstance(value, str) for value in given)
     if prompt is None:
-        size = _end_in_texts(given, where) if text else _end_in_messages(given, where)
+        size = _end_of_prompt(*given, where)
         return given[0][:size], [value[size:] for value in given]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     size = len(asked)
@@ -65,32 +65,26 @@ def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
     return given[0][:size], [value[size:] for value in given]
 
 
-def _end_in_messages(given: list[list[dict]], where) -> int:
-    """How many messages at the beginning of chosen and rejected are their prompt."""
-    size = shared(*given)
-    if size in (0, *map(len, given)):
-        what = "share no first message" if not size else "do not differ after their beginning"
+def _end_of_prompt(chosen, rejected, where) -> int:
+    """How many messages or characters at the beginning of chosen and rejected are their prompt."""
+    size = shared(chosen, rejected) if type(chosen) is type(rejected) else 0
+    if isinstance(chosen, str):
+        start = chosen.rfind(TURN, 0, size)
+        size = start + len(TURN) if start >= 0 else 0
+    if size in (0, len(chosen), len(rejected)):
         raise ValueError(
-            f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told"
+            f"{where}: field 'prompt' is missing, and cannot be told from 'chosen' and 'rejected': "
+            f"they share no text up to {TURN!r}, nor messages after which they differ"
         )
     return size
 
 
-def _end_in_texts(given: list, where) -> int:
-    """How many characters at the beginning of chosen and rejected are their prompt."""
-    texts = all(isinstance(value, str) for value in given)
-    differ = (i for i, (a, b) in enumerate(zip(*given, strict=False)) if a != b)
-    start = given[0].rfind(TURN, 0, next(differ, min(map(len, given)))) if texts else -1
-    if start < 0:
-        raise ValueError(
-            f"{where}: field 'prompt' is missing; only messages hold it implicitly, and texts "
-            f"that share a beginning up to {TURN!r}"
-        )
-    return start + len(TURN)
+def shared(a: str | list[dict], b: str | list[dict]) -> int:
+    """How many characters or messages two texts or conversations share at their beginning.
 
-
-def shared(a: list[dict], b: list[dict]) -> int:
-    """How many messages at their beginning two conversations share, by the keys in COMPARED."""
-    a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
+    Messages are the same by the keys in COMPARED.
+    """
+    if not isinstance(a, str):
+        a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
     size = min(len(a), len(b))
     return next((i for i in range(size) if a[i] != b[i]), size)
