@@ -52,12 +52,11 @@ def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
 
     Completions may repeat the prompt; where there is no prompt, they begin with it.
     """
-    text = any(isinstance(value, str) for value in given)
     if prompt is None:
         size = _end_of_prompt(*given, where)
         return given[0][:size], [value[size:] for value in given]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    size = len(asked)
+    size, text = len(asked), any(isinstance(value, str) for value in given)
     if text or not all(len(m) > size and shared(m, asked) == size for m in given):
         return prompt, given
     if len(given) == 2 and shared(*given) < min(map(len, given)):

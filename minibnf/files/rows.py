@@ -273,12 +273,10 @@ def _with_system(prompt, system, where):
     """The prompt after a system message, unless it has one."""
     if not system:  # people write "" for none
         return prompt
-    if not isinstance(system, str):
-        raise ValueError(f"{where}: field 'system' must be text, not {type(system).__name__}")
-    if isinstance(prompt, str):
+    if not isinstance(system, str) or isinstance(prompt, str):
         raise ValueError(
-            f"{where}: field 'system' stands beside a prompt that is text, which holds its system "
-            "text itself; put it there, or write the prompt as messages"
+            f"{where}: field 'system' must be text beside a prompt of messages; a prompt that is "
+            "text holds its system text itself"
         )
     others = [m.get("content") for m in prompt if m["role"] == "system"]
     if others and others[0] != system:

@@ -138,19 +138,14 @@ class SafeNamespace(Namespace):
     """A namespace without names such as __class__, through which a template could leave jinja2."""
 
     def __init__(*args, **kwargs):  # without the name self, which may be a key
-        given = dict(*args[1:], **kwargs)
-        for name in given:
-            refuse_private(name)
-        Namespace.__init__(args[0], given)
+        Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
 
     def __setitem__(self, name, value):
-        refuse_private(name)
+        if str(name).startswith("_"):
+            raise SecurityError("a namespace may have no name that begins with _")
         super().__setitem__(name, value)
-
-
-def refuse_private(name):
-    if str(name).startswith("_"):
-        raise SecurityError("a namespace may have no name that begins with _")
 
 
 class Generation(Extension):
