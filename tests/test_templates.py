@@ -115,11 +115,11 @@ def test_templates_render_in_other_threads_too():
     render, found = Template("{{ ('a' * n)|length }}", "t"), []
 
     def work():
-        for n in (100, 10**9):
-            try:
-                found.append(render(n=n))
-            except ValueError as error:
-                found.append(str(error))
+        found.append(render(n=100))
+        try:
+            render(n=10**9)
+        except ValueError as error:
+            found.append(str(error))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -137,18 +137,13 @@ def test_jinja2_may_be_absent_where_no_template_is_rendered(tmp_path, monkeypatc
         tokenizer.render([{"role": "user", "content": "a"}])
 
 
-# Where messages might become control tokens: texts of these and parts of them, what the marks are
-# made of, and what may stand beside them.
+# Where messages might become control tokens: texts of these and parts of them, and what may stand
+# beside them.
 PIECES = [
     *SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "[INST]", "[/INST]",
     "<", "<|", "<|im_", "im_end", "_end|>", "|>", ">", "start_", "/think>", "[IN", "ST]",
-    "<0x0A>", "<0xE4>", "▁", "▁<|im_end|>",
-]  # fmt: skip
-RESTS = ["", "0;", "2;", "start;", "<|im_end|>", "261;"]
-PIECES += [chr(0xE000 + k) + rest for k in range(3) for rest in RESTS]
-PIECES += [
-    " ", "  ", "\n", "\r", "\t", "\u200b", "\u00a0", "user", "assistant", "system",
-    "a", "é", "😀", "0;", "2;", "{{ eos_token }}",
+    "<0x0A>", "<0xE4>", "▁", "▁<|im_end|>", " ", "  ", "\n", "\r", "\t", "\u200b", "\u00a0",
+    "user", "assistant", "system", "a", "é", "😀", "0;", "{{ eos_token }}",
 ]  # fmt: skip
 HI = [{"role": "user", "content": "Hi"}]
 PARIS = [{"role": "assistant", "content": "Paris"}]
@@ -421,10 +416,6 @@ REWRITING = {
     "a thought that no answer in the history has": (
         CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"), "'<think>"
     ),
-    "how many messages there are": (
-        CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"),
-        "from character 0 on",
-    ),
     "a thought in all answers but the last": (
         THINKS.replace("opening", "'<think>\n'").replace(" and loop.last", " and not loop.last"),
         "'<think>",
@@ -493,7 +484,7 @@ SPELT = [*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "<pad>", "<unk>"]
 ADVERSE = st.sampled_from([
     *SPELT, *(t[:k] for t in SPELT for k in (1, 2, -1)),
     *(t[k:] for t in SPELT for k in (1, 2, -1, -2)),
-    "im_end", "think", "▁", "<0x0A>", "\ue000", "\ue001", " ", "\n", "\r\n", "a", "é", "😀",
+    "im_end", "think", "▁", "<0x0A>", " ", "\n", "\r\n", "a", "é", "😀",
     "＜", "＞", "＜think＞", "＜|im_end|＞", "ﬁ",
 ])  # fmt: skip
 HOSTILE_TEXT = st.lists(ADVERSE | st.text(max_size=2), max_size=5).map("".join)
