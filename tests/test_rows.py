@@ -95,12 +95,9 @@ def test_every_form_of_json_holds_the_same_rows(tmp_path_factory, rows, ascii_on
 
 
 def test_places_are_lines_or_where_there_are_none_rows(tmp_path):
-    rows = [{"a": 1}, {"a": 2}]
-    lines = file_of(tmp_path / "lines.jsonl", ["", json.dumps(rows[0]), "", json.dumps(rows[1])])
-    pretty = tmp_path / "pretty.jsonl"
-    pretty.write_text("\n" + json.dumps(rows[0], indent=1) + "\n\n" + json.dumps(rows[1], indent=1))
-    array = tmp_path / "array.json"
-    array.write_text(json.dumps(rows, indent=1))
+    lines = file_of(tmp_path / "lines.jsonl", ["", '{"a": 1}', "", '{"a": 2}'])
+    pretty = file_of(tmp_path / "pretty.jsonl", ["", '{\n"a": 1\n}', "", '{\n"a": 2\n}'])
+    array = file_of(tmp_path / "array.json", ['[{"a": 1},', '{"a": 2}]'])
     assert [str(place) for place, _ in read_rows(lines)] == [f"{lines}, line 2", f"{lines}, line 4"]
     assert [place.number for place, _ in read_rows(pretty)] == [2, 6]
     assert [str(place) for place, _ in read_rows(array)] == [f"{array}, row 1", f"{array}, row 2"]
