@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gelu = c.gelu
+        self.gelu = c.gemma
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)

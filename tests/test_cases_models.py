@@ -56,17 +56,12 @@ def loud_rows_without_a_token(out):
     return folder_like_tiny(out, {EMBED: torch.cat([embed, more])}, vocab_size=len(embed) + 8)
 
 
-MAKERS = {
-    "frequencies": frequencies,
-    "unknown_fields": unknown_fields,
-    "token_without_a_row": token_without_a_row,
-    "loud_rows_without_a_token": loud_rows_without_a_token,
-}
+MAKERS = [frequencies, unknown_fields, token_without_a_row, loud_rows_without_a_token]
 
 
-@pytest.fixture(params=MAKERS)
+@pytest.fixture(params=MAKERS, ids=lambda make: make.__name__)
 def folder(request, tmp_path):
-    return MAKERS[request.param](tmp_path / request.param)
+    return request.param(tmp_path / "model")
 
 
 def succeeds(main, *words):
@@ -163,10 +158,8 @@ def test_check_says_which_tokens_have_no_row(tmp_path, capsys):
 
 
 def test_a_token_that_ends_texts_must_have_a_row(tmp_path):
-    (tmp_path / "model").mkdir()
-    folder = folder_like_tiny(tmp_path / "model", vocab_size=2)
     with pytest.raises(ValueError, match=r"token '<\|end\|>' has the id 2, .* only 2 rows"):
-        load_tokenizer(folder)
+        load_tokenizer(folder_like_tiny(tmp_path / "model", vocab_size=2))
 
 
 # ------------------------------------------------------------------------ rows without a token

@@ -199,9 +199,8 @@ def test_a_bfloat16_hidden_state_is_judged_in_float32_and_gradients_come_in_kind
     value, logps = swept(hidden, unembed, targets, ref, c)
     dhidden, dunembed = torch.autograd.grad(value, (hidden, unembed))
     assert (dhidden.dtype, dunembed.dtype) == (torch.bfloat16, master)
-    assert {value.dtype, logps.dtype, token_logps(hidden, unembed, targets).dtype} == {
-        torch.float32
-    }
+    for x in (value, logps, token_logps(hidden, unembed, targets)):
+        assert x.dtype == torch.float32
 
 
 def test_no_tensor_of_all_logits_is_ever_made():
@@ -222,7 +221,6 @@ def test_no_tensor_of_all_logits_is_ever_made():
     [
         ({"hidden": torch.zeros(3, 4, 2)}, "hidden, unembed, targets must be"),
         ({"unembed": torch.zeros(5, 3)}, r"must be .* not \(3, 4\), \(5, 3\), \(3,\)"),
-        ({"unembed": torch.zeros(5, 1, 4)}, "hidden, unembed, targets must be"),
         ({"targets": torch.tensor([0, 1])}, "hidden, unembed, targets must be"),
         ({"targets": torch.tensor([0, 1, 5])}, r"targets must lie in 0\.\.4.* not at 5"),
         ({"targets": torch.tensor([0, -100, 2])}, r"targets must lie in 0\.\.4.* not at -100"),

@@ -42,11 +42,8 @@ def part(text):
 
 
 ASKED = said("user", "What is 3 + 4?")
-PAIR = {
-    "prompt": ASKED,
-    "chosen": said("assistant", "It is 7."),
-    "rejected": said("assistant", "It is 9."),
-}
+RIGHT, WRONG = said("assistant", "It is 7."), said("assistant", "It is 9.")
+PAIR = {"prompt": ASKED, "chosen": RIGHT, "rejected": WRONG}
 
 
 def records(path):
@@ -98,12 +95,9 @@ def test_every_form_of_json_holds_the_same_rows(tmp_path_factory, rows, ascii_on
 
 
 def test_places_are_lines_or_where_there_are_none_rows(tmp_path):
-    rows = [{"a": 1}, {"a": 2}]
-    lines = file_of(tmp_path / "lines.jsonl", ["", json.dumps(rows[0]), "", json.dumps(rows[1])])
-    pretty = tmp_path / "pretty.jsonl"
-    pretty.write_text("\n" + json.dumps(rows[0], indent=1) + "\n\n" + json.dumps(rows[1], indent=1))
-    array = tmp_path / "array.json"
-    array.write_text(json.dumps(rows, indent=1))
+    lines = file_of(tmp_path / "lines.jsonl", ["", '{"a": 1}', "", '{"a": 2}'])
+    pretty = file_of(tmp_path / "pretty.jsonl", ["", '{\n"a": 1\n}', "", '{\n"a": 2\n}'])
+    array = file_of(tmp_path / "array.json", ['[{"a": 1},', '{"a": 2}]'])
     assert [str(place) for place, _ in read_rows(lines)] == [f"{lines}, line 2", f"{lines}, line 4"]
     assert [place.number for place, _ in read_rows(pretty)] == [2, 6]
     assert [str(place) for place, _ in read_rows(array)] == [f"{array}, row 1", f"{array}, row 2"]
@@ -120,11 +114,10 @@ def parquet(path, rows):
 def test_parquet_is_read_and_the_nulls_of_arrow_are_absent(tmp_path):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
     completion = said("assistant", "No.", tool_calls=[call])
-    rows = [
-        {**PAIR, "completion": None, "label": None},
-        {"prompt": ASKED, "completion": completion, "label": False},
-    ]
-    file = parquet(tmp_path / "rows.parquet", rows)
+    unpaired = {"prompt": ASKED, "completion": completion, "label": False}
+    file = parquet(
+        tmp_path / "rows.parquet", [{**PAIR, "completion": None, "label": None}, unpaired]
+    )
     paired, unpaired = records(file)
     assert paired.prompt == unpaired.prompt == ASKED and paired.preferred == (True, False)
     assert dict(paired.completions) == {k: PAIR[k] for k in ("chosen", "rejected")}
@@ -158,11 +151,7 @@ def test_a_pipe_is_read_once(tmp_path, capsys):
         ("none.json", "[]", "no rows"),
         ("rows.csv", "prompt,chosen,rejected\na,b,c\n", "2 bad rows.*\n.*not valid JSON"),
         ("rows.jsonl.gz", b"no archive", "cannot be read to its end"),
-        (
-            "rows.jsonl.gz",
-            gzip.compress(b'{"prompt": "a"}\n' * 9)[:-12],
-            "cannot be read to its end",
-        ),
+        ("rows.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-12], "cannot be read to its end"),
         ("rows.json", '[{"a": 1},\n {"a" 2}]', "line 2, column 7: not valid JSON"),
         ("rows.json", '{\n "a": 1,\n "b" 2\n}', "line 3, column 6: not valid JSON"),
         ("rows.json", "[1]", "row 1: a row must be a JSON object, not int"),
@@ -262,21 +251,21 @@ RUDE = said("system", "Be rude.") + ASKED
         (PAIR | {"prompt": [{"role": "user"}]}, "field 'prompt', message 1: needs text in 'role'"),
         (PAIR | {"prompt": [3]}, "field 'prompt', message 1: needs text in 'role'"),
         (PAIR | {"chosen": {"from": "gpt"}}, "field 'chosen', message 1: needs .*ShareGPT"),
-        ({"chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is missing; only messages"),
-        (CALLED, "share no first message"),
-        (CALLED | {"rejected": CALLED["chosen"]}, "do not differ"),
+        ({"chosen": "b", "rejected": "c"}, "line 2: field 'prompt' is missing, and cannot be told"),
+        (CALLED, "cannot be told from"),
+        (CALLED | {"rejected": CALLED["chosen"]}, "cannot be told from"),
         (GOOD | {"rejected": ["It is 9.", "8."]}, "'rejected', message 1: needs .* a row each"),
-        (PAIR | {"prompt": IMAGE}, "field 'prompt', message 1: content has a part of type 'image'"),
-        (PAIR | {"prompt": said("user", ["a"])}, "content has a part of type 'str'"),
-        (PAIR | {"system": 3}, "field 'system' must be text, not int"),
-        (GOOD | {"system": "Be kind."}, "field 'system' stands beside a prompt that is text"),
+        (PAIR | {"prompt": IMAGE}, "field 'prompt', message 1: needs .* parts of the form"),
+        (PAIR | {"prompt": said("user", ["a"])}, "message 1: needs .* parts of the form"),
+        (PAIR | {"system": 3}, "field 'system' must be text beside a prompt of"),
+        (GOOD | {"system": "Be kind."}, "a prompt that is text holds its system"),
         (PAIR | {"system": "Be kind.", "prompt": RUDE}, "field 'system' is another text than"),
         (PAIR | {"tools": "{"}, "field 'tools', column 2: not valid JSON"),
         (PAIR | {"tools": {}}, "field 'tools' must be a list of schemas"),
         (PAIR | {"tools": ["add"]}, "field 'tools' must be a list of schemas"),
         (PAIR | {"chat_template_kwargs": []}, "field 'chat_template_kwargs' must be an object"),
-        (PAIR | {"chat_template_kwargs": {"messages": []}}, "kwargs' may not hold 'messages'"),
-        (PAIR | {"chat_template_kwargs": {"tools": []}}, "kwargs' may not hold 'tools'"),
+        (PAIR | {"chat_template_kwargs": {"messages": []}}, "which may not hold .*: messages, add"),
+        (PAIR | {"chat_template_kwargs": {"tools": []}}, "which may not hold .*: messages, add"),
     ],
 )
 def test_a_row_that_does_not_fit_says_where_and_why(tmp_path, row, message):
@@ -290,18 +279,15 @@ def test_a_row_that_does_not_fit_says_where_and_why(tmp_path, row, message):
     [
         PAIR | {"chosen": PAIR["chosen"][0], "rejected": PAIR["rejected"][0], "prompt": ASKED[0]},
         PAIR | {"prompt": said("user", [part("What is "), part("3 + 4?")])},
-        PAIR | {"chosen": ASKED + PAIR["chosen"], "rejected": ASKED + PAIR["rejected"]},
-        {"chosen": ASKED + PAIR["chosen"], "rejected": ASKED + PAIR["rejected"]},
-        {
-            "prompt": ASKED[0]["content"],
-            "chosen": ASKED + PAIR["chosen"], "rejected": ASKED + PAIR["rejected"],
-        },
+        {"prompt": ASKED, "chosen": ASKED + RIGHT, "rejected": ASKED + WRONG},
+        {"chosen": ASKED + RIGHT, "rejected": ASKED + WRONG},
+        {"prompt": "What is 3 + 4?", "chosen": ASKED + RIGHT, "rejected": ASKED + WRONG},
         PAIR | {"completion": None, "label": None, "system": None, "tools": None},
         PAIR | {"system": ""},
         PAIR | {"prompt": said("user", "What is 3 + 4?", tool_calls=None)},
         {
-            "chosen": said("user", "What is 3 + 4?", id="a", timestamp=1) + PAIR["chosen"],
-            "rejected": said("user", "What is 3 + 4?", id="b", timestamp=2) + PAIR["rejected"],
+            "chosen": said("user", "What is 3 + 4?", id="a", timestamp=1) + RIGHT,
+            "rejected": said("user", "What is 3 + 4?", id="b", timestamp=2) + WRONG,
         },
     ],
 )  # fmt: skip
@@ -328,10 +314,8 @@ def test_a_prompt_within_messages_is_all_that_they_share():
 
 def test_messages_that_differ_in_what_a_template_reads_are_no_shared_beginning():
     call = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
-    row = {
-        "chosen": ASKED + said("assistant", "", tool_calls=call) + PAIR["chosen"],
-        "rejected": ASKED + said("assistant", "") + PAIR["rejected"],
-    }
+    calls, says_nothing = said("assistant", "", tool_calls=call), said("assistant", "")
+    row = {"chosen": ASKED + calls + RIGHT, "rejected": ASKED + says_nothing + WRONG}
     assert one(row).prompt == ASKED
 
 
@@ -358,21 +342,10 @@ def test_hh_rlhf_conversations_that_part_earlier_do_so_there():
     assert found.prompt == start and [text for _, text in found.completions] == [chosen, rejected]
 
 
-@FEW
-@given(rows=ROWS)
-def test_a_null_anywhere_is_absent(tmp_path_factory, rows):
-    """Every object of the rows gets a key more, whose value is null."""
-
-    def with_nulls(value):
-        if isinstance(value, list):
-            return [with_nulls(item) for item in value]
-        if isinstance(value, dict):
-            return {**{k: with_nulls(v) for k, v in value.items()}, "".join(value) + "!": None}
-        return value
-
-    file = tmp_path_factory.mktemp("nulls") / "rows.json"
-    file.write_text(json.dumps(with_nulls(rows)))
-    assert [row for _, row in read_rows(file)] == rows
+def test_a_null_anywhere_is_absent(tmp_path):
+    row = {"a": None, "b": [{"c": None, "d": {"e": None, "f": 0}}, None], "": ""}
+    ((_, found),) = read_rows(file_of(tmp_path / "rows.jsonl", [row]))
+    assert found == {"b": [{"d": {"f": 0}}, None], "": ""}
 
 
 NAMES = "prompt chosen rejected completion label system tools chat_template_kwargs".split()
@@ -480,7 +453,7 @@ def test_columns_that_are_not_used_are_named_once(model, tmp_path, capsys):
 
 def test_what_messages_hold_and_the_template_does_not_know_is_named(tmp_path):
     """weights/tiny's template writes role and content alone."""
-    chosen = said("assistant", "It is 7.", reasoning_content="3 + 4", id=7, tool_calls=[{"a": 1}])
+    chosen = [RIGHT[0] | {"reasoning_content": "3 + 4", "id": 7, "tool_calls": [{"a": 1}]}]
     file, notes = file_of(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "chosen": chosen}]), Notes()
     read_examples(file, load_tokenizer(TINY), 256, notes=notes)
     names = "'reasoning_content' of messages, 'tool_calls' of messages"
@@ -496,14 +469,10 @@ def test_any_key_may_be_a_variable_of_the_template(tmp_path):
     assert all(f"chat_template_kwargs.{key}" in notes.lines()[0] for key in keys)
 
 
-def test_a_template_that_reads_a_variable_uses_its_column(model, tmp_path):
-    notes, file = Notes(), file_of(tmp_path / "rows.jsonl", [UNUSED])
-    generate.read_prompts(file, load_tokenizer(model), False, notes)
-    wanted = "columns not used: source, chat_template_kwargs.deep"
-    assert notes.lines() == [wanted]
-    text = Notes()  # a text prompt goes through no template
-    read_examples(file_of(file, [GOOD | {"tools": TOOLS}]), load_tokenizer(model), 256, notes=text)
-    assert text.lines() == ["columns not used: tools"]
+def test_a_text_prompt_goes_through_no_template(model, tmp_path):
+    notes, file = Notes(), file_of(tmp_path / "rows.jsonl", [GOOD | {"tools": TOOLS}])
+    read_examples(file, load_tokenizer(model), 256, notes=notes)
+    assert notes.lines() == ["columns not used: tools"]
 
 
 def test_a_prompt_repeated_in_text_responses_is_named_once_with_its_first_line(tmp_path):

@@ -106,3 +106,15 @@ def test_whole_characters_come_at_once(loaded, kind):
 def test_ids_that_do_not_exist_are_told(loaded):
     with pytest.raises(ValueError, match="is no id of"):
         list(loaded["sp"].stream([10**6]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_answer_costs_no_more_per_token_than_a_short_one(loaded, kind, monkeypatch):
+    tokenizer, decoded = loaded[kind], []
+    ids = tokenizer.encode("The capital of France is Paris. naïve 你好 " * 50)
+    plain = tokenizer.backend.decode
+    monkeypatch.setattr(
+        tokenizer.backend, "decode", lambda ids, skip: decoded.extend(ids) or plain(ids, skip)
+    )
+    assert "".join(tokenizer.stream(ids)) == plain(ids, True)
+    assert len(decoded) < 10 * len(ids)

@@ -18,6 +18,7 @@ from tests.test_tokenizer import (
     PROPERTY,
     ROLES,
     SPECIAL,
+    WRITERS,
     byte_level,
     controls,
     sentence_piece,
@@ -114,11 +115,11 @@ def test_templates_render_in_other_threads_too():
     render, found = Template("{{ ('a' * n)|length }}", "t"), []
 
     def work():
-        for n in (100, 10**9):
-            try:
-                found.append(render(n=n))
-            except ValueError as error:
-                found.append(str(error))
+        found.append(render(n=100))
+        try:
+            render(n=10**9)
+        except ValueError as error:
+            found.append(str(error))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -136,20 +137,14 @@ def test_jinja2_may_be_absent_where_no_template_is_rendered(tmp_path, monkeypatc
         tokenizer.render([{"role": "user", "content": "a"}])
 
 
-# Where messages might become control tokens: texts of these and parts of them, what the marks are
-# made of, and what may stand beside them.
+# Where messages might become control tokens: texts of these and parts of them, and what may stand
+# beside them.
 PIECES = [
     *SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>", "[INST]", "[/INST]",
     "<", "<|", "<|im_", "im_end", "_end|>", "|>", ">", "start_", "/think>", "[IN", "ST]",
-    "<0x0A>", "<0xE4>", "▁", "▁<|im_end|>",
+    "<0x0A>", "<0xE4>", "▁", "▁<|im_end|>", " ", "  ", "\n", "\r", "\t", "\u200b", "\u00a0",
+    "user", "assistant", "system", "a", "é", "😀", "0;", "{{ eos_token }}",
 ]  # fmt: skip
-RESTS = ["", "0;", "2;", "start;", "<|im_end|>", "261;"]
-PIECES += [chr(0xE000 + k) + rest for k in range(3) for rest in RESTS]
-PIECES += [
-    " ", "  ", "\n", "\r", "\t", "\u200b", "\u00a0", "user", "assistant", "system",
-    "a", "é", "😀", "0;", "2;", "{{ eos_token }}",
-]  # fmt: skip
-WRITERS = {"bpe": byte_level, "sp": sentence_piece}
 HI = [{"role": "user", "content": "Hi"}]
 PARIS = [{"role": "assistant", "content": "Paris"}]
 
@@ -164,40 +159,99 @@ def test_what_marks_the_text_may_not_be_in_it(tmp_path):
         load_tokenizer(byte_level(tmp_path)).encode_chat([{"role": "user", "content": "a\ufdd0"}])
 
 
-# What Qwen3's and SmolLM3's templates do with thoughts, and with what a message says of them.
+# Thoughts stay in the turns after the last question only. Where there is none, an empty one is
+# written.
 QWEN_3 = """
-{%- if tools %}{{- '<|im_start|>system\n' }}{% for tool in tools %}{{- tool | tojson + '\n' }}
-{%- endfor %}{{- '<|im_end|>\n' }}{% endif %}
-{%- for m in messages %}
-    {%- set content, thought = m.content or '', m.reasoning_content or '' %}
-    {%- if m.role == 'assistant' and not thought and '</think>' in content %}
-        {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
-        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-    {%- endif %}
-    {{- '<|im_start|>' + m.role + '\n' }}
-    {%- if m.role == 'assistant' and loop.last %}
-        {{- '<think>\n' + thought + '\n</think>\n\n' }}
-    {%- endif %}
-    {{- content + '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and not enable_thinking %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- endif %}
-{%- endif %}"""
-SMOLLM_3 = """
-{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}
-{%- set system, rest = '', messages %}
-{%- if messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}{{- tool | tojson + '\\n' }}{% endfor %}{{- '<|im_end|>\\n' }}
 {%- endif %}
-{{- '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '\n' }}
-{{- system.replace('/no_think', '').replace('/think', '') + '<|im_end|>\n' }}
-{%- for m in rest %}
-    {{- '<|im_start|>' + m.role + '\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}
+{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last=messages|length - 1) %}
+{%- for m in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and m.role == "user" and m.content is string
+           and not (m.content.startswith('<tool_response>')
+                    and m.content.endswith('</tool_response>')) %}
+        {%- set ns.searching = false %}{% set ns.last = index %}
+    {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
-    {%- if not enable_thinking %}{{- '<think>\n\n</think>\n' }}{% endif %}
+{%- for m in messages %}
+    {%- set content = m.content if m.content is string else '' %}
+    {%- if (m.role == "user") or (m.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif m.role == "assistant" %}
+        {%- set thought = '' %}
+        {%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n') %}
+            {%- set thought = thought.split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + m.role + '\\n' }}
+        {%- if loop.index0 > ns.last and (loop.last or (not loop.last and thought)) %}
+            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}{{- content }}{% endif %}
+        {%- for call in m.tool_calls %}
+            {%- if (loop.first and content) or (not loop.first) %}{{- '\\n' }}{% endif %}
+            {%- set call = call.function if call.function else call %}
+            {{- '<tool_call>\\n{"name": "' }}{{- call.name }}{{- '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif m.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}{{- m.content }}{{- '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
 {%- endif %}"""
+# It writes a system message of its own with the date and the mode, /think or /no_think. The given
+# system message may set the mode.
+SMOLLM_3 = """
+{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
+{%- set mode = "/think" if enable_thinking else "/no_think" -%}
+{{- "<|im_start|>system\n" -}}
+{%- if messages[0].role == "system" -%}
+  {%- set system = messages[0].content -%}
+  {%- set mode = "/no_think" if "/no_think" in system
+      else "/think" if "/think" in system else mode -%}
+  {%- set custom = system.replace("/no_think", "").replace("/think", "").rstrip() -%}
+{%- endif -%}
+{%- if "/system_override" in system -%}
+  {{- custom.replace("/system_override", "").rstrip() -}}{{- "<|im_end|>\n" -}}
+{%- else -%}
+  {{- "## Metadata\n\nKnowledge Cutoff Date: June 2025\n" -}}
+  {{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\n" -}}
+  {{- "Reasoning Mode: " + mode + "\n\n## Custom Instructions\n\n" -}}
+  {{- (custom if custom else "Think first." if mode == "/think" else "Be brief.") + "\n\n" -}}
+  {%- if xml_tools or python_tools or tools -%}{{- "### Tools\n\n" -}}{%- endif -%}
+  {{- "<|im_end|>\n" -}}
+{%- endif -%}
+{%- for m in messages -%}
+  {%- set content = m.content if m.content is string else "" -%}
+  {%- if m.role == "user" -%}{{ "<|im_start|>user\n" + content + "<|im_end|>\n" }}
+  {%- elif m.role == "assistant" -%}{% generation %}
+    {%- set thought = "" if mode == "/think" else "<think>\n\n</think>\n" -%}
+    {{- "<|im_start|>assistant\n" + thought + content.lstrip("\n") + "<|im_end|>\n" -}}
+  {% endgeneration %}
+  {%- elif m.role == "tool" -%}{{ "<|im_start|>user\n" + content + "<|im_end|>\n" }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{ "<|im_start|>assistant\n" + ("" if mode == "/think" else "<think>\n\n</think>\n") }}
+{%- endif -%}"""
 
 
 @pytest.fixture(scope="module")
@@ -264,11 +318,7 @@ def test_a_thought_in_a_prompt_has_a_field_of_its_own(kind, tmp_path):
 def test_a_control_token_that_the_template_makes_of_a_message_is_text(kind, tmp_path):
     """SmolLM3's takes /think out of a system message: what is left may be a control token."""
     tokenizer = load_tokenizer(WRITERS[kind](tmp_path, SMOLLM_3))
-    for text in (
-        "a < b /think <|im_end|>",
-        "<|im_/thinkend|>",
-        "<|im_/no_thinkend|>\n<|/thinkim_end|>",
-    ):
+    for text in ("a < b /think <|im_end|>", "<|im_/thinkend|>\n<|/no_thinkim_end|>"):
         chat = [{"role": "system", "content": text}, *HI]
         ids = tokenizer.encode_chat(chat)
         assert controls(tokenizer, ids) == [tokenizer.bos_id, tokenizer.eos_id] * 2
@@ -366,10 +416,6 @@ REWRITING = {
     "a thought that no answer in the history has": (
         CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"), "'<think>"
     ),
-    "how many messages there are": (
-        CHATML.replace("{% for", "{% set n = messages|length %}{{ n }}{% for"),
-        "from character 0 on",
-    ),
     "a thought in all answers but the last": (
         THINKS.replace("opening", "'<think>\n'").replace(" and loop.last", " and not loop.last"),
         "'<think>",
@@ -387,10 +433,6 @@ def test_a_prompt_that_the_history_does_not_begin_with_is_refused(what, tmp_path
 
 # What the template does with a turn: its text, an answer, and the response that is trained on.
 BOUNDARIES = {
-    "trims, and writes a line after the turn": (
-        "{{ m.content|trim }}<|im_end|>\n", "  Paris \n", "Paris<|im_end|>"
-    ),
-    "closes the turn with text": ("{{ m.content }}{{ ' ###\n\n' }}", " Paris ", " Paris  ###\n\n"),
     "writes text after the end of the turn": (
         "{{ m.content }}<|im_end|>{{ ' over' }}", "Paris", "Paris<|im_end|>"
     ),
@@ -435,40 +477,25 @@ FORGING = {
         d, t, add_dummy_prefix=True, normalization_rule_name="nmt_nfkc"
     ),
 }
-PREPEND = {  # as the first conversions of Llama's tokenizer
-    "normalizer": {
-        "type": "Sequence",
-        "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        ],
-    },
-    "pre_tokenizer": None,
-}
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_PREPENDED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _SPACES]}
+PREPEND = {"normalizer": _PREPENDED, "pre_tokenizer": None}  # as Llama's tokenizer once was
 SPELT = [*SPECIAL, *ROLES, "<think>", "</think>", "<s>", "<pad>", "<unk>"]
 ADVERSE = st.sampled_from([
     *SPELT, *(t[:k] for t in SPELT for k in (1, 2, -1)),
     *(t[k:] for t in SPELT for k in (1, 2, -1, -2)),
-    "im_end", "think", "▁", "<0x0A>", "\ue000", "\ue001", " ", "\n", "\r\n", "a", "é", "😀",
+    "im_end", "think", "▁", "<0x0A>", " ", "\n", "\r\n", "a", "é", "😀",
     "＜", "＞", "＜think＞", "＜|im_end|＞", "ﬁ",
 ])  # fmt: skip
 HOSTILE_TEXT = st.lists(ADVERSE | st.text(max_size=2), max_size=5).map("".join)
 HOSTILE_TEXT = HOSTILE_TEXT.filter(
     lambda t: not any(c == "\ufdd0" or "\ud800" <= c <= "\udfff" for c in t)
 )
-CALLS = st.lists(
-    st.fixed_dictionaries(
-        {"name": HOSTILE_TEXT, "arguments": st.dictionaries(HOSTILE_TEXT, HOSTILE_TEXT, max_size=2)}
-    ),
-    max_size=2,
-)
+ARGUMENTS = st.dictionaries(HOSTILE_TEXT, HOSTILE_TEXT, max_size=2)
+CALLS = st.lists(st.fixed_dictionaries({"name": HOSTILE_TEXT, "arguments": ARGUMENTS}), max_size=2)
+ROLE = st.sampled_from(["system", "user", "assistant"])
 MESSAGES = st.fixed_dictionaries(
-    {
-        "role": st.sampled_from(["system", "user", "assistant"]),
-        "content": HOSTILE_TEXT,
-        "name": HOSTILE_TEXT,
-        "calls": CALLS,
-    }
+    {"role": ROLE, "content": HOSTILE_TEXT, "name": HOSTILE_TEXT, "calls": CALLS}
 )
 
 
@@ -495,10 +522,8 @@ def harmless(value, key=None):
 @pytest.fixture(scope="module")
 def forging(tmp_path_factory):
     """{kind: Tokenizer}"""
-    found = {}
-    for kind, make in FORGING.items():
-        found[kind] = load_tokenizer(make(tmp_path_factory.mktemp("t"), SHOWS))
-    return found
+    folder = tmp_path_factory.mktemp
+    return {kind: load_tokenizer(make(folder("t"), SHOWS)) for kind, make in FORGING.items()}
 
 
 @pytest.mark.parametrize("kind", FORGING)

@@ -53,13 +53,9 @@ PROPERTY = settings(
 
 
 def write_config(directory, template, **more):
-    config = {
-        "eos_token": "<|im_end|>",
-        "bos_token": {"content": "<|im_start|>"},
-        "pad_token": "<|endoftext|>",
-        "chat_template": template,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config | more))
+    config = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}}
+    config |= {"pad_token": "<|endoftext|>", "chat_template": template, **more}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
 
@@ -69,27 +65,20 @@ def byte_level(directory, template=CHATML, special=ROLES, words=None, **more):
     words: a regular expression for words; with it the text is normalised (NFC). Llama 3 and Qwen
     have such expressions of their own.
     """
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    pre = tokenizers.pre_tokenizers
+    tokenizer, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
     tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
     if words:
         tokenizer.normalizer = tokenizers.normalizers.NFC()
         split = pre.Split(tokenizers.Regex(words), "isolated")
-        tokenizer.pre_tokenizer = pre.Sequence(
-            [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre.Sequence([split, level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    how = {"special_tokens": SPECIAL, "initial_alphabet": pre.ByteLevel.alphabet()}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, **how)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(
-        [tokenizers.AddedToken(t, normalized=False) for t in ("<think>", "</think>", "  ")]
-    )
+    added = (tokenizers.AddedToken(t, normalized=False) for t in ("<think>", "</think>", "  "))
+    tokenizer.add_tokens(list(added))
     tokenizer.enable_truncation(8)  # as some published files have; must not bite
     tokenizer.save(str(directory / "tokenizer.json"))
     return write_config(directory, template, **more)
@@ -97,25 +86,18 @@ def byte_level(directory, template=CHATML, special=ROLES, words=None, **more):
 
 def sentence_piece(directory, template=CHATML, **options):
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        vocab_size=340,
-        byte_fallback=True,
-        minloglevel=2,
-        hard_vocab_limit=False,
-        num_threads=1,
-        pad_id=3,
-        **{
-            "model_type": "bpe",
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "add_dummy_prefix": False,
-            "control_symbols": SPECIAL[:1] + ROLES,
-            "user_defined_symbols": [*SPECIAL[1:], "<think>", "</think>", "▁▁"],
-        }
-        | options,
-    )
+    fixed = {"vocab_size": 340, "hard_vocab_limit": False, "byte_fallback": True, "pad_id": 3}
+    options = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "control_symbols": SPECIAL[:1] + ROLES,
+        "user_defined_symbols": [*SPECIAL[1:], "<think>", "</think>", "▁▁"],
+    } | options
+    train = sentencepiece.SentencePieceTrainer.train
+    given = {"sentence_iterator": iter(CORPUS), "model_writer": model, "num_threads": 1}
+    train(**given, minloglevel=2, **fixed, **options)
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return write_config(directory, template)
 
@@ -150,19 +132,18 @@ def test_half_an_emoji_is_an_error_that_names_row_and_field(loaded, kind, tmp_pa
 fragments = st.sampled_from([
     *SPECIAL, *ROLES, "<think>", "</think>", "<s>", "</s>", "<pad>", "<unk>",
     "<", "<|", "<|im_", "im_end|>", "im_end", "|>", "end|>", "\n", " ", "  ",
-    "user", "assistant", "\ue000", "\ue0002;", "2;", "naïve",
+    "user", "assistant", "naïve",
 ])  # fmt: skip
 # without ▁, which is how sentencepiece writes a space
 letters = st.characters(exclude_characters="▁\ufdd0", exclude_categories=["Cs"])
 contents = st.lists(fragments | st.text(letters, max_size=4), max_size=5).map("".join)
 plain = st.text(letters.filter(lambda c: c not in "<|>"), max_size=12)
 roles = st.sampled_from(["system", "user", "assistant"])
-chats = st.lists(
-    st.fixed_dictionaries({"role": roles, "content": contents}), min_size=1, max_size=4
-)
-plain_chats = st.lists(
-    st.fixed_dictionaries({"role": roles, "content": plain}), min_size=1, max_size=4
-)
+
+
+def chats_of(said):
+    message = st.fixed_dictionaries({"role": roles, "content": said})
+    return st.lists(message, min_size=1, max_size=4)
 
 
 def users(*texts):
@@ -197,8 +178,7 @@ def expected_controls(tokenizer, name, chat):
 @example(chat=users("<|im_", "end|>"))
 @example(chat=users("<|", "im_end", "|> \n"))
 @example(chat=users("<|im_<|im_end|>end|>"))
-@example(chat=users("\ue0002;\ue0012;<think>"))
-@given(chat=chats)
+@given(chat=chats_of(contents))
 def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
     tokenizer = loaded[kind, name]
     ids = tokenizer.encode_chat(chat)
@@ -209,7 +189,7 @@ def test_content_never_becomes_a_control_token(loaded, kind, name, chat):
 @each
 @pytest.mark.parametrize("name", TEMPLATES)
 @PROPERTY
-@given(chat=plain_chats)
+@given(chat=chats_of(plain))
 def test_a_chat_without_control_text_is_its_rendering(loaded, kind, name, chat):
     tokenizer = loaded[kind, name]
     assert tokenizer.encode_chat(chat, True) == tokenizer.encode(tokenizer.render(chat, True))
@@ -239,7 +219,7 @@ def test_encode_reads_control_tokens_and_adds_none(loaded, kind):
     "name", ["chatml", "trims", "default system", "builds from role", "closes with text"]
 )
 @PROPERTY
-@given(chat=chats, answer=contents)
+@given(chat=chats_of(contents), answer=contents)
 def test_the_boundary_is_that_of_inference(loaded, kind, name, chat, answer):
     tokenizer = loaded[kind, name]
     response = [{"role": "assistant", "content": answer}]
@@ -256,7 +236,7 @@ def test_the_boundary_is_that_of_inference(loaded, kind, name, chat, answer):
 def test_a_response_of_several_turns_ends_with_its_last_turn(loaded):
     tokenizer = loaded["bpe", "chatml"]
     turns = [{"role": role, "content": "Paris"} for role in ("assistant", "user", "assistant")]
-    _, ids = tokenizer.encode_response([{"role": "user", "content": "?"}], turns)
+    _, ids = tokenizer.encode_response(users("?"), turns)
     assert ids.count(tokenizer.eos_id) == 3 and ids[-1] == tokenizer.eos_id
 
 
@@ -293,11 +273,8 @@ def test_merges_and_whole_word_look_ups_cannot_spell_a_control_token(tmp_path):
 
 
 def test_a_dummy_prefix_stands_at_the_beginning_only(tmp_path):
-    options = {
-        "add_dummy_prefix": True,
-        "user_defined_symbols": [],
-        "control_symbols": SPECIAL + ROLES,
-    }
+    symbols = {"user_defined_symbols": [], "control_symbols": SPECIAL + ROLES}
+    options = {"add_dummy_prefix": True, **symbols}
     tokenizer = load_tokenizer(sentence_piece(tmp_path, CHATML, **options))
     native = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert tokenizer.encode("Paris is") == native.encode("Paris is")
@@ -405,32 +382,27 @@ def test_template_errors(tmp_path, template, message):
         tokenizer.render([{"role": "user", "content": "a", "name": None}])
 
 
-def test_loading_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds neither"):
-        load_tokenizer(tmp_path)
-    byte_level(tmp_path, eos_token="<end>")
-    lacks = r"eos_token is '<end>', which tokenizer\.json does not hold"
-    with pytest.raises(ValueError, match=lacks):
-        load_tokenizer(tmp_path)
-    write_config(tmp_path, CHATML, eos_token=None)
-    with pytest.raises(ValueError, match="eos_token is missing"):
-        load_tokenizer(tmp_path)
-    write_config(tmp_path, CHATML, added_tokens_decoder={"7": {"content": "<|im_end|>"}})
-    with pytest.raises(ValueError, match="is to have id 7, in"):
-        load_tokenizer(tmp_path)
-    write_config(tmp_path, CHATML)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 4000}')
-    with pytest.raises(ValueError, match="an eos_token_id is 4000"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="cannot be read as a sentencepiece model"):
+@pytest.mark.parametrize(
+    ("config", "files", "message"),
+    [
+        ({"eos_token": "<end>"}, {}, r"eos_token is '<end>', which tokenizer\.json does not hold"),
+        ({"eos_token": None}, {}, "eos_token is missing"),
+        ({"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}, {}, "is to have id 7, in"),
+        ({}, {"generation_config.json": '{"eos_token_id": 4000}'}, "an eos_token_id is 4000"),
+        ({}, {"generation_config.json": "{"}, "not valid JSON"),
+        ({}, {"tokenizer.json": "{}"}, "cannot be read as a tokenizer"),
+        ({}, {"tokenizer.json": None, "tokenizer.model": "x"}, "read as a sentencepiece model"),
+        ({}, {"tokenizer.json": None}, "holds neither"),
+    ],
+)
+def test_loading_errors(tmp_path, config, files, message):
+    byte_level(tmp_path, **config)
+    for name, text in files.items():
+        if text is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_tokenizer(tmp_path)
 
 

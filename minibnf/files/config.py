@@ -7,8 +7,7 @@ it (announce_ignored). tests/parity holds the lists below against transformers' 
 """
 
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minibnf.files.disk import read_json
@@ -32,7 +31,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Config:
-    """The first ten fields bear their Hugging Face names."""
+    """The first ten fields and the last bear their Hugging Face names."""
 
     vocab_size: int
     hidden_size: int
@@ -46,15 +45,16 @@ class Config:
     max_position_embeddings: int
     layers: tuple[Layer, ...]
     family: str
-    gelu: bool  # the gate's activation: tanh-approximated GELU, else SiLU
     qkv_bias: bool
     o_bias: bool
-    mlp_bias: bool
     qk_norm: bool  # RMSNorm over each query's and key's head
-    gemma: bool  # norms multiply by 1 + weight, embeddings by sqrt(hidden_size), 4 norms per layer
+    # Gemma: norms multiply by 1 + weight, embeddings by sqrt(hidden_size), 4 norms per layer, and
+    # the gate's activation is GELU by tanh, not SiLU
+    gemma: bool
     query_scale: float
     attention_softcap: float | None
     final_softcap: float | None
+    mlp_bias: bool = False
 
 
 # Fields that people's files hold and that the forward pass does not read.
@@ -83,40 +83,43 @@ ONLY_GEMMA = {  # fields of one kind of class
     "hidden_activation": (None, "gelu_pytorch_tanh"),
     "use_bidirectional_attention": (None, False),
 }
-SHAPE = set(
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-    " num_key_value_heads head_dim rms_norm_eps tie_word_embeddings max_position_embeddings"
-    " rope_theta rope_scaling rope_parameters".split()
+# What every family reads: {field: transformers' default, or None where it has none}.
+SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    " num_key_value_heads head_dim".split()
 )
-_WINDOWS = {"sliding_window", "layer_types"}
-_QWEN = _WINDOWS | {"use_sliding_window", "max_window_layers"}
-_GEMMA = _WINDOWS | {"query_pre_attn_scalar", "attention_bias", "final_logit_softcapping"}
-READS = {  # family: the fields it reads besides SHAPE
-    "llama": {"attention_bias", "mlp_bias"},
-    "mistral": {"sliding_window"},
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"attention_bias"},
-    "smollm3": _QWEN | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
-    "gemma2": _GEMMA | {"attn_logit_softcapping"},
-    "gemma3_text": _GEMMA
-    | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"},
+SHAPE = dict.fromkeys([*SIZES, "model_type", "rope_scaling", "rope_parameters"]) | {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
 }
-# Fields in which null is a value of its own; elsewhere it stands for the default.
-OFF = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
-_GEMMA_DEFAULTS = {
-    "head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "num_key_value_heads": 4,
-}  # fmt: skip
-DEFAULTS = {  # where transformers' own default is not that of Llama
+_WINDOWS = {"sliding_window": None, "layer_types": None}
+_QWEN = _WINDOWS | {"use_sliding_window": False, "max_window_layers": 28}
+_GEMMA = (
+    _WINDOWS
+    | {"sliding_window": 4096, "num_key_value_heads": 4, "head_dim": 256, "attention_bias": False}
+    | {"query_pre_attn_scalar": 256, "tie_word_embeddings": True, "final_logit_softcapping": None}
+)
+READS = {  # family: what it reads besides SHAPE, or with another default
+    "llama": {"attention_bias": False, "mlp_bias": False},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "gemma2": _GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3_text": _GEMMA_DEFAULTS | {"sliding_window_pattern": 6, "rope_theta": 1e6},
-    "smollm3": {
-        "tie_word_embeddings": True, "num_key_value_heads": 4,
-        "rope_theta": 2e6, "no_rope_layer_interval": 4,
-    },
-    "qwen3": {"head_dim": 128},
-}  # fmt: skip
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"attention_bias": False, "head_dim": 128},
+    "smollm3": _QWEN
+    | {"attention_bias": False, "mlp_bias": False, "num_key_value_heads": 4, "rope_theta": 2e6}
+    | {"tie_word_embeddings": True, "no_rope_layers": None, "no_rope_layer_interval": 4},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": _GEMMA
+    | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    | {"sliding_window_pattern": 6, "_sliding_window_pattern": None},
+}
+SOFTCAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
+# Fields in which null is a value of its own; elsewhere it stands for the default.
+OFF = {"num_key_value_heads", "head_dim", "sliding_window", *SOFTCAPS}
+REAL = {"rms_norm_eps", "rope_theta", "query_pre_attn_scalar", *SOFTCAPS}
+WHOLE = {*SIZES, "max_position_embeddings", "sliding_window"}
+WHOLE |= {"sliding_window_pattern", "no_rope_layer_interval"}
 KINDS = ("full_attention", "sliding_attention")  # of layers, as layer_types names them
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -160,37 +163,22 @@ def parse_config(raw: dict, path) -> Config:
                 f"{path}: field '{field}' = {raw[field]!r} is not supported for {family}, "
                 f"only {' or '.join(map(repr, allowed))}"
             )
-    read = SHAPE | READS[family]
-    given = DEFAULTS.get(family, {}) | {
-        field: value
-        for field, value in raw.items()
-        if field in read and (value is not None or field in OFF)
-    }
-
-    number = partial(_number, given, path)
-    hidden, heads = number("hidden_size"), number("num_attention_heads")
-    head_dim, gemma = number("head_dim", hidden // heads), family.startswith("gemma")
+    given = SHAPE | READS[family]
+    given |= {k: v for k, v in raw.items() if k in given and (v is not None or k in OFF)}
+    _check_numbers(given, path)
+    heads, gemma = given["num_attention_heads"], family.startswith("gemma")
+    given["head_dim"] = given["head_dim"] or given["hidden_size"] // heads
+    given["num_key_value_heads"] = given["num_key_value_heads"] or heads
     bias = bool(given.get("attention_bias"))
     config = Config(
-        vocab_size=number("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=number("num_key_value_heads", heads),
-        head_dim=head_dim,
-        rms_norm_eps=number("rms_norm_eps", 1e-6),
-        tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
-        max_position_embeddings=number("max_position_embeddings", 2048),
-        layers=_layers(given, family, number, path),
+        **{field.name: given[field.name] for field in fields(Config) if field.name in given},
+        layers=_layers(given, path),
         family=family,
-        gelu=gemma,
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
-        mlp_bias=bool(given.get("mlp_bias")),
         qk_norm=family in ("qwen3", "gemma3_text"),
         gemma=gemma,
-        query_scale=(number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
+        query_scale=given.get("query_pre_attn_scalar", given["head_dim"]) ** -0.5,
         attention_softcap=given.get("attn_logit_softcapping"),
         final_softcap=given.get("final_logit_softcapping"),
     )
@@ -202,15 +190,14 @@ def parse_config(raw: dict, path) -> Config:
     return config
 
 
-def _number(given: dict, path, name: str, default=None):
-    """The value of a field that must be a number above 0."""
-    value = given.get(name, default)
-    real = name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")
-    right = isinstance(value, (int, float) if real else int) and not isinstance(value, bool)
-    if not right or value <= 0:
-        kind = "number" if real else "whole number"
-        raise ValueError(f"{path}: field '{name}' must be a {kind} above 0, not {value!r}")
-    return value
+def _check_numbers(given: dict, path) -> None:
+    """Raise ValueError where a field that must be a number above 0 is none."""
+    for name, value in given.items():
+        if name not in WHOLE | REAL or (value is None and name in OFF):
+            continue
+        types, kind = ((int, float), "number") if name in REAL else (int, "whole number")
+        if not isinstance(value, types) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"{path}: field '{name}' must be a {kind} above 0, not {value!r}")
 
 
 def _only(family: str) -> dict[str, tuple]:
@@ -222,7 +209,7 @@ def _only(family: str) -> dict[str, tuple]:
 def ignored_fields(raw: dict) -> list[str]:
     """The fields of a config.json that parse_config accepted which transformers does not read."""
     family = raw["model_type"]
-    read = HARMLESS | SHAPE | READS[family] | _only(family).keys()
+    read = {*HARMLESS, *SHAPE, *READS[family], *_only(family)}
     return [field for field in raw if field not in read]
 
 
@@ -234,82 +221,78 @@ def announce_ignored(directory, raw: dict) -> None:
         print(f"{Path(directory) / 'config.json'}: {what}", file=sys.stderr)
 
 
-def _layers(given: dict, family: str, number, path) -> tuple[Layer, ...]:
+def _layers(given: dict, path) -> tuple[Layer, ...]:
     """Each layer's window and rotary positions."""
-    n, types = number("num_hidden_layers"), given.get("layer_types")
-    if types is None:  # as transformers 4 wrote no such field
-        if family == "smollm3" and given.get("use_sliding_window"):
-            raise ValueError(
-                f"{path}: field 'use_sliding_window' needs the field 'layer_types' beside it"
-            )
-        sliding = (_is_sliding(i, given, family, number) for i in range(n))
-        types = ["sliding_attention" if s else "full_attention" for s in sliding]
-    if len(types) != n or not set(types).issubset(KINDS):
+    n, window = given["num_hidden_layers"], given.get("sliding_window")
+    kinds = given.get("layer_types")
+    roped = given.get("no_rope_layers")
+    if roped is None:  # SmolLM3 leaves out every fourth, the others none
+        interval = given.get("no_rope_layer_interval", n + 1)
+        roped = [(i + 1) % interval != 0 for i in range(n)]
+    if kinds is None:  # as transformers 4 wrote no such field
+        sliding = (_is_sliding(i, given, roped) for i in range(n))
+        kinds = ["sliding_attention" if s else "full_attention" for s in sliding]
+    lacking = window is None and "sliding_attention" in kinds
+    if len(kinds) != n or not set(kinds).issubset(KINDS) or lacking:
         raise ValueError(
-            f"{path}: field 'layer_types' must name {n} times sliding_attention or "
-            f"full_attention, not {types}"
+            f"{path}: field 'layer_types' must name {n} times full_attention or sliding_attention, "
+            f"which needs a sliding_window, not {kinds}"
         )
-    window = number("sliding_window") if "sliding_attention" in types else None
-    kept = given.get("no_rope_layers")
-    if family == "smollm3" and kept is None:
-        kept = [int((i + 1) % number("no_rope_layer_interval") != 0) for i in range(n)]
-    ropes = _ropes(given, number, path)
+    ropes = _ropes(given, path)
     return tuple(
-        Layer(
-            window if kind == "sliding_attention" else None,
-            ropes[kind] if kept is None or kept[i] else None,
-        )
-        for i, kind in enumerate(types)
+        Layer(window if kind == "sliding_attention" else None, ropes[kind] if has_rope else None)
+        for kind, has_rope in zip(kinds, roped, strict=True)
     )
 
 
-def _is_sliding(i: int, given: dict, family: str, number) -> bool:
+def _is_sliding(i: int, given: dict, roped: list) -> bool:
     """Whether layer i has a sliding window in a config that does not name its layers' types."""
-    if family == "mistral":
-        return given["sliding_window"] is not None
+    family = given["model_type"]
     if family == "gemma2":
         return i % 2 == 0
     if family == "gemma3_text":
-        return (i + 1) % number("sliding_window_pattern") != 0
-    if family in ("qwen2", "qwen3"):
-        return bool(given.get("use_sliding_window")) and i >= given.get("max_window_layers", 28)
-    return False
+        return (i + 1) % given["sliding_window_pattern"] != 0
+    if given.get("sliding_window") is None or not given.get("use_sliding_window", True):
+        return False
+    if family == "smollm3":
+        return not roped[i]
+    return i >= given.get("max_window_layers", 0)  # Mistral has no such field
 
 
-def _ropes(given: dict, number, path) -> dict[str, Rope]:
+def _ropes(given: dict, path) -> dict[str, Rope]:
     """The Rope of each of KINDS, from rope_theta and rope_scaling or from rope_parameters."""
-    raw = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    apart, gemma3 = not set(KINDS).isdisjoint(raw), given.get("model_type") == "gemma3_text"
-    if gemma3 and not apart and given.get("rope_parameters"):
-        raise ValueError(
-            f"{path}: field 'rope_parameters' must hold full_attention and sliding_attention "
-            "for gemma3_text"
-        )
-    ropes = {}
-    for kind in KINDS:
-        parameters = (raw.get(kind) or {}) if apart else raw
-        local = gemma3 and kind == "sliding_attention"  # such layers have a base of their own
-        if local and not apart:  # a scaling of transformers 4 is the global layers' alone
-            parameters = {}
-        theta = parameters.get("rope_theta")
-        if not theta:
-            theta = given.get("rope_local_base_freq", 1e4) if local else number("rope_theta", 1e4)
-        ropes[kind] = _rope(parameters, theta, path)
-    return ropes
+    raw = given["rope_parameters"] or given["rope_scaling"] or {}
+    apart, theta = not set(KINDS).isdisjoint(raw), given["rope_theta"]
+    local = given.get(
+        "rope_local_base_freq", theta
+    )  # Gemma-3's layers with a window have their own
+    if not apart and given["model_type"] == "gemma3_text":
+        if given["rope_parameters"]:
+            raise ValueError(
+                f"{path}: field 'rope_parameters' must hold {' and '.join(KINDS)} for gemma3_text"
+            )
+        apart, raw = True, {KINDS[0]: raw}  # transformers 4 scaled the global layers alone
+    sets = [raw.get(kind) or {} for kind in KINDS] if apart else [raw, raw]
+    return {
+        kind: _rope(parameters, base, path)
+        for kind, parameters, base in zip(KINDS, sets, (theta, local), strict=True)
+    }
 
 
-def _rope(parameters: dict, theta: float, path) -> Rope:
-    """The Rope of one set of parameters, which are refused unless they are followed here."""
+def _rope(parameters: dict, base: float, path) -> Rope:
+    """The Rope of one set of parameters, which are refused unless they are followed here.
+
+    base: theta, unless the parameters hold another.
+    """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    others = set(parameters) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    theta = parameters.get("rope_theta") or base
     whole_head = parameters.get("partial_rotary_factor", 1.0) == 1.0
+    others = parameters.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind == "default" and whole_head and not others:
         return Rope(theta)
-    if kind != "llama3" or not whole_head or len(others) != len(LLAMA3):
-        raise ValueError(
-            f"{path}: rotary positions {parameters} are not supported; only rope_type default "
-            "and llama3 are"
-        )
-    if missing := [name for name in LLAMA3 if name not in parameters]:
-        raise ValueError(f"{path}: rotary scaling llama3 lacks the field '{missing[0]}'")
-    return Rope(theta, tuple(float(parameters[name]) for name in LLAMA3))
+    if kind == "llama3" and whole_head and others == set(LLAMA3):
+        return Rope(theta, tuple(float(parameters[name]) for name in LLAMA3))
+    raise ValueError(
+        f"{path}: rotary positions {parameters} are not supported; only rope_type default is, and "
+        f"llama3 with the fields {', '.join(LLAMA3)}"
+    )

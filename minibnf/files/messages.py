@@ -27,22 +27,21 @@ def text_or_messages(value, where, name: str) -> str | list[dict]:
 def _message(message, where: str) -> dict:
     if isinstance(message, dict) and isinstance(message.get("role"), str):
         content = message.get("content")
-        if isinstance(content, list):
-            return {**message, "content": "".join(_part(part, where) for part in content)}
+        if isinstance(content, list) and all(map(_is_text, content)):
+            return {**message, "content": "".join(part["text"] for part in content)}
         if isinstance(content, str) or (content is None and message.get("tool_calls")):
             return message
     raise ValueError(
-        f"{where}: needs text in 'role' and 'content' (not 'from' and 'value', as in ShareGPT); "
-        "several answers need a row each"
+        f"{where}: needs text in 'role' and 'content', which may also be parts of the form "
+        "{'type': 'text', 'text': ...}; not 'from' and 'value', as in ShareGPT; several answers "
+        "need a row each"
     )
 
 
-def _part(part, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text" or not isinstance(part.get("text"), str):
-        form = "{'type': 'text', 'text': ...}"
-        raise ValueError(f"{where}: content has a part of type {kind!r}; only {form} is read")
-    return part["text"]
+def _is_text(part) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 # -------------------------------------------------------------------------- where a prompt ends
@@ -53,12 +52,11 @@ def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
 
     Completions may repeat the prompt; where there is no prompt, they begin with it.
     """
-    text = any(isinstance(value, str) for value in given)
     if prompt is None:
-        size = _end_in_texts(given, where) if text else _end_in_messages(given, where)
+        size = _end_of_prompt(*given, where)
         return given[0][:size], [value[size:] for value in given]
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    size = len(asked)
+    size, text = len(asked), any(isinstance(value, str) for value in given)
     if text or not all(len(m) > size and shared(m, asked) == size for m in given):
         return prompt, given
     if len(given) == 2 and shared(*given) < min(map(len, given)):
@@ -66,32 +64,26 @@ def without_prompt(prompt, given: list, where) -> tuple[str | list[dict], list]:
     return given[0][:size], [value[size:] for value in given]
 
 
-def _end_in_messages(given: list[list[dict]], where) -> int:
-    """How many messages at the beginning of chosen and rejected are their prompt."""
-    size = shared(*given)
-    if size in (0, *map(len, given)):
-        what = "share no first message" if not size else "do not differ after their beginning"
+def _end_of_prompt(chosen, rejected, where) -> int:
+    """How many messages or characters at the beginning of chosen and rejected are their prompt."""
+    size = shared(chosen, rejected) if type(chosen) is type(rejected) else 0
+    if isinstance(chosen, str):
+        start = chosen.rfind(TURN, 0, size)
+        size = start + len(TURN) if start >= 0 else 0
+    if size in (0, len(chosen), len(rejected)):
         raise ValueError(
-            f"{where}: fields 'chosen' and 'rejected' {what}, so the prompt cannot be told"
+            f"{where}: field 'prompt' is missing, and cannot be told from 'chosen' and 'rejected': "
+            f"they share no text up to {TURN!r}, nor messages after which they differ"
         )
     return size
 
 
-def _end_in_texts(given: list, where) -> int:
-    """How many characters at the beginning of chosen and rejected are their prompt."""
-    texts = all(isinstance(value, str) for value in given)
-    differ = (i for i, (a, b) in enumerate(zip(*given, strict=False)) if a != b)
-    start = given[0].rfind(TURN, 0, next(differ, min(map(len, given)))) if texts else -1
-    if start < 0:
-        raise ValueError(
-            f"{where}: field 'prompt' is missing; only messages hold it implicitly, and texts "
-            f"that share a beginning up to {TURN!r}"
-        )
-    return start + len(TURN)
+def shared(a: str | list[dict], b: str | list[dict]) -> int:
+    """How many characters or messages two texts or conversations share at their beginning.
 
-
-def shared(a: list[dict], b: list[dict]) -> int:
-    """How many messages at their beginning two conversations share, by the keys in COMPARED."""
-    a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
+    Messages are the same by the keys in COMPARED.
+    """
+    if not isinstance(a, str):
+        a, b = ([{k: m.get(k) for k in COMPARED} for m in c] for c in (a, b))
     size = min(len(a), len(b))
     return next((i for i in range(size) if a[i] != b[i]), size)

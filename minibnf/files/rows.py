@@ -34,6 +34,7 @@ from minibnf.files.messages import COMPARED, text_or_messages, without_prompt
 PAIRED = ("chosen", "rejected")
 UNPAIRED = ("prompt", "completion", "label")
 OPTIONS = ("system", "tools", "chat_template_kwargs")
+DECIDED = ("messages", "add_generation_prompt", "tools")  # no chat_template_kwargs
 FORMS = (
     "a row has chosen and rejected, or prompt, completion and label, each a text or messages "
     "with 'role' and 'content'"
@@ -76,7 +77,10 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
 
 
 def _json(path: Path) -> Iterator[tuple[Place, object]]:
-    """The rows of a file of JSON, whose first line that is not blank tells its form."""
+    """The rows of a file of JSON, whose first line that is not blank tells its form.
+
+    Those of JSON Lines are bytes, so that one broken line is one bad row.
+    """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         first = []
         for line in stream:
@@ -87,20 +91,9 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
         if opening.startswith(b"[") or (opening.startswith(b"{") and not opening.endswith(b"}")):
             yield from _values(path, b"".join([*first, *stream]))
         else:
-            yield from _lines(path, chain(first, stream))
-
-
-def _lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[Place, object]]:
-    """The rows of JSON Lines. A broken line becomes a ValueError, and reading goes on."""
-    for number, line in enumerate(lines, 1):
-        if line.strip(BLANK):
-            place = Place(path, "line", number)
-            try:
-                with _json_errors(place):
-                    row = json.loads(line.decode("utf-8-sig").strip())
-            except ValueError as error:
-                row = error
-            yield place, row
+            for number, line in enumerate(chain(first, stream), 1):
+                if line.strip(BLANK):
+                    yield Place(path, "line", number), line
 
 
 def _values(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
@@ -150,12 +143,13 @@ def _json_errors(where):
 
 
 def _row(value, place: Place) -> dict | ValueError:
-    """A row without its nulls, or a ValueError that says why it is no row."""
-    if isinstance(value, ValueError):
-        return value
-    if not isinstance(value, dict):
-        return ValueError(f"{place}: a row must be a JSON object, not {type(value).__name__}")
+    """A row, or a line that holds one, without its nulls; or a ValueError that says what it is."""
     try:
+        if isinstance(value, bytes):
+            with _json_errors(place):
+                value = json.loads(value.decode("utf-8-sig").strip())
+        if not isinstance(value, dict):
+            raise ValueError(f"{place}: a row must be a JSON object, not {type(value).__name__}")
         return present(value, place)
     except ValueError as error:
         return error
@@ -233,22 +227,20 @@ def parse_row(row: dict, where) -> Record:
     given = [text_or_messages(row[name], where, name) for name in fields]
     prompt = text_or_messages(row["prompt"], where, "prompt") if "prompt" in row else None
     prompt, given = without_prompt(prompt, given, where)
-    completions = list(zip(fields, given, strict=True))
-    for name, completion in completions:
+    for name, completion in zip(fields, given, strict=True):
         if isinstance(completion, str) != isinstance(prompt, str):
             raise ValueError(
                 f"{where}: fields 'prompt' and '{name}' must both be text or both be messages"
             )
-        role = "assistant" if isinstance(completion, str) else completion[0]["role"]
-        if role in ("system", "user"):
+        if not isinstance(completion, str) and completion[0]["role"] in ("system", "user"):
             raise ValueError(
-                f"{where}: field '{name}' begins with a message of '{role}'; "
+                f"{where}: field '{name}' begins with a message of '{completion[0]['role']}'; "
                 "a response is the assistant's"
             )
-    used = ("prompt", "label", *fields)
-    preferred = (True, False) if paired else (row["label"],)
-    record = record_of(row, where, prompt, completions, preferred, used)
-    return record._replace(pairs=((0, 1),)) if paired else record
+    preferred, pairs = ((True, False), ((0, 1),)) if paired else ((row["label"],), ())
+    completions = list(zip(fields, given, strict=True))
+    record = record_of(row, where, prompt, completions, preferred, (*fields, "prompt", "label"))
+    return record._replace(pairs=pairs)
 
 
 def parse_prompt(row: dict, where, chat: bool) -> Record:
@@ -281,12 +273,10 @@ def _with_system(prompt, system, where):
     """The prompt after a system message, unless it has one."""
     if not system:  # people write "" for none
         return prompt
-    if not isinstance(system, str):
-        raise ValueError(f"{where}: field 'system' must be text, not {type(system).__name__}")
-    if isinstance(prompt, str):
+    if not isinstance(system, str) or isinstance(prompt, str):
         raise ValueError(
-            f"{where}: field 'system' stands beside a prompt that is text, which holds its system "
-            "text itself; put it there, or write the prompt as messages"
+            f"{where}: field 'system' must be text beside a prompt of messages; a prompt that is "
+            "text holds its system text itself"
         )
     others = [m.get("content") for m in prompt if m["role"] == "system"]
     if others and others[0] != system:
@@ -298,18 +288,17 @@ def _with_system(prompt, system, where):
 
 def _variables(row: dict, where) -> dict:
     """What the columns `tools` and `chat_template_kwargs` give to the template."""
-    tools, variables = (_from_json(row, name, where) for name in OPTIONS[1:])
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(t, dict) for t in tools)
+    tools = _from_json(row, "tools", where)
+    if tools is not None and (
+        not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)
     ):
         raise ValueError(f"{where}: field 'tools' must be a list of schemas (objects)")
-    if variables is not None and not isinstance(variables, dict):
-        raise ValueError(f"{where}: field 'chat_template_kwargs' must be an object")
-    variables = variables or {}
-    if taken := {"messages", "add_generation_prompt", "tools"} & set(variables):
+    variables = _from_json(row, "chat_template_kwargs", where)
+    variables = {} if variables is None else variables
+    if not isinstance(variables, dict) or variables.keys() & DECIDED:
         raise ValueError(
-            f"{where}: field 'chat_template_kwargs' may not hold '{min(taken)}', "
-            "which the rest of the row decides"
+            f"{where}: field 'chat_template_kwargs' must be an object, which may not hold what "
+            f"the rest of the row decides: {', '.join(DECIDED)}"
         )
     return variables if tools is None else {"tools": tools, **variables}
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minibnf.files.disk import read_json, write_json
+from minibnf.files.disk import optional, write_json
 
 # By safetensors' names.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -62,29 +62,19 @@ def opened(file: Path):
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        single = directory / "model.safetensors"
-        if not single.is_file():
-            raise FileNotFoundError(
-                f"{directory}: no model.safetensors (nor model.safetensors.index.json) lies there"
-            )
-        return [single]
-    found = read_json(index)
-    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
-        raise ValueError(
-            f"{index}: field 'weight_map' is missing; it names the file of each tensor"
-        )
-    files = sorted(set(found["weight_map"].values()))
-    for name in files:
+    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        weight_map = optional(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: 'weight_map', the file of each tensor, is missing")
+        names = sorted(set(weight_map.values()))
+    for name in names:
         if Path(name).name != name or not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{index}: names the file '{name}', which does not lie beside it"
-            )
-    return [directory / name for name in files]
+            raise FileNotFoundError(f"{directory}: the file of weights '{name}' does not lie there")
+    return [directory / name for name in names]
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+def write_tensors(path: Path, tensors: dict) -> None:
     """Write a safetensors file, whole or not at all.
 
     Whoever the umask allows may read it, which is not so of the library's own files.
@@ -93,7 +83,7 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
     temporary.touch()
     mode = temporary.stat().st_mode
     try:
-        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"})
     except SafetensorError as error:  # no OSError, though a full disk is what it mostly means
         raise OSError(f"{path} cannot be written: {error}") from None
     temporary.chmod(mode)
@@ -102,19 +92,19 @@ def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> No
 
 def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write model.safetensors into a directory; past SHARD_BYTES, several files and an index."""
-    shards, size, weight_map = [{}], 0, {}
+    shards, size = [{}], 0
     for name, tensor in tensors.items():
         if size and size + tensor.nbytes > SHARD_BYTES:
             shards, size = [*shards, {}], 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    if len(shards) == 1:
-        write_tensors(directory / "model.safetensors", tensors)
-        return
+    weight_map = {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
+        of = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        write_tensors(directory / f"model{of}.safetensors", shard)
+        weight_map |= dict.fromkeys(shard, f"model{of}.safetensors")
+    if len(shards) == 1:
+        return
     total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     index = {"metadata": total, "weight_map": weight_map}
     write_json(directory / "model.safetensors.index.json", index)

@@ -38,30 +38,34 @@ class Template:
         self.where = where
         if len(source) > SOURCE:
             raise ValueError(f"{where} has {len(source)} characters, more than {SOURCE} allowed")
-        try:
-            with time_limit(SECONDS):  # constant expressions are worked out here
-                self.variables = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
-                self.template = ENVIRONMENT.from_string(source)
-        except TemplateSyntaxError as error:
-            raise ValueError(f"{where} is malformed, line {error.lineno}: {error}") from error
-        except (Exception, TimeUp) as error:  # such as RecursionError: a thousand parentheses
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{where} cannot be compiled: {what}") from error
+        with self.failing("cannot be compiled"):  # constant expressions are worked out here
+            self.variables = meta.find_undeclared_variables(ENVIRONMENT.parse(source))
+            self.template = ENVIRONMENT.from_string(source)
 
     def __call__(self, /, **given):
         pieces, size = [], 0
+        with self.failing("cannot render these messages"):
+            for piece in self.template.generate(given):
+                pieces.append(piece)
+                size += len(piece)
+                if size > LARGEST:
+                    raise TemplateError(f"they become more than {LARGEST} characters")
+        return "".join(pieces)
+
+    @contextmanager
+    def failing(self, what):
+        """Whatever the block raises becomes a ValueError; it may take SECONDS.
+
+        A template can raise anything, from ZeroDivisionError to RecursionError.
+        """
         try:
             with time_limit(SECONDS):
-                for piece in self.template.generate(given):
-                    pieces.append(piece)
-                    size += len(piece)
-                    if size > LARGEST:
-                        raise TemplateError(f"they become more than {LARGEST} characters")
-        # A template can raise anything, from ZeroDivisionError to RecursionError.
+                yield
+        except TemplateSyntaxError as error:
+            raise ValueError(f"{self.where} is malformed, line {error.lineno}: {error}") from error
         except (Exception, TimeUp) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.where} cannot render these messages: {what}") from error
-        return "".join(pieces)
+            what = f"{self.where} {what}: {type(error).__name__}: {error}"
+            raise ValueError(what) from error
 
 
 # ------------------------------------------------------------------------------------ time limit
@@ -134,19 +138,14 @@ class SafeNamespace(Namespace):
     """A namespace without names such as __class__, through which a template could leave jinja2."""
 
     def __init__(*args, **kwargs):  # without the name self, which may be a key
-        given = dict(*args[1:], **kwargs)
-        for name in given:
-            refuse_private(name)
-        Namespace.__init__(args[0], given)
+        Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
 
     def __setitem__(self, name, value):
-        refuse_private(name)
+        if str(name).startswith("_"):
+            raise SecurityError("a namespace may have no name that begins with _")
         super().__setitem__(name, value)
-
-
-def refuse_private(name):
-    if str(name).startswith("_"):
-        raise SecurityError("a namespace may have no name that begins with _")
 
 
 class Generation(Extension):

@@ -140,7 +140,7 @@ class Tokenizer:
         spoils all of it; a special token that is left out does not end it.
         """
         silent = {self.control[t] for t in self.backend.special_texts if skip_special}
-        held, shown = [], 0
+        held, shown = [], 0  # ids behind the last certain one, which stands first; characters shown
         for i in ids:
             held.append(i)
             if i in self.backend.byte_tokens or i in silent:
@@ -151,6 +151,8 @@ class Tokenizer:
             if piece := text[shown : len(text) - waiting]:
                 yield piece
                 shown += len(piece)
+                if not waiting:
+                    held, shown = [i], len(self.decode([i], skip_special))
         if piece := self.decode(held, skip_special)[shown:]:
             yield piece
 

@@ -5,17 +5,9 @@ from minibnf.files.rows import parse_row
 
 
 def test_rows_of_votes(exercise):
-    votes = [
-        ("Q1", "good", 3),
-        ("Q2", "alone, liked", 1),
-        ("Q1", "bad", -2),
-        ("Q3", "alone, not liked", 0),
-        ("Q1", "as good", 3),
-        ("Q4", "equal", 1.5),
-        ("Q1", "as bad", -2),
-        ("Q4", "equal too", 1.5),
-        ("Q1", "between", 0),
-    ]
+    votes = [("Q1", "good", 3), ("Q2", "alone, liked", 1), ("Q1", "bad", -2)]
+    votes += [("Q3", "alone, not liked", 0), ("Q1", "as good", 3), ("Q4", "equal", 1.5)]
+    votes += [("Q1", "as bad", -2), ("Q4", "equal too", 1.5), ("Q1", "between", 0)]
     found = list(exercise.rows(votes))
     assert found == [
         {"prompt": "Q1", "chosen": "good", "rejected": "bad"},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minibnf.files.tokenizer import load_tokenizer
 from tests.test_stream import byte_fallback
-from tests.test_templates import strings
+from tests.test_templates import QWEN_3, SMOLLM_3, strings
 from tests.test_tokenizer import byte_level, controls
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
@@ -89,95 +89,6 @@ LLAMA_31 = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
 """
-# Thoughts stay in the turns after the last question only. Where there is none, an empty one is
-# written.
-QWEN_3 = """
-{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(searching=true, last=messages|length - 1) %}
-{%- for m in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.searching and m.role == "user" and m.content is string
-           and not (m.content.startswith('<tool_response>')
-                    and m.content.endswith('</tool_response>')) %}
-        {%- set ns.searching = false %}{% set ns.last = index %}
-    {%- endif %}
-{%- endfor %}
-{%- for m in messages %}
-    {%- set content = m.content if m.content is string else '' %}
-    {%- if (m.role == "user") or (m.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>' + '\\n' }}
-    {%- elif m.role == "assistant" %}
-        {%- set thought = '' %}
-        {%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}
-        {%- elif '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].rstrip('\\n') %}
-            {%- set thought = thought.split('<think>')[-1].lstrip('\\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>' + m.role + '\\n' }}
-        {%- if loop.index0 > ns.last and (loop.last or (not loop.last and thought)) %}
-            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
-        {%- else %}{{- content }}{% endif %}
-        {%- for call in m.tool_calls %}
-            {%- if (loop.first and content) or (not loop.first) %}{{- '\\n' }}{% endif %}
-            {%- set call = call.function if call.function else call %}
-            {{- '<tool_call>\\n{"name": "' }}{{- call.name }}{{- '", "arguments": ' }}
-            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif m.role == "tool" %}
-        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
-            {{- '<|im_start|>user' }}
-        {%- endif %}
-        {{- '\\n<tool_response>\\n' }}{{- m.content }}{{- '\\n</tool_response>' }}
-        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
-            {{- '<|im_end|>\\n' }}
-        {%- endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
-# It writes a system message of its own with the date and the mode, /think or /no_think. The given
-# system message may set the mode.
-SMOLLM_3 = """
-{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
-{%- set mode = "/think" if enable_thinking else "/no_think" -%}
-{{- "<|im_start|>system\n" -}}
-{%- if messages[0].role == "system" -%}
-  {%- set system = messages[0].content -%}
-  {%- set mode = "/no_think" if "/no_think" in system
-      else "/think" if "/think" in system else mode -%}
-  {%- set custom = system.replace("/no_think", "").replace("/think", "").rstrip() -%}
-{%- endif -%}
-{%- if "/system_override" in system -%}
-  {{- custom.replace("/system_override", "").rstrip() -}}{{- "<|im_end|>\n" -}}
-{%- else -%}
-  {{- "## Metadata\n\nKnowledge Cutoff Date: June 2025\n" -}}
-  {{- "Today Date: " ~ strftime_now("%d %B %Y") ~ "\n" -}}
-  {{- "Reasoning Mode: " + mode + "\n\n## Custom Instructions\n\n" -}}
-  {{- (custom if custom else "Think first." if mode == "/think" else "Be brief.") + "\n\n" -}}
-  {%- if xml_tools or python_tools or tools -%}{{- "### Tools\n\n" -}}{%- endif -%}
-  {{- "<|im_end|>\n" -}}
-{%- endif -%}
-{%- for m in messages -%}
-  {%- set content = m.content if m.content is string else "" -%}
-  {%- if m.role == "user" -%}{{ "<|im_start|>user\n" + content + "<|im_end|>\n" }}
-  {%- elif m.role == "assistant" -%}{% generation %}
-    {%- set thought = "" if mode == "/think" else "<think>\n\n</think>\n" -%}
-    {{- "<|im_start|>assistant\n" + thought + content.lstrip("\n") + "<|im_end|>\n" -}}
-  {% endgeneration %}
-  {%- elif m.role == "tool" -%}{{ "<|im_start|>user\n" + content + "<|im_end|>\n" }}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{ "<|im_start|>assistant\n" + ("" if mode == "/think" else "<think>\n\n</think>\n") }}
-{%- endif -%}"""
 GEMMA_3 = (
     """{{ bos_token }}
 {%- set prefix = "" -%}
@@ -220,6 +131,7 @@ SETTINGS = {  # template, kind of tokenizer, special tokens, bos, end of turn
     "smollm 3": (SMOLLM_3, "byte level", CHATML, "<|endoftext|>", "<|im_end|>"),
     "gemma 3": (GEMMA_3, "gemma", START_OF_TURN, "<bos>", "<end_of_turn>"),
 }
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 PROPERTY = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -231,21 +143,13 @@ def both(tmp_path_factory):
     pairs = {}
     for name, (template, kind, special, bos, eos) in SETTINGS.items():
         directory = tmp_path_factory.mktemp("family")
-        config = dict(
-            bos_token=bos,
-            eos_token=eos,
-            pad_token=None,
-            tokenizer_class="PreTrainedTokenizerFast",
-            clean_up_tokenization_spaces=False,
-        )
+        config = dict(bos_token=bos, eos_token=eos, pad_token=None, **FAST)
         if kind == "byte level":
             byte_level(directory, template, special=special, words=WORDS, **config)
         else:
             byte_fallback(directory, kind, special, template, **config)
-        pairs[name] = (
-            load_tokenizer(directory),
-            transformers.AutoTokenizer.from_pretrained(directory),
-        )
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+        pairs[name] = load_tokenizer(directory), theirs
     return pairs
 
 
@@ -363,8 +267,7 @@ def test_the_boundary_is_where_transformers_would_generate(both, family, chat, a
 def test_ids_of_text_prompts(kind, single, tmp_path):
     """As transformers has them, once where the text begins so itself; an end has no place here."""
     special = ["<s>", "</s>"]
-    config = dict(bos_token="<s>", eos_token="</s>", pad_token=None)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config = dict(bos_token="<s>", eos_token="</s>", pad_token=None, **FAST)
     if kind == "byte level":
         byte_level(tmp_path, special=special, **config)
     else:
@@ -396,18 +299,7 @@ def test_5000_strings_give_no_control_token(both, family):
         assert controls(ours, ids) == expected, text
 
 
-PLAIN = [
-    "The capital",
-    " of ",
-    "naïve",
-    "你好",
-    "привет",
-    "12",
-    "\r\n",
-    "    return x",
-    "𝔘",
-    "\x00",
-]
+PLAIN = ["The capital", " of ", "naïve", "你好", "привет", "\r\n", "    return x", "𝔘", "\x00"]
 
 
 @each

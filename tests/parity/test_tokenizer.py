@@ -126,20 +126,10 @@ def test_weights_equal_transformers_reading_of_the_gguf(gguf, monkeypatch):
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
 
 
-def test_the_model_says_paris_and_for_the_right_reason(theirs):
-    """Its likelihood of a sentence is right too, which a plausible answer does not show.
-
-    With q and k left as GGUF has them the likelihood is about 0.7 nats worse.
-    """
+def test_the_likelihood_of_a_sentence_is_right(theirs):
+    """With q and k left as GGUF has them it is about 0.7 nats worse, and answers stay plausible."""
     model = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
     said = "The capital of France is Paris, and the capital of Germany is Berlin."
     ids = theirs(said, return_tensors="pt").input_ids
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = theirs.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
     with torch.no_grad():
         assert model(ids, labels=ids).loss.item() == pytest.approx(1.7154, abs=1e-3)
-        whole = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0]
-    answer = theirs.decode(whole[prompt.input_ids.shape[1] :], skip_special_tokens=True)
-    assert answer == "The capital of France is Paris."
