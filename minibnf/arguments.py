@@ -7,6 +7,7 @@ from pathlib import Path
 from minibnf.files.disk import optional
 from minibnf.files.terminal import ArgumentParser
 from minibnf.losses import LOSSES, Loss
+from minibnf.machine import add_machine
 
 # The default learning rates are for this hidden size; Adam's steps must shrink as layers widen.
 WIDTH = 576
@@ -55,11 +56,7 @@ def parser() -> ArgumentParser:
     a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
     a("--seed", type=int, default=0, help="of the data's order and of fresh weights; default 0")
     a = p.add_argument_group("the machine").add_argument
-    a("--device", choices=["auto", "cpu", "cuda"], default="auto",
-      help="auto: CUDA when present, for models of more than 5 M parameters")
-    a("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-      help="to compute in; weights stay float32. auto: bfloat16 where the device has matrix units "
-           "for it and the model more than 20 M parameters")
+    add_machine(a)
     a("--compile", choices=["auto", "off"], default="auto",
       help="auto: on CUDA, the layers by torch.compile where that works; the same result but for "
            "rounding")

@@ -44,10 +44,6 @@ class Cache:
         self.set_lengths([0] * rows)
 
     @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
-
-    @property
     def longest(self) -> int:
         return max(self.lengths)
 

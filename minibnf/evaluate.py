@@ -46,7 +46,7 @@ from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record
 from minibnf.files.terminal import ArgumentParser, counted, in_one_line, positive
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.generate import dtype_name, load_on
-from minibnf.machine import memory_advice
+from minibnf.machine import add_machine, memory_advice
 from minibnf.step import read_responses
 
 # ------------------------------------------------------------------------------------ last numbers
@@ -317,10 +317,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=positive, metavar="N", help="the first N rows alone")
     add("--out", metavar="FILE", help="write all figures and settings as JSON")
     add("--overwrite", action="store_true", help="replace an --out that exists")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
-      help="auto: CUDA when present, for models of more than 5 M parameters")  # fmt: skip
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of weights and products. auto: as in training")
+    add_machine(add)
     add("--max-tokens", type=positive, metavar="N",
         help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")
     # fmt: on

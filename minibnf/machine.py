@@ -9,6 +9,17 @@ from torch import Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def add_machine(a) -> None:
+    """The options --device and --dtype; a: an ArgumentParser's add_argument."""
+    # fmt: off
+    a("--device", choices=["auto", "cpu", "cuda"], default="auto",
+      help="auto: CUDA when present, for models of more than 5 M parameters")
+    a("--dtype", choices=["auto", *DTYPES], default="auto",
+      help="to compute in; weights that are trained stay float32. auto: bfloat16 where the device "
+           "has matrix units for it and the model more than 20 M parameters")
+    # fmt: on
+
+
 def resolve_device_and_dtype(
     device: str, dtype: str, parameters: int
 ) -> tuple[torch.device, torch.dtype]:

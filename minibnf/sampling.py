@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minibnf.files.terminal import positive
-from minibnf.machine import DTYPES
+from minibnf.machine import add_machine
 
 MAX_NEW_TOKENS = 256  # by default
 # top_p looks among this many of the most probable tokens first: on a CPU, sorting a whole
@@ -20,7 +20,6 @@ def add_sampling(
 ) -> None:
     """The options of sampling, and their defaults; a: an ArgumentParser's add_argument."""
     share = "of the most probable tokens that together reach P (1: all)"
-    auto = "bfloat16 where the device has matrix units for it and the model over 20 M parameters"
     default = max_new_tokens or f"{MAX_NEW_TOKENS}, less where the longest prompt leaves less room"
     # fmt: off
     a("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
@@ -31,9 +30,7 @@ def add_sampling(
     a("--top-k", type=int, default=0, metavar="K",
       help="of the K most probable tokens; default 0: all")
     a("--seed", type=int, default=0, help="default 0")
-    a("--device", choices=["auto", "cpu", "cuda"], default="auto",
-      help="auto: CUDA when present, for models of more than 5 M parameters")  # fmt: skip
-    a("--dtype", choices=["auto", *DTYPES], default="auto", help=f"auto: {auto}")
+    add_machine(a)
     # fmt: on
 
 
