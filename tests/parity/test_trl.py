@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason=MISSING)
 datasets = pytest.importorskip("datasets", reason=MISSING)
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
@@ -452,3 +452,34 @@ def test_training_with_bnf_in_trl(models_of, tmp_path):
     after, *_ = ours((1.0, "bnf", {}, pairs))
     evaluated = trainer.evaluate(datasets.Dataset.from_list(rows))
     assert evaluated["eval_loss"] == pytest.approx(after, rel=1e-4)
+
+
+# --------------------------------------------------------------------- of the weight family and kin
+
+
+@seeds
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("name, loss_type", [("apo_zero", "apo_zero"), ("lndpo", "sigmoid_norm")])
+def test_apo_zero_and_lndpo(models_of, tmp_path, seed, beta, name, loss_type):
+    policy, frozen, folders = models_of(seed)
+    options = {"loss_type": [loss_type], "beta": beta}
+    rows = preferences(seed)
+    trainer = trainer_of(DPOTrainer, DPOConfig, tmp_path, policy, rows, frozen, **options)
+    batch = batch_of(trainer)
+    expected = theirs(trainer, batch)
+    found = Ours(folders)((1.0, name, {"beta": beta}, pairs_of(rows_of(batch))))
+    assert_same(found, expected)
+    assert_same_metrics(trainer, found[2])
+
+
+@seeds
+def test_power_on_preferred_responses_is_dft(models_of, tmp_path, seed):
+    """TRL's loss is the mean of -stopgrad(p) log p over the batch's tokens, power's of 1 - p: other
+    values, and the same gradients."""
+    policy, _, folders = models_of(seed)
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preferences(seed)]
+    trainer = trainer_of(SFTTrainer, SFTConfig, tmp_path, policy, rows, loss_type="dft")
+    batch = batch_of(trainer)
+    expected, rows = theirs(trainer, batch), rows_of(batch)
+    found = Ours(folders)((1.0, "power", {"alpha": 1.0}, alone(rows, [True] * len(rows))))
+    assert_same((expected[0], found[1]), expected)
