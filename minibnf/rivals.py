@@ -246,8 +246,7 @@ def simpo_value(responses: Responses, beta: float, gamma: float) -> Tensor:
     """-log σ(β (a_w - a_l) - γ), mean log-probabilities, no reference.
 
     Meng et al. 2024, arXiv 2405.14734, equation 6. In TRL it is loss_type="simpo" of the CPO
-    trainer, which adds an NLL term unless cpo_alpha = 0; its `sigmoid_norm` is another loss, with
-    a reference and without γ.
+    trainer, which adds an NLL term unless cpo_alpha = 0; its `sigmoid_norm` is lndpo.
     """
     a_w, a_l = _means(responses)
     return responses.mean(-F.logsigmoid(beta * (a_w - a_l) - gamma))

@@ -28,7 +28,7 @@ WHAT = {
 PEERS = {
     "bnf": "its published form", "dpo": "TRL, Liger", "ipo": "TRL", "kto": "TRL, Liger",
     "orpo": "TRL, Liger", "simpo": "TRL, Liger", "cpo": "TRL, Liger", "apo_zero": "TRL",
-    "lndpo": "TRL", "power": "TRL",
+    "lndpo": "TRL", "power": "TRL's dft",
 }  # fmt: skip
 HEAD = [
     "`--loss`", "what it is", "reference", "pairs", "`--loss-args` and defaults",
