@@ -78,28 +78,15 @@ def _feedback_panel(axis, kind: str, r: float) -> None:
 
 # ---- The map of weights ----
 
-WEIGHTS = {  # token-local loss: (colour, line style)
-    "bnf": (GOOD, "-"),
-    "rbnf": ("#2f6fab", (0, (5, 1.5))),
-    "topr": ("#a05aa8", "-"),
-    "tnpo": ("#c58b1b", "-"),
-    "power": (PLAIN, "-."),
-    "unlikelihood": (BAD, "-"),
-    "nll": ("#888888", "-"),
-}
 ALIKE = {  # panel: {a loss to draw: how its line is labelled, with those that share it}
-    "rejected": {
-        "tnpo": "tnpo β=1", "unlikelihood": "unlikelihood", "topr": "topr", "bnf": "bnf, rbnf",
-        "power": "power α=1", "nll": "nll",
-    },
-    "chosen": {
-        "nll": "nll, topr, tnpo, unlikelihood", "rbnf": "rbnf", "bnf": "bnf", "power": "power α=1",
-    },
+    "rejected": {"tnpo": "tnpo β=1", "unlikelihood": "unlikelihood", "topr": "topr",
+                 "bnf": "bnf, rbnf", "power": "power α=1", "nll": "nll"},
+    "chosen": {"nll": "nll, topr, tnpo, unlikelihood", "rbnf": "rbnf", "bnf": "bnf",
+               "power": "power α=1"},
 }  # fmt: skip
-FOUND = {
-    "rejected": "rejected: below r all but unlikelihood let go, odds first",
-    "chosen": "chosen: below r bnf lets go, rbnf holds on with weight r",
-}
+FOUND = {"rejected": "all but unlikelihood let go, bnf before topr",
+         "chosen": "bnf lets go, rbnf holds on with weight r"}  # fmt: skip
+DASHES = {"rbnf": (0, (5, 1.5)), "power": "-."}
 
 
 def weight_map(file: Path, r: float = 0.4) -> Path:
@@ -113,10 +100,9 @@ def _weight_panel(axis, kind: str, r: float) -> None:
     for name, text in ALIKE[kind].items():
         hyper = {k: v for k, v in LOSSES[name].defaults.items() if k != "length"}
         w = LOSSES[name].weight(p.log(), torch.full_like(p, r).log(), label, **hyper)
-        colour, line = WEIGHTS[name]
-        how = {"linestyle": line, "color": colour, "linewidth": 2.4 if name == "bnf" else 1.3}
-        axis.plot(p, w, label=text, **how)
-    _title(axis, FOUND[kind])
+        how = {"color": LINES[name][0], "linewidth": 2.4 if name == "bnf" else 1.3}
+        axis.plot(p, w, label=text, linestyle=DASHES.get(name, "-"), **how)
+    _title(axis, f"{kind}: below r {FOUND[kind]}")
     where = {"loc": "lower right", "bbox_to_anchor": (1, 0.05)} if kind == "rejected" else {}
     axis.legend(frameon=False, fontsize=8, **where)
 
@@ -132,7 +118,9 @@ LINES = {  # method: (colour, marker)
     "unlikelihood": (BAD, "x"), "dpo": ("#a05aa8", "^"), "dpo+nll": ("#d48fd6", "v"),
     "rdpo": ("#6b3d78", "<"), "ipo": ("#b5651d", "D"), "slic": ("#8c8c2b", "P"),
     "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#c58b1b", "*"),
-    "cpo": ("#e08283", "p"),
+    "cpo": ("#e08283", "p"), "topr": ("#7e57c2", "1"), "tnpo": ("#7cb342", "2"),
+    "power": ("#222222", "3"), "apo_zero": ("#00a5cf", "h"), "lndpo": ("#8d6e63", "H"),
+    "bdpo": ("#ff8a65", "4"),
 }  # fmt: skip
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
