@@ -144,9 +144,10 @@ def comparison(results: dict, folder: Path) -> list[Path]:
     return files
 
 
-def _look(method: str) -> dict:
-    """How a method's line is drawn."""
-    colour, marker = LINES.get(method, ("#bbbbbb", "."))
+def _look(results: dict, method: str) -> dict:
+    """How a method's line is drawn. One that LINES does not name gets a colour by its place."""
+    others = [name for name in results["spec"]["methods"] if name not in LINES]
+    colour, marker = LINES.get(method) or (f"C{others.index(method)}", ".")
     width = 2.4 if method == "bnf" else 1.2
     return {"color": colour, "marker": marker, "linewidth": width, "label": method}
 
@@ -182,9 +183,9 @@ def _frontier(results: dict, name: str):
     for method, runs in tried.items():
         points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
         faint = {"alpha": 0.25, "linestyle": "", "label": None}
-        axis.plot(*zip(*points, strict=True), markersize=4, **_look(method) | faint)
+        axis.plot(*zip(*points, strict=True), markersize=4, **_look(results, method) | faint)
         best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
-        axis.plot(*zip(*best, strict=True), markersize=5, **_look(method))
+        axis.plot(*zip(*best, strict=True), markersize=5, **_look(results, method))
         shown += best
     # Settings worse than all of these are out of sight.
     axis.set(xlim=(min(p[0] for p in shown) - 0.02, None))
@@ -206,7 +207,7 @@ def _rates(results: dict, name: str):
         usual = with_setting(runs, customary(results["spec"], method))
         for axis, some in zip(axes, (usual, runs), strict=True):
             top = best_by_rate(some)
-            axis.plot(list(top), list(top.values()), markersize=4, **_look(method))
+            axis.plot(list(top), list(top.values()), markersize=4, **_look(results, method))
     titles = ("customary hyper-parameters", "the best hyper-parameters at each rate")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xscale="log", xlabel="learning rate")
