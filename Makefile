@@ -51,7 +51,7 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 	@$(BIN)/python -m tests.mutants
 
 figures: .venv/small ## draw tutorials/figures anew
-	$(BIN)/python -m minibnf.lab.figures tutorials/figures/feedback.svg
+	$(BIN)/python -m minibnf.lab.figures tutorials/figures
 	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json --figures runs/figures > /dev/null
 	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 

@@ -19,6 +19,14 @@ def default_rate(loss: str) -> float:
     return RATES.get(loss, 2e-5)
 
 
+def loss_name(text: str) -> str:
+    """The text, if it names a loss."""
+    try:
+        return LOSSES[text].name
+    except KeyError as e:
+        raise argparse.ArgumentTypeError(e.args[0]) from None
+
+
 def parser() -> ArgumentParser:
     rates = ", ".join(f"{name} {default_rate(name):g}" for name in LOSSES)
     known = {n: [f"{k}={v}" for k, v in x.defaults.items() if k != "kl"] for n, x in LOSSES.items()}
@@ -36,7 +44,9 @@ def parser() -> ArgumentParser:
     a("--overlong", choices=["error", "truncate", "skip"], default="error",
       help="rows longer than the model's context; default error")
     a = p.add_argument_group("the loss").add_argument
-    a("--loss", choices=list(LOSSES), default="bnf", help="default bnf")
+    a("--loss", type=loss_name, default="bnf",
+      help=f"{', '.join(LOSSES)}; or two that are token-local, such as bnf/topr: the first for "
+           "preferred responses, the second for dispreferred ones; default bnf")
     a("--loss-args", nargs="*", default=[], metavar="NAME=X",
       help=f"hyper-parameters of the loss, by default {hypers}")
     group = p.add_argument_group("how long and how fast")

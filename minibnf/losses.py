@@ -7,15 +7,15 @@ o(p) = p / (1 - p) the odds, s = +1 for a preferred response and -1 for a dispre
 response y, |y| is the length, S the sum and a = S/|y| the mean of its log-probabilities. w and l
 mark a pair's chosen and rejected response. σ is the logistic function.
 Units: nats. The loss of a batch is the mean over its E examples; an example is a pair, or a
-response in no pair (for kto each response). A pair's bnf, rbnf, nll and unlikelihood is the sum of
-its two responses'.
+response in no pair (for kto each response). A pair's token-local loss is the sum of its two
+responses'.
 
 No loss here knows of logits. Because d log p_y / dz_v = 1[v = y] - p_v, one chain rule serves all:
 
     dL/dz_v = dlogps * (1[v = y] - p_v)          dlogps = dL/dlog p_y, the part derived by hand
 
 Needs torch alone. Source of BNF: Mao et al., "As Simple as Fine-tuning: LLM Alignment via
-Bidirectional Negative Feedback Loss", ICLR 2025, arXiv 2410.04834. Losses whose tokens couple stand
+Bidirectional Negative Feedback Loss", ICLR 2025, arXiv 2410.04834. Those it is compared with stand
 in rivals.py. To add a loss, write its value and its gradient and enter them in LOSSES at the end of
 this file (CONTRIBUTING.md shows one).
 """
@@ -185,7 +185,7 @@ class Loss:
     differentiate. gradient_of: the hand-derived dL/dlogps (N,). defaults: the hyper-parameters with
     their papers' recommended values. per_response: each response is an example, also one in a pair.
     token_local: a token's gradient depends on no other token, so a trainer may cut the batch
-    anywhere.
+    anywhere. Then potential and weight are the functions that token_local() was given.
     Raises ValueError for an unknown, missing or impossible hyper-parameter, a missing reference, or
     missing pairs.
     """
@@ -197,7 +197,12 @@ class Loss:
     needs_ref: bool = False
     needs_pairs: bool = False
     per_response: bool = False
-    token_local: bool = False
+    potential: Callable | None = None
+    weight: Callable | None = None
+
+    @property
+    def token_local(self) -> bool:
+        return self.weight is not None
 
     def __call__(self, responses: Responses, **hyper) -> Tensor:
         return _HandDerived.apply(responses.logps, self, responses, hyper)
@@ -223,12 +228,14 @@ class Loss:
                 raise ValueError(f"loss '{self.name}' has no {has}")
             if isinstance(x, (int, float)):
                 fits = 0 <= x < float("inf") and (x > 0 or name not in ("beta", "length"))
+                fits = fits and (x <= 1 or (self.name, name) != ("bdpo", "lam"))
             elif isinstance(x, Tensor):
                 fits = name == "kl"  # a trainer leaves it on its device
             else:
                 fits = name == "length" and x in ("shorter", "own", "batch")
             if not fits:
-                wanted = _WANTED.get(name, "a number, 0 or more")
+                wanted = "a number from 0 to 1" if self.name == "bdpo" else "a number, 0 or more"
+                wanted = _WANTED.get(name, wanted)
                 raise ValueError(f"loss '{self.name}': {name}={x!r} must be {wanted}")
         return merged
 
@@ -269,22 +276,48 @@ class _HandDerived(torch.autograd.Function):
         return dloss * dlogps, None, None, None
 
 
-def token_local(name: str, potential: Callable, weight: Callable, length: str, ref: bool) -> Loss:
+def token_local(
+    name: str, potential: Callable, weight: Callable, length: str, ref: bool, **hyper
+) -> Loss:
     """The Loss Σ_i c_i Φ(log p_i) of a potential Φ and its slope w, both elementwise functions of
-    (logps, ref_logps, preferred), all (N,). length: its default; ref: whether it needs a reference.
+    (logps, ref_logps, preferred), all (N,), and of hyper-parameters. length and hyper: their
+    defaults; ref: whether it needs a reference.
     """
 
-    def value(responses: Responses, length: str | float) -> Tensor:
+    def value(responses: Responses, length: str | float, **hyper) -> Tensor:
         kind = responses.preferred[responses.owner]
-        phi = potential(responses.logps, responses.ref_logps, kind)
+        phi = potential(responses.logps, responses.ref_logps, kind, **hyper)
         return (coefficients(responses, length) * phi).sum()
 
-    def gradient(responses: Responses, length: str | float) -> Tensor:
+    def gradient(responses: Responses, length: str | float, **hyper) -> Tensor:
         kind = responses.preferred[responses.owner]
-        w = weight(responses.logps, responses.ref_logps, kind)
+        w = weight(responses.logps, responses.ref_logps, kind, **hyper)
         return coefficients(responses, length) * w
 
-    return Loss(name, {"length": length}, value, gradient, needs_ref=ref, token_local=True)
+    defaults = {"length": length, **hyper}
+    return Loss(name, defaults, value, gradient, ref, potential=potential, weight=weight)
+
+
+def either(good: Loss, bad: Loss) -> Loss:
+    """The token loss with good's weight on preferred tokens and bad's on dispreferred ones.
+
+    Hyper-parameters go to the part that has them; defaults, length's too, are good's before bad's.
+    """
+
+    def by_label(part: str) -> Callable:
+        def of_tokens(logps, ref_logps, preferred, **hyper) -> Tensor:
+            found = []
+            for loss in (good, bad):
+                own = {name: x for name, x in hyper.items() if name in loss.defaults}
+                found.append(getattr(loss, part)(logps, ref_logps, preferred, **own))
+            return torch.where(preferred, *found)
+
+        return of_tokens
+
+    defaults = bad.defaults | good.defaults
+    functions = by_label("potential"), by_label("weight")
+    needs_ref = good.needs_ref or bad.needs_ref
+    return token_local(f"{good.name}/{bad.name}", *functions, ref=needs_ref, **defaults)
 
 
 def _rival(name: str, ref: bool, pairs: bool = True, **defaults) -> Loss:
@@ -299,6 +332,13 @@ _FAMILY = [
     token_local(
         "unlikelihood", unlikelihood_potential, unlikelihood_weight, length="own", ref=False
     ),
+    token_local("topr", rivals.topr_potential, rivals.topr_weight, length="batch", ref=True),
+    token_local(
+        "tnpo", rivals.tnpo_potential, rivals.tnpo_weight, length="batch", ref=True, beta=1.0
+    ),
+    token_local(
+        "power", rivals.power_potential, rivals.power_weight, length="batch", ref=False, alpha=1.0
+    ),
     _rival("dpo", ref=True, beta=0.1, lam=0.0),
     _rival("rdpo", ref=True, beta=0.1, alpha=0.01),
     _rival("ipo", ref=True, beta=0.1),
@@ -307,8 +347,25 @@ _FAMILY = [
     _rival("orpo", ref=False, lam=0.1),
     _rival("simpo", ref=False, beta=2.0, gamma=1.0),
     _rival("cpo", ref=False, beta=0.1, lam=1.0),
+    _rival("apo_zero", ref=True, beta=0.1),
+    _rival("lndpo", ref=True, beta=5.0),
+    _rival("bdpo", ref=True, beta=0.1, lam=0.5),
 ]
-LOSSES = {loss.name: loss for loss in _FAMILY}
+
+
+class _Losses(dict):
+    """Losses by name. A name of two token-local ones, such as "rbnf/topr", makes either() of them:
+    the first one's weight on preferred tokens, the second one's on dispreferred ones."""
+
+    def __missing__(self, name: str) -> Loss:
+        parts = [self.get(part) for part in name.split("/")]
+        if len(parts) == 2 and all(loss and loss.token_local for loss in parts):
+            return either(*parts)
+        known = f"{', '.join(self)}, or two token-local ones, such as bnf/topr"
+        raise KeyError(f"no loss '{name}'; there are {known}")
+
+
+LOSSES = _Losses((loss.name, loss) for loss in _FAMILY)
 
 
 def bnf_loss(policy_logps, ref_logps, mask, preferred, pairs=None) -> Tensor:

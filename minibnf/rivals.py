@@ -1,7 +1,8 @@
-"""The losses that BNF is compared with and whose tokens couple: dpo and its kin, and kto.
+"""The losses that BNF is compared with: token by token topr, tnpo and power; dpo and its kin; kto.
 
-Letters, shapes and units as in losses.py. Each loss has a value in plain torch operations and a
-gradient dlogps (N,) by hand. Where public implementations differ from a paper, the docstring says
+Letters, shapes and units as in losses.py. A loss whose tokens do not couple is a potential Φ and
+its slope w = dΦ/dlog p, the others have a value in plain torch operations and a gradient
+dlogps (N,) by hand. Where public implementations differ from a paper, the docstring says
 so and which one is followed; "TRL" is its release 1.x.
 """
 
@@ -10,6 +11,70 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibnf.responses import Responses
+
+# ---------------------------------------------------------------- losses whose tokens do not couple
+
+
+def topr_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    """TOPR, token by token: Φ = log p if preferred. If not, log p above r and, below it,
+
+        Φ = log r + p/r - 1        so from r to 0 it falls by 1 nat, whatever r is
+
+    Le Roux et al. 2025, arXiv 2503.14286: a good response is fine-tuned on, a bad one weighted by
+    its truncated importance ratio min(1, P/R). There P and R are of whole trajectories under the
+    policy and under the model that sampled them; here p and r are of one token, and r is the
+    reference's. The paper sums over tokens, so "batch" is the default length.
+    """
+    d = torch.clamp(logps - ref_logps, max=0)
+    return torch.where(preferred | (d == 0), logps, ref_logps + torch.expm1(d))
+
+
+def topr_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    """1 if preferred, else min(1, p/r): below r, d(p/r)/dlog p = p/r.
+
+    BNF's o(p)/o(r) is this times (1-r)/(1-p), so the two meet as r goes to 0, and odds let go
+    sooner of a token that the reference was sure of.
+    """
+    return torch.where(preferred, 1.0, torch.exp(torch.clamp(logps - ref_logps, max=0)))
+
+
+def tnpo_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor, beta: float) -> Tensor:
+    """Token-wise negative preference optimisation: Φ = log p if preferred, and if not
+
+        Φ = (2/β) log(1 + (p/r)^β)        so from r to 0 it falls by (2/β) log 2
+
+    Wang et al. 2025, arXiv 2502.19301, whose published code gives β no default (1 is this
+    project's), adds 1e-5 to the weight's denominator (at p = r = 1e-6 and β = 1 the weight is 1/6
+    instead of 1; here there is no epsilon) and averages over all tokens of a batch: so "batch" is
+    the default length. There rejected tokens are data to be unlearnt.
+    """
+    softplus = -F.logsigmoid(-beta * (logps - ref_logps))
+    return torch.where(preferred, logps, 2 / beta * softplus)
+
+
+def tnpo_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor, beta: float) -> Tensor:
+    """1 if preferred, else 2 p^β / (p^β + r^β) = 2 σ(β log(p/r)), the slope of softplus times 2.
+
+    1 at p = r, and 2 far above it.
+    """
+    return torch.where(preferred, 1.0, 2 * torch.sigmoid(beta * (logps - ref_logps)))
+
+
+def power_potential(logps: Tensor, ref_logps, preferred: Tensor, alpha: float) -> Tensor:
+    """Φ = (p^α - 1)/α for both kinds, and its limit log p at α = 0: from r to 0 it falls by r^α/α.
+
+    On preferred tokens arXiv 2510.00526 (Li et al. 2025) studies all α; α = 1, the default, is DFT
+    (Wu et al. 2025, arXiv 2508.05629). On rejected ones it is weighted gradient ascent, WGA (Wang
+    et al. 2025, arXiv 2502.19301). Both write -stopgrad(p^α) log p, which has this gradient but
+    another value, and average over all tokens of a batch: so "batch" is the default length.
+    """
+    return torch.expm1(alpha * logps) / alpha if alpha else logps
+
+
+def power_weight(logps: Tensor, ref_logps, preferred: Tensor, alpha: float) -> Tensor:
+    """dΦ/dlog p = p^α: what the model holds to be improbable is hardly pushed, either way."""
+    return torch.exp(alpha * logps)
+
 
 # --------------------------------------------------------------- losses that couple a pair's tokens
 # Each is a function of two numbers per pair: sums or means of its responses' log-probabilities. So
@@ -181,8 +246,7 @@ def simpo_value(responses: Responses, beta: float, gamma: float) -> Tensor:
     """-log σ(β (a_w - a_l) - γ), mean log-probabilities, no reference.
 
     Meng et al. 2024, arXiv 2405.14734, equation 6. In TRL it is loss_type="simpo" of the CPO
-    trainer, which adds an NLL term unless cpo_alpha = 0; its `sigmoid_norm` is another loss, with
-    a reference and without γ.
+    trainer, which adds an NLL term unless cpo_alpha = 0; its `sigmoid_norm` is lndpo.
     """
     a_w, a_l = _means(responses)
     return responses.mean(-F.logsigmoid(beta * (a_w - a_l) - gamma))
@@ -211,6 +275,73 @@ def cpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
     S_w, S_l = _sums(responses)
     push = beta * torch.sigmoid(-beta * (S_w - S_l))
     return _spread(responses, -push, push) + lam * _likelihood_gradient(responses)
+
+
+def apo_zero_value(responses: Responses, beta: float) -> Tensor:
+    """σ(-β Δ_w) + σ(β Δ_l);  Δ_w = S_w - S_ref,w and Δ_l likewise, sequence sums.
+
+    D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7, 1 - σ(β Δ_w) + σ(β Δ_l). β = 0.1 is
+    TRL's default. It is twice kto at z0 = 0 on pairs, for kto averages over responses.
+    """
+    S_w, S_l = _sums(responses, against_reference=True)
+    return responses.mean(torch.sigmoid(-beta * S_w) + torch.sigmoid(beta * S_l))
+
+
+def apo_zero_gradient(responses: Responses, beta: float) -> Tensor:
+    """∓β σ(x) σ(-x), x = β Δ_w or β Δ_l: each response is pushed by where it alone stands.
+
+    The push is largest at the reference and fades on both sides: for a whole response what BNF's
+    does for a token.
+    """
+    S_w, S_l = _sums(responses, against_reference=True)
+    by_w, by_l = (beta * torch.sigmoid(beta * S) * torch.sigmoid(-beta * S) for S in (S_w, S_l))
+    return _spread(responses, -by_w, by_l)
+
+
+def lndpo_value(responses: Responses, beta: float) -> Tensor:
+    """-log σ(β Δ̄): DPO with each response's log-ratio averaged over its tokens, as in ipo.
+
+    Lambert et al. 2024 (Tülu 3), arXiv 2411.15124, whose β is 5. TRL's `sigmoid_norm`.
+    """
+    a_w, a_l = _means(responses, against_reference=True)
+    return responses.mean(-F.logsigmoid(beta * (a_w - a_l)))
+
+
+def lndpo_gradient(responses: Responses, beta: float) -> Tensor:
+    """∓β σ(-β Δ̄) by the two means, and dΔ̄/dlog p = ±1/|y|."""
+    a_w, a_l = _means(responses, against_reference=True)
+    push = beta * torch.sigmoid(-beta * (a_w - a_l))
+    return _spread(responses, -push, push, mean=True)
+
+
+def bdpo_value(responses: Responses, beta: float, lam: float) -> Tensor:
+    """-log σ(β (Δ_w - M));  M = log((1-λ) + λ e^{Δ_l}): DPO, its rejected response bounded.
+
+    Cho et al. 2025, arXiv 2506.12725: in DPO the rejected response's probability P_l becomes the
+    mixture λ P_l + (1-λ) R_l with the reference's. M is the mixture's log-ratio, never below
+    log(1-λ). λ = 0.5 is the paper's; λ = 1 is DPO. β = 0.1 is DPO's customary one.
+    """
+    chosen, mixed, _ = _bdpo_parts(responses, lam)
+    return responses.mean(-F.logsigmoid(beta * (chosen - mixed)))
+
+
+def bdpo_gradient(responses: Responses, beta: float, lam: float) -> Tensor:
+    """∓β σ(-x), x = β (Δ_w - M), times dM/dΔ_l = ρ for a rejected token.
+
+    ρ = λ e^{Δ_l} / ((1-λ) + λ e^{Δ_l}) = σ(Δ_l + logit λ), the policy's share in the mixture: a
+    rejected response is let go once the policy has left it, whatever the margin.
+    """
+    chosen, mixed, share = _bdpo_parts(responses, lam)
+    push = beta * torch.sigmoid(-beta * (chosen - mixed))
+    return _spread(responses, -push, push * share)
+
+
+def _bdpo_parts(responses: Responses, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Δ_w, M and ρ of each pair, all (P,); log 0 = -inf is right where λ is 0 or 1."""
+    S_w, S_l = _sums(responses, against_reference=True)
+    lam = torch.full_like(S_l, lam)
+    mixed = torch.logaddexp(S_l + lam.log(), torch.log1p(-lam))
+    return S_w, mixed, torch.sigmoid(S_l + lam.logit())
 
 
 # --------------------------------------------------------- and one that couples a response's own

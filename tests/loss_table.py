@@ -16,12 +16,19 @@ WHAT = {
     "orpo": "log odds ratio",
     "simpo": "mean log-probabilities",
     "cpo": "a uniform reference",
+    "topr": "tapered off-policy REINFORCE, token by token",
+    "tnpo": "negative preference optimisation, token by token",
+    "power": "p^alpha: DFT on preferred tokens, WGA on rejected ones",
+    "apo_zero": "anchored: each response by itself",
+    "lndpo": "length-normalised DPO (Tülu 3)",
+    "bdpo": "DPO, its rejected response bounded",
 }
 # Autograd and finite differences check every loss. Besides: whose code gives the same loss and
 # gradients (make parity).
 PEERS = {
     "bnf": "its published form", "dpo": "TRL, Liger", "ipo": "TRL", "kto": "TRL, Liger",
-    "orpo": "TRL, Liger", "simpo": "TRL, Liger", "cpo": "TRL, Liger",
+    "orpo": "TRL, Liger", "simpo": "TRL, Liger", "cpo": "TRL, Liger", "apo_zero": "TRL",
+    "lndpo": "TRL", "power": "TRL's dft",
 }  # fmt: skip
 HEAD = [
     "`--loss`", "what it is", "reference", "pairs", "`--loss-args` and defaults",

@@ -405,3 +405,12 @@ def test_results_of_another_base_are_not_taken_for_these(tmp_path):
     (tmp_path / "base.json").write_text(json.dumps({"sha256": "another"}))
     with pytest.raises(ValueError, match="holds runs of another base"):
         compare(spec, tmp_path, 1)
+
+
+def test_a_method_may_combine_two_token_losses_and_have_their_name():
+    given = {"loss": "rbnf/tnpo", "grid": {"lr": [1e-4], "beta": [1.0]}, "fixed": {"length": "own"}}
+    spec = SPEC | {"methods": {"rbnf/tnpo": given}, "on": {"qa": ["rbnf/tnpo"]}}
+    check(spec)
+    assert [slug(job) for job in sweep(spec)] == ["qa-rbnf+tnpo-lr0.0001-beta1.0-validation-0"]
+    with pytest.raises(ValueError, match="the trainer refuses"):
+        check(spec | {"methods": {"rbnf/tnpo": given | {"loss": "rbnf/dpo"}}})

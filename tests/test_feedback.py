@@ -1,13 +1,16 @@
 """Feedback curves against formulas written out for each loss; shifts and their Gini coefficient."""
 
 import math
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf.feedback import feedback, gini, target_logits
+from minibnf.lab.figures import LINES, feedback_curves, weight_map
 
 P = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
 
@@ -38,6 +41,13 @@ def formulas(p, r, s, n):
         "orpo": (nll + 0.1 * odds_push) / n,
         "simpo": 2 * sigma(1 - 2 * s * x / n) / n,
         "cpo": 0.1 * sigma(-0.1 * s * x) + nll / n,
+        "topr": (torch.ones_like(p) if s > 0 else (p / r).clamp(max=1)) / n,
+        "tnpo": (torch.ones_like(p) if s > 0 else 2 * p / (p + r)) / n,
+        "power": p / n,
+        "apo_zero": 0.1 * sigma(0.1 * x) * sigma(-0.1 * x),
+        "lndpo": 5 * sigma(-5 * s * x / n) / n,
+        "bdpo": 0.1
+        * (sigma(-0.1 * x) if s > 0 else sigma(0.1 * (0.5 + 0.5 * p / r).log()) * sigma(x)),
     }
 
 
@@ -80,3 +90,14 @@ def test_gini_is_half_the_mean_difference_over_the_mean_and_knows_no_scale(x, k)
         assert gini(torch.tensor(x)) == pytest.approx(plain.item(), abs=1e-5)
         assert gini(k * t) == pytest.approx(gini(t), abs=1e-9)
         assert 0 <= gini(t) <= 1 - 1 / len(x) + 1e-9
+
+
+def test_the_committed_figures_are_what_the_code_draws(tmp_path):
+    """Where matplotlib is the version that drew them; and each loss has a colour of its own."""
+    committed = Path(__file__).parent.parent / "tutorials" / "figures"
+    for name, draw in {"feedback": feedback_curves, "weights": weight_map}.items():
+        drawn, there = (folder / f"{name}.svg" for folder in (tmp_path, committed))
+        assert draw(drawn) == drawn
+        if f"Matplotlib v{matplotlib.__version__}," in there.read_text(encoding="utf-8"):
+            assert drawn.read_bytes() == there.read_bytes(), "make figures draws them anew"
+    assert len({colour for colour, _ in LINES.values()}) == len(LINES)

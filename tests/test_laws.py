@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minibnf import arguments
 from minibnf.losses import LOSSES, bnf_loss, bnf_weight, rbnf_weight
 from minibnf.responses import Responses
 from tests.strategies import EXTREME, UNCERTAIN, batches, responses
@@ -268,3 +269,125 @@ def test_gradients_in_float32_are_finite_and_lose_no_more_than_autograd_of_the_v
     error, naive_error = ((x.double() - exact).abs() for x in (ours, naive))
     bound = 2 * naive_error + 2e-6 * exact.abs().max() + 1e-30
     assert (error <= bound).all(), (ours, naive, exact)
+
+
+# ------------------------------------------------ the weight family, and its kin of whole responses
+
+E2 = math.exp(2)
+NEW_BY_HAND = {  # Δ_w = -1, Δ_l = 2, the mean length 1.5; of topr the rejected token lies above r
+    "topr": ({}, (3 - 1) / 1.5),
+    "tnpo": ({"beta": 0.5}, (3 + 4 * math.log(1 + math.e)) / 1.5),
+    "power": ({}, (1 - 1 / E2) / 1.5),  # chosen p - 1 = 1/e - 1, 1/e² - 1; rejected 1/e - 1
+    "apo_zero": ({"beta": 0.5}, 1 / (1 + math.exp(-0.5)) + 1 / (1 + math.exp(-1))),
+    "lndpo": ({"beta": 0.4}, math.log(1 + math.e)),  # Δ̄ = -2.5
+    "bdpo": ({"beta": 1.0, "lam": 0.5}, math.log(1 + math.e * (1 + E2) / 2)),  # e^M = (1 + e²)/2
+}
+
+
+@pytest.mark.parametrize("name", NEW_BY_HAND)
+def test_the_familys_losses_by_hand(name):
+    hyper, expected = NEW_BY_HAND[name]
+    found = LOSSES[name](pair([-1.0, -2.0], [-1.0], **PAIR), **hyper)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def of_token(name, part, p, r, preferred=False, **hyper):
+    """A token loss's weight or potential at log p and log r, float64."""
+    logs = (torch.tensor([x], dtype=torch.float64) for x in (p, r))
+    return getattr(LOSSES[name], part)(*logs, torch.tensor([preferred]), **hyper)
+
+
+@given(p=EXTREME, r=EXTREME)
+def test_the_order_of_rejected_weights_below_the_reference(p, r):
+    """w_bnf <= w_topr <= w_tnpo <= 2 w_topr at β = 1, and w_bnf / w_topr = (1-r)/(1-p)."""
+    bnf, topr = (of_token(name, "weight", p, r) for name in ("bnf", "topr"))
+    tnpo = of_token("tnpo", "weight", p, r, beta=1.0)
+    if p <= r:
+        up = 1 + 1e-12
+        assert bnf <= topr * up and topr <= tnpo * up and tnpo <= 2 * topr * up
+        torch.testing.assert_close(bnf * -math.expm1(p), topr * -math.expm1(r), rtol=1e-9, atol=0)
+    assert all(of_token(n, "weight", p, r, True, **h) == 1 for n, h in PULLED.items())
+
+
+PULLED = {"nll": {}, "topr": {}, "tnpo": {"beta": 1.0}, "unlikelihood": {}}
+
+
+@given(r=UNCERTAIN, beta=st.floats(0.1, 3), alpha=st.floats(0.01, 3))
+def test_how_far_a_rejected_potential_falls_from_the_reference_to_0(r, beta, alpha):
+    def fall(name, **hyper):
+        top, bottom = (of_token(name, "potential", p, r, **hyper) for p in (r, -math.inf))
+        return (top - bottom).item()
+
+    assert 0 < fall("bnf") <= 1
+    assert fall("topr") == pytest.approx(1, abs=1e-11)  # log r, down to -1e4, is rounded
+    assert fall("tnpo", beta=beta) == pytest.approx(2 / beta * math.log(2))
+    assert fall("power", alpha=alpha) == pytest.approx(math.exp(alpha * r) / alpha, abs=1e-12)
+
+
+@given(p=UNCERTAIN, alpha=st.floats(1e-12, 1e-6), label=st.booleans())
+def test_power_tends_to_unlikelihood_as_alpha_goes_to_0(p, alpha, label):
+    """1 - w and Φ/log p - 1 are at most α |log p|; DFT and WGA are one weight with two signs."""
+    w, phi = (of_token("power", x, p, 0.0, label, alpha=alpha) for x in ("weight", "potential"))
+    assert 0 <= 1 - w <= alpha * -p + 1e-15
+    assert abs(phi / p - 1) <= alpha * -p + 1e-12
+    assert of_token("power", "potential", p, 0.0, label, alpha=0.0) == p
+    assert w == of_token("power", "weight", p, 0.0, not label, alpha=alpha)
+
+
+@given(batch=responses(paired=True), beta=st.sampled_from([0.1, 1.0, 3.0]))
+def test_losses_of_the_family_that_are_others_in_disguise(batch, beta):
+    """apo_zero is twice kto at z0 = 0; lndpo is simpo without γ where the reference is uniform;
+    bdpo is dpo at λ = 1, and takes no notice of a rejected response at λ = 0, where P_l is R_l."""
+    flat = replace(batch, ref_logps=torch.zeros_like(batch.logps))
+    rejected = ~batch.preferred[batch.owner]
+    still = replace(batch, ref_logps=torch.where(rejected, batch.logps, batch.ref_logps))
+    same = [
+        (1, "apo_zero", batch, {}, 2, "kto", batch, {"kl": 0.0}),
+        (1, "lndpo", flat, {}, 1, "simpo", flat, {"gamma": 0.0}),
+        (1, "bdpo", batch, {"lam": 1.0}, 1, "dpo", batch, {}),
+        (~rejected, "bdpo", batch, {"lam": 0.0}, ~rejected, "dpo", still, {}),
+    ]
+    for a, name, x, hyper, b, other, y, others in same:
+        found = LOSSES[name].gradient(x, beta=beta, **hyper)
+        expected = LOSSES[other].gradient(y, beta=beta, **others)
+        torch.testing.assert_close(a * found, b * expected, **close)
+    assert not LOSSES["bdpo"].gradient(batch, lam=0.0)[rejected].any()
+    found, expected = LOSSES["apo_zero"](batch), 2 * LOSSES["kto"](batch, kl=0.0)
+    torch.testing.assert_close(found, expected, **close)
+    with pytest.raises(ValueError, match=r"lam=1\.5 must be a number from 0 to 1"):
+        LOSSES["bdpo"](batch, lam=1.5)
+
+
+TOKEN_LOCAL = [name for name, loss in LOSSES.items() if loss.token_local]
+
+
+@pytest.mark.parametrize("good", TOKEN_LOCAL)
+@given(bad=st.sampled_from(TOKEN_LOCAL), data=st.data())
+def test_two_token_losses_combine_by_label(good, bad, data):
+    """LOSSES["rbnf/topr"] has rbnf's gradient on preferred tokens and topr's on rejected ones, of
+    one length; its value has that gradient, and is the sum of the two parts'."""
+    both = LOSSES[f"{good}/{bad}"]
+    batch = data.draw(responses(values=EXTREME))
+    hyper = dict(both.defaults, length=data.draw(st.sampled_from(["own", "batch", "shorter"])))
+    parts = [
+        LOSSES[name].gradient(batch, **{k: hyper[k] for k in LOSSES[name].defaults})
+        for name in (good, bad)
+    ]
+    logps = batch.logps.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(both.value(replace(batch, logps=logps), **hyper), logps)
+    expected = torch.where(batch.preferred[batch.owner], *parts)
+    torch.testing.assert_close(both.gradient(batch, **hyper), expected, rtol=0, atol=0)
+    torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-15)
+    assert both.token_local and both.needs_ref == (LOSSES[good].needs_ref or LOSSES[bad].needs_ref)
+    assert both.defaults["length"] == LOSSES[good].defaults["length"]
+    if good == bad:
+        assert both.value(batch) == LOSSES[good].value(batch)
+
+
+@pytest.mark.parametrize("name", ["bnf/dpo", "bnf/", "bnf/topr/nll", "/", "dft"])
+def test_a_loss_that_is_none_is_refused_by_name(name, capsys):
+    with pytest.raises(KeyError, match=r"there are bnf, .* token-local ones, such as bnf/topr"):
+        LOSSES[name]
+    with pytest.raises(SystemExit):
+        arguments.parser().parse_args(["--loss", name])
+    assert f"no loss '{name}'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The figures of comparisons, from their JSON alone, and the curves of feedback.
+"""The figures of comparisons, from their JSON alone; the curves of feedback, the map of weights.
 
 Needs matplotlib (extra `plots`); draws without a display.
 """
@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 
 from minibnf.feedback import feedback
 from minibnf.lab.plan import best_by_rate, customary, select, with_setting
+from minibnf.losses import LOSSES
 from minibnf.run import BAD, GOOD, PLAIN
 
 STYLE = {
@@ -55,10 +56,20 @@ PANELS = {
 
 def feedback_curves(file: Path, r: float = 0.4) -> Path:
     """The tent of BNF beside the one-directional curves of others, for a token of reference r."""
+    return _two_panels(file, r, _feedback_panel, "push on its logit, |∂L/∂z|", (0, 1.35))
+
+
+def _two_panels(file: Path, r: float, draw, label: str, ylim: tuple) -> Path:
+    """draw(axis, kind, r) of a rejected token beside a chosen one, over its probability."""
     with drawn(file, (9, 3.4), panels=2, grid=False) as axes:
         for axis, kind in zip(axes, PANELS, strict=True):
-            _feedback_panel(axis, kind, r)
-        axes[0].set(ylabel="push on its logit, |∂L/∂z|", ylim=(0, 1.35))
+            draw(axis, kind, r)
+            axis.axvline(r, color="#999999", linewidth=0.8, linestyle=":")
+            grey = {"fontsize": 8, "color": "#666666"}
+            offset = {"xytext": (4, 0), "textcoords": "offset points"}
+            axis.annotate("reference r", (r, 0.03), **offset, **grey)
+            axis.set(xlim=(0, 1), xlabel="probability p of the token under the policy")
+        axes[0].set(ylabel=label, ylim=ylim)
     return file
 
 
@@ -71,12 +82,39 @@ def _feedback_panel(axis, kind: str, r: float) -> None:
         label = name + "".join(f" β={v:g}" for v in hyper.values())
         how = {"linestyle": line, "color": colour, "linewidth": 2.4 if name == "bnf" else 1.3}
         axis.plot(p, y / at_r * (1 - r), label=label, **how)
-    axis.axvline(r, color="#999999", linewidth=0.8, linestyle=":")
-    grey = {"fontsize": 8, "color": "#666666"}
-    axis.annotate("reference r", (r, 0.03), xytext=(4, 0), textcoords="offset points", **grey)
-    axis.set(xlim=(0, 1), xlabel="probability p of the token under the policy")
     axis.set(title=f"a {kind} token (each curve scaled to 1 - r at p = r)")
     axis.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+# ---- The map of weights ----
+
+ALIKE = {  # panel: {a loss to draw: how its line is labelled, with those that share it}
+    "rejected": {"tnpo": "tnpo β=1", "unlikelihood": "unlikelihood", "topr": "topr",
+                 "bnf": "bnf, rbnf", "power": "power α=1", "nll": "nll"},
+    "chosen": {"nll": "nll, topr, tnpo, unlikelihood", "rbnf": "rbnf", "bnf": "bnf",
+               "power": "power α=1"},
+}  # fmt: skip
+FOUND = {"rejected": "all but unlikelihood let go, bnf before topr",
+         "chosen": "bnf lets go, rbnf holds on with weight r"}  # fmt: skip
+DASHES = {"rbnf": (0, (5, 1.5)), "power": "-."}
+
+
+def weight_map(file: Path, r: float = 0.4) -> Path:
+    """w(p, r) of the token-local losses over p: what each leaves of fine-tuning's gradient."""
+    return _two_panels(file, r, _weight_panel, "weight w on the gradient of log p", (-0.04, 1.55))
+
+
+def _weight_panel(axis, kind: str, r: float) -> None:
+    p = torch.linspace(0, 1, 1001, dtype=torch.float64)[1:-1]
+    label = torch.full_like(p, kind == "chosen", dtype=torch.bool)
+    for name, text in ALIKE[kind].items():
+        hyper = {k: v for k, v in LOSSES[name].defaults.items() if k != "length"}
+        w = LOSSES[name].weight(p.log(), torch.full_like(p, r).log(), label, **hyper)
+        how = {"color": LINES[name][0], "linewidth": 2.4 if name == "bnf" else 1.3}
+        axis.plot(p, w, label=text, linestyle=DASHES.get(name, "-"), **how)
+    axis.set(title=f"{kind}: below r {FOUND[kind]}")
+    where = {"loc": "lower right", "bbox_to_anchor": (1, 0.05)} if kind == "rejected" else {}
+    axis.legend(frameon=False, fontsize=8, **where)
 
 
 # ---- The figures of a comparison ----
@@ -86,7 +124,9 @@ LINES = {  # method: (colour, marker)
     "unlikelihood": (BAD, "x"), "dpo": ("#a05aa8", "^"), "dpo+nll": ("#d48fd6", "v"),
     "rdpo": ("#6b3d78", "<"), "ipo": ("#b5651d", "D"), "slic": ("#8c8c2b", "P"),
     "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#c58b1b", "*"),
-    "cpo": ("#e08283", "p"),
+    "cpo": ("#e08283", "p"), "topr": ("#7e57c2", "1"), "tnpo": ("#7cb342", "2"),
+    "power": ("#222222", "3"), "apo_zero": ("#00a5cf", "h"), "lndpo": ("#8d6e63", "H"),
+    "bdpo": ("#ff8a65", "4"),
 }  # fmt: skip
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
@@ -176,5 +216,6 @@ def _rates(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -> N
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m minibnf.lab.figures FILE.svg    draws the feedback curves")
-    print(feedback_curves(Path(sys.argv[1])))
+        sys.exit("usage: python -m minibnf.lab.figures DIR    draws feedback.svg and weights.svg")
+    for name, draw in {"feedback": feedback_curves, "weights": weight_map}.items():
+        print(draw(Path(sys.argv[1]) / f"{name}.svg"))

@@ -73,7 +73,8 @@ def drawn_parts(base: str, given: dict) -> list[list[dict]]:
 def slug(job: dict) -> str:
     """A job's name, which its files have."""
     setting = "-".join(f"{name}{value}" for name, value in job["setting"].items())
-    return f"{job['set']}-{job['method']}-{setting}-{job['split']}-{job['seed']}".replace(" ", "_")
+    name = f"{job['set']}-{job['method']}-{setting}-{job['split']}-{job['seed']}"
+    return name.replace(" ", "_").replace("/", "+")  # "bnf/topr" is no folder
 
 
 def arguments(spec: dict, job: dict, data, out) -> list[str]:

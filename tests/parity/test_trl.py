@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason=MISSING)
 datasets = pytest.importorskip("datasets", reason=MISSING)
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
 
@@ -427,3 +427,28 @@ def test_training_with_bnf_in_trl(folders, seed):
     after, *_ = ours((1.0, "bnf", {}, pairs))
     evaluated = trainer.evaluate(datasets.Dataset.from_list(rows))
     assert evaluated["eval_loss"] == pytest.approx(after, rel=1e-4)
+
+
+# --------------------------------------------------------------------- of the weight family and kin
+
+
+@seeds
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("name, loss_type", [("apo_zero", "apo_zero"), ("lndpo", "sigmoid_norm")])
+def test_apo_zero_and_lndpo(folders, seed, beta, name, loss_type):
+    options = {"loss_type": [loss_type], "beta": beta, "reference": True}
+    trainer, batch, expected = theirs(DPOTrainer, DPOConfig, folders, preferences(seed), **options)
+    found = Ours(folders)((1.0, name, {"beta": beta}, pairs_of(rows_of(batch))))
+    assert_same(found, expected)
+    assert_same_metrics(trainer, found[2])
+
+
+@seeds
+def test_power_on_preferred_responses_is_dft(folders, seed):
+    """TRL's loss is the mean of -stopgrad(p) log p over the batch's tokens, power's of 1 - p: other
+    values, and the same gradients."""
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in preferences(seed)]
+    _, batch, expected = theirs(SFTTrainer, SFTConfig, folders, rows, loss_type="dft")
+    rows = rows_of(batch)
+    found = Ours(folders)((1.0, "power", {"alpha": 1.0}, alone(rows, [True] * len(rows))))
+    assert_same((expected[0], found[1]), expected)
