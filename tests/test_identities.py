@@ -106,3 +106,17 @@ def test_rbnf_continues_with_slope_r_from_where_the_weight_is_r():
     continued = below(star) + r * (sp.log(p) - sp.log(star))
     assert zero(p * sp.diff(continued, p) - r)
     assert zero(continued.subs(p, star) - below(star))
+
+
+def test_the_weight_family_has_these_potentials():
+    """p dΦ/dp = w for topr below r, tnpo and power.
+
+    topr's Φ joins log p at r, with its slope; power's tends to log p; below r BNF's ratio of odds
+    is topr's ratio times (1 - r)/(1 - p)."""
+    topr, tnpo = sp.log(r) + p / r - 1, 2 / n * sp.log(1 + (p / r) ** n)
+    weights = {topr: p / r, tnpo: 2 * p**n / (p**n + r**n), (p**n - 1) / n: p**n}
+    for potential, w in weights.items():
+        assert zero(p * sp.diff(potential, p) - w)
+    assert zero(topr.subs(p, r) - sp.log(r)) and zero((p / r).subs(p, r) - 1)
+    assert zero(sp.limit((p**n - 1) / n, n, 0) - sp.log(p))
+    assert zero(odds(p) / odds(r) - p / r * (1 - r) / (1 - p))
