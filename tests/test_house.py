@@ -69,7 +69,7 @@ def test_the_losses_need_torch_alone():
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_can_be_read_in_one_go(room):
     lines = ROOMS[room].read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 420
+    assert len(lines) <= 400
     assert max(map(len, lines)) <= 100
 
 
@@ -79,5 +79,5 @@ def test_the_house_stays_small(capsys):
     mission = sum(counts[room] for room in trainer if room != "minibnf.kernels")
     with capsys.disabled():
         print(f"\n{sum(counts.values())} lines of code, {mission} of them what train.py needs")
-    # not yet what they are to be, 1,750 and 4,900: they may only fall
-    assert mission <= 2180 and sum(counts.values()) <= 5870
+    # After the rebuild 1,736 and 4,953; since then compiling and the weight family came.
+    assert mission <= 1900 and sum(counts.values()) <= 5200
