@@ -94,7 +94,7 @@ ALIKE = {  # panel: {a loss to draw: how its line is labelled, with those that s
     "chosen": {"nll": "nll, topr, tnpo, unlikelihood", "rbnf": "rbnf", "bnf": "bnf",
                "power": "power α=1"},
 }  # fmt: skip
-FOUND = {"rejected": "all but unlikelihood let go, bnf before topr",
+FOUND = {"rejected": "all but unlikelihood let go",
          "chosen": "bnf lets go, rbnf holds on with weight r"}  # fmt: skip
 DASHES = {"rbnf": (0, (5, 1.5)), "power": "-."}
 
