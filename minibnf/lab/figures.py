@@ -140,14 +140,15 @@ def comparison(results: dict, folder: Path) -> list[Path]:
     for name in results["spec"]["on"]:
         if tried := _tried(results, name):
             files += [folder / f"{name}-frontier.svg", folder / f"{name}-rates.svg"]
-            _frontier(files[-2], name, tried)
+            _frontier(files[-2], name, tried, results["spec"])
             _rates(files[-1], name, tried, results["spec"])
     return files
 
 
-def _look(method: str) -> dict:
-    """How a method's line is drawn."""
-    colour, marker = LINES.get(method, ("#bbbbbb", "."))
+def _look(spec: dict, method: str) -> dict:
+    """How a method's line is drawn. One that LINES does not name gets a colour by its place."""
+    others = [name for name in spec["methods"] if name not in LINES]
+    colour, marker = LINES.get(method) or (f"C{others.index(method)}", ".")
     width = 2.4 if method == "bnf" else 1.2
     return {"color": colour, "marker": marker, "linewidth": width, "label": method}
 
@@ -172,7 +173,7 @@ def _axes_of(run: dict) -> tuple[str, str, str, str]:
     return *kept, "preference", "share of held-out pairs told right"
 
 
-def _frontier(file: Path, name: str, tried: dict[str, list[dict]]) -> None:
+def _frontier(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -> None:
     """One curve per method: the settings that no other of its settings beats in both respects."""
     first = next(iter(tried.values()))[0]
     x, x_label, y, y_label = _axes_of(first)
@@ -182,9 +183,9 @@ def _frontier(file: Path, name: str, tried: dict[str, list[dict]]) -> None:
         for method, runs in tried.items():
             points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
             faint = {"alpha": 0.25, "linestyle": "", "label": None}
-            axis.plot(*zip(*points, strict=True), markersize=4, **_look(method) | faint)
+            axis.plot(*zip(*points, strict=True), markersize=4, **_look(spec, method) | faint)
             best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
-            axis.plot(*zip(*best, strict=True), markersize=5, **_look(method))
+            axis.plot(*zip(*best, strict=True), markersize=5, **_look(spec, method))
             shown += best
         # Settings worse than all of these are out of sight.
         left, bottom = (min(numbers) - 0.02 for numbers in zip(*shown, strict=True))
@@ -205,7 +206,7 @@ def _rates(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -> N
             usual = with_setting(runs, customary(spec, method))
             for axis, some in zip(axes, (usual, runs), strict=True):
                 top = best_by_rate(some)
-                axis.plot(list(top), list(top.values()), markersize=4, **_look(method))
+                axis.plot(list(top), list(top.values()), markersize=4, **_look(spec, method))
         axes[0].set(title=f"{name}: customary hyper-parameters")
         axes[1].set(title=f"{name}: the best hyper-parameters at each rate")
         for axis in axes:
