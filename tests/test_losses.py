@@ -337,9 +337,8 @@ def test_padded_input_that_does_not_fit(logps, ref, preferred, message):
 
 
 def test_the_built_wheel_works_where_only_torch_is_installed(tmp_path):
-    """pip builds the wheel; without its dependencies, the losses and token_logps import and run
-    from there (Python imports from a wheel as it is), with everything else that this project uses
-    forbidden."""
+    """pip builds the wheel and installs it into an empty folder: `minibnf --help` runs, and the
+    losses and token_logps do with everything forbidden that this project uses besides torch."""
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     source, copied = Path(__file__).parent.parent, tmp_path / "source"
     shutil.copytree(source / "minibnf", copied / "minibnf")
@@ -347,6 +346,8 @@ def test_the_built_wheel_works_where_only_torch_is_installed(tmp_path):
         shutil.copy(source / name, copied)
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, copied], check=True)
     (wheel,) = tmp_path.glob("minibnf-*.whl")
+    installed = tmp_path / "installed"
+    subprocess.run([*pip, "install", "--no-deps", "--target", installed, wheel], check=True)
     code = """
 import sys
 others = "numpy safetensors tqdm tokenizers sentencepiece jinja2 matplotlib transformers"
@@ -362,7 +363,11 @@ loss = bnf_loss(logps, torch.full((2, 3), -1.0), torch.ones(2, 3).bool(), prefer
 loss.backward()
 print(logps.grad[:, 0].tolist())
 """
-    run = [sys.executable, "-W", "ignore", "-c", code, wheel]
-    how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(wheel)}}
-    done = subprocess.run(run, capture_output=True, text=True, check=True, **how)
+    run = [sys.executable, "-W", "ignore", "-c", code, installed]
+    how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(installed)}}
+    how |= {"capture_output": True, "text": True, "check": True}
+    assert (
+        "align a checkpoint" in subprocess.run([installed / "bin/minibnf", "--help"], **how).stdout
+    )
+    done = subprocess.run(run, **how)
     assert done.stdout.strip() == "[-0.3333333432674408, 0.3333333432674408]"
