@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from minibnf.feedback import feedback
+from minibnf.files.terminal import show
 from minibnf.lab.plan import best_by_rate, customary, select, with_setting
 from minibnf.run import BAD, GOOD, PLAIN
 
@@ -177,4 +178,4 @@ def _rates(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -> N
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m minibnf.lab.figures FILE.svg    draws the feedback curves")
-    print(feedback_curves(Path(sys.argv[1])))
+    show(feedback_curves(Path(sys.argv[1])))
