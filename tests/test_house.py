@@ -73,6 +73,14 @@ def test_a_room_can_be_read_in_one_go(room):
     assert max(map(len, lines)) <= 100
 
 
+def test_whatever_is_shown_passes_one_function():
+    """terminal.show, which spells out what a terminal would act on."""
+    for room, path in ROOMS.items():
+        calls = [x.func for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Call)]
+        prints = sum(isinstance(f, ast.Name) and f.id == "print" for f in calls)
+        assert prints == (room == "minibnf.files.terminal"), room
+
+
 def test_the_house_stays_small(capsys):
     counts = {room: lines_of_code(path) for room, path in ROOMS.items()}
     trainer = [room for room in reached("minibnf.train") | {"minibnf.train"} if floor(room) == 1]
