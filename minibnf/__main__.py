@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
-from minibnf.files.terminal import ArgumentParser
+from minibnf.files.terminal import ArgumentParser, show
 
 COMMANDS = {
     "train": "align a checkpoint on preference data",
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return import_module(f"minibnf.{MODULES.get(command, command)}").main(argv[1:])
     except KeyboardInterrupt:  # while it was still starting
-        print("interrupted", file=sys.stderr)
+        show("interrupted", file=sys.stderr)
         return 130
 
 

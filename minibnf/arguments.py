@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from minibnf.files.disk import optional
-from minibnf.files.terminal import ArgumentParser
+from minibnf.files.terminal import ArgumentParser, show
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import add_machine
 
@@ -101,7 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     elif earlier or args.config:
         raise ValueError(f"{file}: not the config.json that a run of this version wrote")
     elif args.resume:
-        print(f"{args.out} holds no run to go on with: starting one")
+        show(f"{args.out} holds no run to go on with: starting one")
     check_arguments(p, args)
     return args
 

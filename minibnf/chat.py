@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from minibnf.files.terminal import ArgumentParser, in_one_line, printable
+from minibnf.files.terminal import ArgumentParser, in_one_line, printable, show
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import load_on, stream
 from minibnf.machine import memory_advice
@@ -88,7 +88,7 @@ class Side:
         return answer | {"content": rest.lstrip()}
 
 
-def show(sides: list[Side], message: str) -> None:
+def answer_all(sides: list[Side], message: str) -> None:
     """Print each side's answer as it comes; of two, each under a line that names its model.
 
     Ctrl-C stops one answer: what was said is kept, and the next side has its turn.
@@ -97,14 +97,14 @@ def show(sides: list[Side], message: str) -> None:
         answer = side.ask(message)
         try:
             if len(sides) > 1:
-                print(f"--- {printable(side.name)}")
+                show(f"--- {side.name}")
             for piece in answer:
-                print(piece, end="", flush=True)
+                show(piece, end="")
         except KeyboardInterrupt:
-            print(" [stopped]", end="")
+            show(" [stopped]", end="")
         finally:
             answer.close()
-        print("\n")
+        show("\n")
 
 
 def respond(sides: list[Side], message: str) -> None:
@@ -112,12 +112,12 @@ def respond(sides: list[Side], message: str) -> None:
     if message == "/reset":
         for side in sides:
             side.reset()
-        print("a new conversation\n")
+        show("a new conversation\n")
     elif message.startswith("/"):
-        print(f"no such command: {HELP}\n")
+        show(f"no such command: {HELP}\n")
     elif message:
         with memory_advice(ADVICE):
-            show(sides, message)
+            answer_all(sides, message)
 
 
 def converse(sides: list[Side]) -> None:
@@ -130,14 +130,14 @@ def converse(sides: list[Side]) -> None:
                 return
             respond(sides, message)
         except EOFError:
-            print()
+            show()
             return
         except KeyboardInterrupt:
             # Perhaps a moment too late to stop an answer: no reason to lose the conversation.
-            print(f"\n{HELP}")
+            show(f"\n{HELP}")
         except (ValueError, MemoryError) as error:
             # A chat template, for one, may refuse two messages of one role in a row.
-            print(printable(f"error: {error}\n"))
+            show(f"error: {error}\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         sides = [Side(folder, args) for folder in (args.model, args.compare) if folder]
     with suppress(ImportError):  # arrow keys and a history of what was typed
         import readline  # noqa: F401
-    print(HELP)
+    show(HELP)
     converse(sides)
 
 

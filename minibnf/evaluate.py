@@ -43,7 +43,7 @@ from torch import Tensor
 from minibnf.data import Example, digest, example_of, pairs_of
 from minibnf.files.disk import check_output, write_json
 from minibnf.files.rows import Notes, Place, Record, each_row, parse_row, record_of, scan_rows
-from minibnf.files.terminal import ArgumentParser, counted, in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, counted, in_one_line, positive, show
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.generate import dtype_name, load_on
 from minibnf.machine import add_machine, memory_advice
@@ -96,6 +96,13 @@ def record_for(task: str, row: dict, where, tokenizer: Tokenizer) -> Record:
     for field, text in texts.items():
         if not isinstance(text, str) or not text:
             raise ValueError(f"{where}: field '{field}' must be text and not empty")
+        made = {*tokenizer.backend.encode(text, True)} - {*tokenizer.backend.unknown}
+        for token, i in tokenizer.control.items() if tokenizer.source is None else ():
+            if i in made:
+                raise ValueError(
+                    f"{where}: field '{field}' spells the control token {token!r}, and without a "
+                    "chat template it would be read as one: take it out"
+                )
     if tokenizer.source is None:  # no chat template
         prompt, completion = f"Question: {row['question']}\nAnswer:", f" {row['answer']}"
     else:
@@ -141,6 +148,12 @@ def measure(model, examples: list[Example], max_tokens: int | None = None) -> Me
     logps = read_responses(model, examples, max_tokens)
     # Equal responses of a row are to tie, however rounding differs between their places in a batch.
     keys = [(e.line, response) for e in examples for response in e.responses]
+    for (line, _), x in zip(keys, logps, strict=True):
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"the model's log-probabilities in {examples[0].unit} {line} of the data are not "
+                "finite: its weights are too large to be measured"
+            )
     sum_of = {key: x.double().sum() for key, x in zip(keys, logps, strict=True)}
     lengths = torch.tensor([len(x) for x in logps]).double()
     return Measured(torch.stack([sum_of[key] for key in keys]), lengths)
@@ -248,7 +261,7 @@ def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
         task = next(named, "preference")
     examples = tokenised(scanned, tokenizer, task, notes)
     for note in notes.lines():
-        print(note)
+        show(note)
     if args.base:
         tokenizer_of_base = load_tokenizer(args.base)
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
@@ -267,13 +280,13 @@ def measure_folder(directory: str, examples: list[Example], args) -> tuple[Measu
 
 def print_table(table: dict[str, dict[str, float]], with_base: bool) -> None:
     title = f"\n{'':44}{'rows':>5}{'value':>10}{'95 % interval':>20}"
-    print(title + (f"{'base':>10}{'difference':>12}{'95 % interval':>20}" if with_base else ""))
+    show(title + (f"{'base':>10}{'difference':>12}{'95 % interval':>20}" if with_base else ""))
     for name, x in table.items():
         line = f"{name:44}{x['rows']:5}{x['value']:10.3f}{x['low']:10.3f}{x['high']:10.3f}"
         if "base" in x:
             line += f"{x['base']:10.3f}{x['difference']:+12.3f}"
             line += f"{x['difference_low']:+10.3f}{x['difference_high']:+10.3f}"
-        print(line)
+        show(line)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -292,10 +305,10 @@ def report(args: argparse.Namespace) -> None:
         of_base = figures(task, examples, base)
     table = table_of(figures(task, examples, measured, base), of_base)
     rows = counted(len(examples), "row")
-    print(f"{args.data}: {rows} of {task}, {where['device']}, {where['dtype']}")
+    show(f"{args.data}: {rows} of {task}, {where['device']}, {where['dtype']}")
     print_table(table, base is not None)
     if len(examples) < 30:
-        print("\nWith fewer than about 30 rows the intervals of means are too narrow")
+        show("\nWith fewer than about 30 rows the intervals of means are too narrow")
     if args.out:
         settings = {name: value for name, value in vars(args).items() if name != "overwrite"}
         settings |= {"task": task, **where, "data_sha256": digest(examples)}

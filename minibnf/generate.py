@@ -28,9 +28,9 @@ from tqdm import tqdm
 from minibnf.attention import Cache
 from minibnf.data import encode_prompt
 from minibnf.files.config import announce_ignored
-from minibnf.files.disk import check_output, read_json, write_json
+from minibnf.files.disk import check_output, locked, read_json, write_json, writing
 from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
-from minibnf.files.terminal import ArgumentParser, in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.machine import memory_advice, resolve_device_and_dtype, to_device
 from minibnf.model import Transformer, load
@@ -92,6 +92,11 @@ def _generate(model, prompts: list[tuple], draws: Tensor, how: Sampling) -> Iter
         new = how.choose(logits, draws[:, step])
         going = []
         for row, (i, token) in enumerate(zip(alive, new.tolist(), strict=True)):
+            if token < 0:
+                raise FloatingPointError(
+                    f"the model's logits are not finite at new token {step + 1} of a text: its "
+                    "weights are too large; sample from an earlier checkpoint"
+                )
             yield i, token
             if token not in stop_ids:
                 going.append(row)
@@ -246,14 +251,15 @@ def run(args: argparse.Namespace) -> None:
         check_output(file, [Path(args.data), Path(args.model)])
     if out.exists() and not args.resume and not args.overwrite:
         raise ValueError(f"{out} exists already; --resume goes on with it, --overwrite starts anew")
-    before = read_json(settings_file) if args.resume and out.exists() else None
+    begun = settings_file.exists() or (out.exists() and out.stat().st_size)
+    before = read_json(settings_file) if args.resume and out.exists() and begun else None
     tokenizer, model = load_tokenizer(args.model), load_on(args.model, args.device, args.dtype)
     if before:  # a template may have put the date of the first run into the prompts
         tokenizer.now = datetime.fromisoformat(before["now"])
     notes = Notes()
     prompts = read_prompts(args.data, tokenizer, args.chat, notes)
     for note in notes.lines():
-        print(note)
+        show(note)
     context = model.config.max_position_embeddings
     args.max_new_tokens = room_for(args.max_new_tokens, prompts, context)
     settings = all_settings(args, model, tokenizer, prompts)
@@ -269,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     write_completions(args, model, tokenizer, wanted, done)
     said = f" and {done} from before" if done else ""
-    print(f"{out}: {len(wanted) - done} completions{said}")
+    show(f"{out}: {len(wanted) - done} completions{said}")
 
 
 def all_settings(args, model, tokenizer, prompts) -> dict:
@@ -303,6 +309,7 @@ def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) ->
     how = settings_of(args)
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
     with (
+        writing(Path(args.out)),
         open(args.out, "a", encoding="utf-8") as lines,
         tqdm(total=len(wanted), initial=done, unit="row", disable=None) as bar,
     ):
@@ -325,7 +332,9 @@ def write_completions(args, model, tokenizer, wanted: list[tuple], done: int) ->
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
-        with memory_advice(f"lower --batch-size (now {args.batch_size})"):
+        out = Path(args.out)
+        advice = memory_advice(f"lower --batch-size (now {args.batch_size})")
+        with advice, locked(out.with_name(f".{out.name}.lock")):
             run(args)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what {args.out} holds is whole; --resume goes on") from None

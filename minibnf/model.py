@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minibnf.attention import BLOCK, sights, softcap
 from minibnf.files.config import Config, Rope, read_config
-from minibnf.files.disk import replacing, write_json
+from minibnf.files.disk import flush, replacing, write_json
 from minibnf.files.safetensors import FLOATS, Stored, headers, tensors_of, write_sharded
 from minibnf.kernels import compiling, fused, gated, linear, rotate
 
@@ -242,7 +242,8 @@ class Transformer(nn.Module):
 def load(directory, dtype: torch.dtype | None = None, device=None) -> Transformer:
     """A Transformer from a checkpoint directory; dtype by default as stored.
 
-    Raises ValueError for a tensor that is missing, unexpected or not of config.json's shape.
+    Raises ValueError for a tensor that is missing, unexpected or not of config.json's shape, and
+    FloatingPointError for one with a number that is not finite.
     """
     with torch.device("meta"):
         model = Transformer(*read_config(directory))
@@ -310,5 +311,6 @@ def save(model: Transformer, directory, dtype: torch.dtype | None = None) -> Non
         write_json(temporary / "config.json", raw)
     new = {file.replace(directory / file.name) for file in saving.iterdir()}
     saving.rmdir()
+    flush(directory)
     for stale in set(directory.glob("model*.safetensors*")) - new:
         stale.unlink()

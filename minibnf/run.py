@@ -1,10 +1,11 @@
 """A run, and its folder: config.json, checkpoints and resuming, metrics, model card, figure."""
 
 import argparse
+import hashlib
 import json
 import math
-import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from tqdm import tqdm
 
 from minibnf.arguments import config_of
 from minibnf.data import Batch, Example
-from minibnf.files.disk import delete, inside, optional, replacing, write_json, write_text
-from minibnf.files.safetensors import write_tensors
-from minibnf.files.terminal import counted
+from minibnf.files.disk import delete, inside, optional, replacing, set_aside, write_json
+from minibnf.files.disk import write_text, writing
+from minibnf.files.safetensors import check_finite, write_tensors
+from minibnf.files.terminal import counted, show
 from minibnf.files.tokenizer import Tokenizer
 from minibnf.kernels import LARGE
 from minibnf.losses import Loss
@@ -128,62 +130,102 @@ def checkpoints(out: Path) -> list[Path]:
 def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
     """OUT/checkpoints/step-N: weights, optimiser states and counts, complete or absent.
 
-    Older ones go once it is there.
+    Once it is there, it and the newest one before it are kept. Raises FloatingPointError for a
+    number that is not finite.
     """
     directory = out / "checkpoints" / f"step-{step:07d}"
     with replacing(directory) as temporary:
-        parameters = {name: p.detach().cpu() for name, p in model.named_parameters()}
-        write_tensors(temporary / "model.safetensors", parameters)
+        parts = {"model": {name: p.detach().cpu() for name, p in model.named_parameters()}}
         for i, optim in enumerate(optims):
             states = optim.state_dict()["state"].items()
-            tensors = {f"{k}.{name}": x for k, state in states for name, x in state.items()}
-            write_tensors(temporary / f"optimizer-{i}.safetensors", tensors)
-        write_json(temporary / "state.json", {"step": step, "num_tokens": tokens})
-    for old in [*checkpoints(out), *directory.parent.glob(".step-*.tmp")]:
-        if old != directory:
-            shutil.rmtree(old)
+            parts[f"optimizer-{i}"] = {f"{k}.{n}": x for k, of in states for n, x in of.items()}
+        for part, tensors in parts.items():
+            for name, x in tensors.items():
+                check_finite(f"stopped at step {step}, unsaved; lower --lr: {part}", name, x)
+            write_tensors(temporary / f"{part}.safetensors", tensors)
+        write_json(temporary / "state.json", _state(temporary, step, tokens))
+    for old in [*checkpoints(out)[:-2], *directory.parent.glob(".step-*.tmp")]:
+        delete(old)
+
+
+def _state(directory: Path, step: int, tokens: int) -> dict:
+    """What state.json says: counts, their hash, and that of each file of tensors beside it."""
+    state = {"step": step, "num_tokens": tokens}
+    state["sha256"] = hashlib.sha256(repr(state).encode()).hexdigest()
+    for path in sorted(directory.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            state[f"sha256 of {path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return state
 
 
 @torch.no_grad()
 def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
-    """Put the newest checkpoint into model and optimisers.
+    """Put the newest checkpoint into model and optimisers, or the one before if it is damaged.
 
+    The damaged one is named, set aside, and deleted when the next is saved.
     Returns (steps done, tokens read), (0, 0) if there is none.
-    Raises OSError that names a checkpoint that is damaged or cannot be read.
+    Raises OSError that names the last one where all are damaged or cannot be read.
     """
-    if not checkpoints(out):
-        return 0, 0
-    directory = checkpoints(out)[-1]
-    try:
-        stored = load_file(directory / "model.safetensors")
-        for name, p in model.named_parameters():
-            p.copy_(_like(p, stored[name], name))
-        for i, optim in enumerate(optims):
-            params = [p for group in optim.param_groups for p in group["params"]]
-            states = {k: {} for k in range(len(params))}
-            for key, x in load_file(directory / f"optimizer-{i}.safetensors").items():
-                k, name = key.split(".")
-                states[int(k)][name] = _like(params[int(k)], x, key)
-            groups = optim.state_dict()["param_groups"]
-            optim.load_state_dict({"state": states, "param_groups": groups})
-        state = optional(directory / "state.json")
-        return state["step"], state["num_tokens"]
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
-        said = f"{directory}: damaged or unreadable ({error}); --overwrite starts anew"
-        raise OSError(said) from None
+    for left, directory in reversed(list(enumerate(checkpoints(out)))):
+        try:
+            return _load_checkpoint(directory, model, optims)
+        except (SafetensorError, ValueError, KeyError, OSError, FloatingPointError) as error:
+            said = f"{directory}: damaged or unreadable ({error})"
+            if not left:
+                raise OSError(f"{said}; --overwrite starts anew") from None
+            show(f"{said}; the one before it is used")
+            set_aside(directory)
+    return 0, 0
+
+
+def _load_checkpoint(directory: Path, model: Transformer, optims: list) -> tuple[int, int]:
+    """Put a checkpoint into model and optimisers, once all of its files are known to be whole."""
+    state = optional(directory / "state.json")
+    for name, x in _state(directory, state["step"], state["num_tokens"]).items():
+        if state.get(name) != x:
+            file = name.removeprefix("sha256 of ") if " of " in name else "state.json"
+            raise ValueError(f"{file} is not what was written: its hash is another")
+    stored = load_file(directory / "model.safetensors")
+    for name, p in model.named_parameters():
+        p.copy_(_like(p, stored[name], name))
+    for i, optim in enumerate(optims):
+        params = [p for group in optim.param_groups for p in group["params"]]
+        states = {k: {} for k in range(len(params))}
+        for key, x in load_file(directory / f"optimizer-{i}.safetensors").items():
+            k, name = key.split(".")
+            states[int(k)][name] = x if name == "step" else _like(params[int(k)], x, key)
+        groups = optim.state_dict()["param_groups"]
+        optim.load_state_dict({"state": states, "param_groups": groups})
+    return state["step"], state["num_tokens"]
 
 
 def _like(p: Tensor, x: Tensor, name: str) -> Tensor:
-    """x, a stored tensor that belongs to a parameter: it has its shape, or is a single number."""
-    if x.dim() and x.shape != p.shape:
+    """x, a stored tensor that belongs to a parameter: it has its shape, and finite numbers."""
+    if x.shape != p.shape:
         raise ValueError(f"tensor '{name}' is {tuple(x.shape)}, the model's {tuple(p.shape)}")
-    return x
+    return check_finite("it", name, x)
 
 
 # ------------------------------------------------------------------------------------ its metrics
 
 # devices on which a step's numbers are read when the next one is launched, so as not to wait
 LATE = {"cuda"}
+
+
+def logged_to(file: Path, step: int) -> list[str]:
+    """The lines of a metrics.jsonl up to a step. Where some are damaged or gone, a line says so."""
+    kept, steps = [], set()
+    text = file.read_bytes() if file.exists() else b""
+    for line in text.split(b"\n")[:-1]:  # what a kill tore has no end
+        with suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            if row["step"] <= step:
+                kept.append(line.decode() + "\n")
+                steps |= {row["step"]} if "loss" in row else set()
+    if len(steps) < step:
+        gone = f"the rows of {step - len(steps)} of {counted(step, 'step')} are damaged or gone"
+        show(f"{file}: {gone}; the run goes on without them")
+    return kept
 
 
 class Log:
@@ -197,16 +239,24 @@ class Log:
         self.run, self.file = run, run.out / "metrics.jsonl"
         self.launched: tuple = ()  # the step whose numbers have not been read
         self.read_at = 0.0  # when numbers were last read
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
-        write_text(self.file, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        write_text(self.file, "".join(logged_to(self.file, step)) if step else "")
         name, total = run.loss.name, run.facts.steps
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None)
         self.close = self.bar.close
 
     def write(self, row: dict) -> None:
-        with open(self.file, "a", encoding="utf-8") as lines:
+        with writing(self.file), open(self.file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
+
+    def check(self, step: int, found: dict[str, float], where: str) -> None:
+        """Raise FloatingPointError where a number of a step is not finite; where: its rows."""
+        broken = ", ".join(f"{k} {x}" for k, x in found.items() if not math.isfinite(x))
+        if broken:
+            raise FloatingPointError(
+                f"stopped at step {step}: {broken}; nothing of it was saved.\nIts rows: {where}.\n"
+                "Look at those rows, or start anew (--overwrite) with a lower --lr. What went "
+                f"before: {self.file}"
+            )
 
     def step(self, began: float, row: dict, batches: list[Batch], found: dict[str, Tensor]) -> None:
         """A step was launched. found: its loss, its gradient's norm and its metrics."""
@@ -228,23 +278,17 @@ class Log:
             made.synchronize()
         began, self.read_at = max(began, self.read_at), time.perf_counter()
         found = dict(zip(names, numbers.tolist(), strict=True))
-        loss, norm = found["loss"], found["grad_norm"]
-        if not math.isfinite(loss + norm):
-            examples = self.run.sets["train"]
-            lines = sorted({examples[i].line for b in batches for i, _ in b.order})
-            raise FloatingPointError(
-                f"stopped at step {row['step']}: loss {loss}, gradient norm {norm}; nothing of it "
-                f"was saved.\nIts batch: {examples[0].unit}s {', '.join(map(str, lines))} of "
-                f"{self.run.args.data}.\nLook at those rows, or start anew (--overwrite) with a "
-                f"lower --lr. What went before: {self.file}"
-            )
+        examples = self.run.sets["train"]
+        lines = sorted({examples[i].line for b in batches for i, _ in b.order})
+        where = f"{examples[0].unit}s {', '.join(map(str, lines))} of {self.run.args.data}"
+        self.check(row["step"], found, where)
         counts = {
             "examples_per_s": sum(b.examples for b in batches),
             "tokens_per_s": sum(b.tokens.numel() for b in batches),
         }
         rates = {name: count / (self.read_at - began) for name, count in counts.items()}
         self.write(row | found | rates)
-        shown = {"loss": f"{loss:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
+        shown = {"loss": f"{found['loss']:.4f}", "tokens/s": f"{rates['tokens_per_s']:.0f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 

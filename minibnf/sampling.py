@@ -77,9 +77,15 @@ class Sampling:
         return torch.from_numpy(np.array(draws).reshape(-1, n))
 
     def choose(self, logits: Tensor, u: Tensor) -> Tensor:
-        """(B,): one token for each row of logits (B, V), by its draw u (B,)."""
+        """(B,): one token for each row of logits (B, V), by its draw u (B,).
+
+        It is -1 where the logits hold NaN or infinity; nothing waits for the device to say so.
+        """
         logits = logits[:, : self.vocab_size]
-        return sample(logits, u, self.temperature, self.top_p, self.top_k)
+        broken = ~logits.amax(-1).isfinite()
+        sound = logits.masked_fill(broken[:, None], 0)
+        chosen = sample(sound, u, self.temperature, self.top_p, self.top_k)
+        return chosen.masked_fill(broken, -1)
 
 
 def sample(

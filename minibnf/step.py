@@ -155,15 +155,24 @@ def with_reference(
     sizes may round otherwise, so only where the reference is read in the same packs and chunks do
     policy and reference agree before the first step. A cache that is damaged is made again.
     """
+    sizes = [len(response) for e in examples for response in e.responses]
     try:
         with safe_open(file, framework="pt") as cached:
-            logps = cached.get_tensor("logps")
+            logps, seal = cached.get_tensor("logps"), cached.get_tensor("sha256")
+        whole = logps.shape == (sum(sizes),) and torch.equal(seal, _sha256(logps))
     except (OSError, SafetensorError):
+        whole = False
+    if not whole:
         read = partial(batch_logps, model, loss=loss, dtype=dtype)
         logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
-        write_tensors(file, {"logps": logps})
-    parts = iter(logps.split([len(response) for e in examples for response in e.responses]))
+        write_tensors(file, {"logps": logps, "sha256": _sha256(logps)})
+    parts = iter(logps.split(sizes))
     return [e._replace(ref_logps=tuple(islice(parts, len(e.responses)))) for e in examples]
+
+
+def _sha256(x: Tensor) -> Tensor:
+    """(32,) uint8: of the float32 numbers in x."""
+    return torch.tensor(list(hashlib.sha256(x.float().numpy().tobytes()).digest())).byte()
 
 
 def fingerprint(model: Transformer) -> str:

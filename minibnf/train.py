@@ -6,8 +6,8 @@
     python -m minibnf.train --resume --out OUT                   # go on after an interruption
 
 OUT then holds model/ (Hugging Face layout), metrics.jsonl (one object per step, TRL's names),
-config.json, the reference's log-probabilities (computed once), checkpoints/ (the newest one) and
-figures/.
+config.json, the reference's log-probabilities (computed once), checkpoints/ (the two newest) and
+figures/. Nobody else can write there meanwhile, and what is saved survives a power cut.
 
 The loss of a step is the mean over its --batch-size examples, however they are split into
 micro-batches of at most --max-tokens. A run is a function of its arguments: the order of the data
@@ -34,9 +34,9 @@ import torch
 from minibnf.arguments import WIDTH, default_rate, less_memory, loss_hyper, parse
 from minibnf.data import digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.files.config import announce_ignored
-from minibnf.files.disk import replacing
+from minibnf.files.disk import flush, locked, replacing
 from minibnf.files.rows import Notes
-from minibnf.files.terminal import counted, in_one_line
+from minibnf.files.terminal import counted, in_one_line, show
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.kernels import compile_by, fastest_library, multiply_by
 from minibnf.losses import LOSSES, Loss
@@ -158,12 +158,14 @@ def train(run: Run) -> None:
     """
     args, model = run.args, run.model
     begin_folder(run)
-    print("\n".join(summary(run, args.model, args.data)), flush=True)
+    show("\n".join(summary(run, args.model, args.data)))
+    size = 24 * run.facts.parameters / 1e6  # weights and two moments in float32, twice
+    show(f"disk     two checkpoints of at most {size:,.1f} MB together; while one is saved, three")
     read_references(run)
     optims = optimizers(model, args, run.facts.lr)
     step, tokens = load_training(run.out, model, optims)
     if step:
-        print(f"resumed  after step {step}", flush=True)
+        show(f"resumed  after step {step}")
     with interruptions() as interrupted, closing(Log(run, step)) as log:
         if step == 0:
             evaluate(run, log, step)
@@ -189,9 +191,10 @@ def train(run: Run) -> None:
                 evaluate(run, log, step)
             if at_end or step % args.save_every == 0 or interrupted:
                 log.settle()  # nothing is saved after a gradient that was not finite
+                flush(log.file)
                 save_training(run.out, step, tokens, model, optims)
     if step < run.facts.steps:
-        print(f"interrupted after step {step} of {run.facts.steps}{', and saved' if step else ''}")
+        show(f"interrupted after step {step} of {run.facts.steps}{', and saved' if step else ''}")
         raise KeyboardInterrupt
     finish(run)
 
@@ -215,7 +218,15 @@ def read_references(run: Run) -> None:
             steps = [rows_of_step(run, step) for step in range(run.steps_per_epoch)]
         packed = (pack(examples, rows, run.facts.max_tokens) for rows in steps)
         file = run.out / f"reference-{name}.safetensors"
-        run.sets[name] = with_reference(run.model, examples, packed, file, run.loss, run.dtype)
+        found = with_reference(run.model, examples, packed, file, run.loss, run.dtype)
+        for e in found:
+            if not torch.cat(e.ref_logps).isfinite().all():
+                data = run.args.eval_data if name.startswith("eval") else run.args.data
+                raise FloatingPointError(
+                    f"stopped at step 0: the model's own log-probabilities in {e.place} of {data} "
+                    "are not finite: its weights are too large, or that row is unlike all it knows"
+                )
+        run.sets[name] = found
 
 
 def run_step(run: Run, split: str, rows: list[int], *, backward: bool) -> tuple:
@@ -235,8 +246,9 @@ def evaluate(run: Run, log: Log, step: int) -> None:
         log.settle()
         rows = list(range(len(run.sets["eval"])))
         _, loss, found = run_step(run, "eval", rows, backward=False)
-        numbers = {"loss": loss} | found
-        log.write({"step": step} | {f"eval_{name}": x.item() for name, x in numbers.items()})
+        numbers = {f"eval_{name}": x.item() for name, x in ({"loss": loss} | found).items()}
+        log.check(step, numbers, f"all of {run.args.eval_data}")
+        log.write({"step": step} | numbers)
 
 
 def optimizers(model: Transformer, args, lr: float) -> list[torch.optim.Optimizer]:
@@ -286,7 +298,8 @@ def finish(run: Run) -> None:
     text = (out / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     held_out = [row for row in rows if "eval_loss" in row]
-    first, last = (held_out or rows)[0], (held_out or rows)[-1]
+    some = held_out or rows or [{}]  # none: metrics.jsonl was damaged
+    first, last = some[0], some[-1]
     told = [k for k in first if k in last and (k.endswith("loss") or "/" in k)]
     results = [f"{name:26} {first[name]:10.4f} -> {last[name]:.4f}" for name in told]
     if not held_out:
@@ -300,17 +313,17 @@ def finish(run: Run) -> None:
         training_curves(rows, figure, f"{args.loss} on {Path(args.data).name}")
     except ImportError:
         figure = "none: pip install 'minibnf[plots]' draws one"
-    print("\n".join(results))
-    print(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
+    show("\n".join(results))
+    show(f"model    {out / 'model'}\nmetrics  {out / 'metrics.jsonl'}\nfigure   {figure}")
 
 
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    with memory_advice(less_memory(args)):
+    with memory_advice(less_memory(args)), locked(Path(args.out, ".lock")):
         run = setup(args)
         if run is None:
-            print(f"{args.out} holds this run, finished: its model lies in {args.out}/model")
+            show(f"{args.out} holds this run, finished: its model lies in {args.out}/model")
             return
         try:
             train(run)

@@ -177,6 +177,6 @@ def test_stopping_the_first_of_two_answers_leaves_the_second_its_turn(monkeypatc
 
     sides = [side(), side()]
     monkeypatch.setattr(Side, "ask", interrupted_once)
-    chat.show(sides, "heard")
+    chat.answer_all(sides, "heard")
     name = f"--- {TINY}\n"
     assert capsys.readouterr().out == f"{name}heard  [stopped]\n\n{name}heard to the end\n\n"

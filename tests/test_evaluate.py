@@ -257,6 +257,21 @@ def test_a_question_is_what_a_user_says_and_without_a_chat_template_plain_text(m
     prompt, answer = read()
     assert prompt == f"<s>Question: {QUESTION['question']}\nAnswer:"
     assert answer.startswith(" 40+2=")
+    for field in QUESTION:
+        write(file, [QUESTION | {field: "a<|end|>b"}])
+        with pytest.raises(ValueError, match=f"'{field}' spells the control token '<.end.>'"):
+            read()
+
+
+def test_weights_too_large_for_a_number_are_an_error_and_no_figure(model, tmp_path, capsys):
+    broken = fresh(model, seed=0)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(3e38)
+    save(broken, tmp_path / "model")
+    load_tokenizer(model).save(tmp_path / "model")
+    data = write(tmp_path / "a.jsonl", [QUESTION])
+    assert main(["--model", str(tmp_path / "model"), "--data", str(data), "--device", "cpu"]) == 1
+    assert "log-probabilities in line 1 of the data are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

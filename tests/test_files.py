@@ -2,9 +2,11 @@
 
 # ruff: noqa: F401, F811  (world is a fixture)
 
+import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minibnf.evaluate import main as evaluate
+from minibnf.files.disk import locked, read_json
 from minibnf.generate import main as generate
 from minibnf.lab.smallworld import main as smallworld
 from minibnf.machine import memory_advice
@@ -109,9 +112,9 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(world, run):
     assert main(arguments(world, run, *flags)) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["facts"]["steps"] == 2 and [row["step"] for row in logged(run)] == [1, 2]
-    step = "checkpoints/step-0000002/"
     made = {"config.json", "metrics.jsonl", "reference-train.safetensors", "figures/training.png"}
-    made |= {step + x for x in ("model.safetensors", "optimizer-0.safetensors", "state.json")}
+    for step in ("checkpoints/step-0000001/", "checkpoints/step-0000002/"):
+        made |= {step + x for x in ("model.safetensors", "optimizer-0.safetensors", "state.json")}
     found = {name: x for name, x in contents(run).items() if not name.startswith("model/")}
     assert found.keys() == made | set(kept)
     assert all(found[name] == name.encode() for name in kept)
@@ -354,15 +357,17 @@ def test_a_file_that_is_cut_or_missing_is_called_damaged(saved, name, data):
 
 
 @pytest.mark.parametrize(
-    "name, tensor, says",
+    "name, tensor, number, says",
     [
-        ("model.safetensors", "model.norm.weight", r"'model.norm.weight' is \(1,\), the model's"),
-        ("optimizer-0.safetensors", None, "damaged .*' is"),
-        ("state.json", None, r"damaged .* \(.*state.json holds no JSON object\)"),
+        ("model.safetensors", "model.norm.weight", torch.ones(1), r"'model.norm.weight' is \(1,\)"),
+        ("model.safetensors", "model.norm.weight", torch.tensor(1.0), r"norm.weight' is \(\)"),
+        ("model.safetensors", "model.norm.weight", torch.full((32,), torch.nan), "not finite"),
+        ("optimizer-0.safetensors", None, torch.ones(1), "damaged .*' is"),
+        ("state.json", None, None, r"damaged .* \(.*state.json holds no JSON object\)"),
     ],
 )
-def test_a_state_or_tensor_of_another_shape_is_called_damaged(saved, name, tensor, says):
-    """Even a tensor that PyTorch would copy into each row."""
+def test_a_state_or_tensor_that_no_run_wrote_is_called_damaged(saved, name, tensor, number, says):
+    """Even a tensor that PyTorch would copy into each row, and under a hash that is right."""
     read, folder = saved
     file = folder / name
     whole = file.read_bytes()
@@ -370,10 +375,74 @@ def test_a_state_or_tensor_of_another_shape_is_called_damaged(saved, name, tenso
     file.unlink()  # not written in place: what was read may be mapped to it
     if state:
         tensor = tensor or next(k for k, x in state.items() if x.dim())
-        save_file(state | {tensor: torch.ones(1)}, file)
+        save_file(state | {tensor: number}, file)
+        sums = json.loads((folder / "state.json").read_text())
+        seal = hashlib.sha256(file.read_bytes()).hexdigest()
+        (folder / "state.json").write_text(json.dumps(sums | {f"sha256 of {name}": seal}))
     else:
         file.write_text("[1]")
     with pytest.raises(OSError, match=says):
         read()
     file.unlink()
     file.write_bytes(whole)
+    if state:
+        (folder / "state.json").write_text(json.dumps(sums))
+
+
+def test_what_is_saved_is_on_the_disk_before_it_is_renamed_and_before_the_older_goes(
+    world, run, monkeypatch
+):
+    """A power cut forgets what was not flushed: files, and the names in a folder.
+
+    Every file was flushed before it, or a folder that it lies in, is renamed; and nothing is
+    deleted in a folder that was renamed, or beside it, until the names around it were flushed.
+    """
+    flushed, moved, seen = set(), set(), []
+
+    def fsync(opened, real=os.fsync):
+        flushed.add(os.fstat(opened).st_ino)
+        moved.discard(os.fstat(opened).st_ino)
+        return real(opened)
+
+    def rename(source, target, real=os.rename):
+        inner = [source, *Path(source).rglob("*")] if "deleted" not in str(target) else []
+        assert all(os.stat(path).st_ino in flushed for path in inner), (source, target)
+        real(source, target)
+        moved.add(os.stat(Path(target).parent).st_ino)
+        seen.append(Path(target).name)
+
+    def unlink(path, *rest, real=os.unlink, **how):
+        if ".lock" not in str(path):
+            assert not moved, path
+        return real(path, *rest, **how)
+
+    for name, call in {
+        "fsync": fsync,
+        "rename": rename,
+        "replace": rename,
+        "unlink": unlink,
+    }.items():
+        monkeypatch.setattr(os, name, call)
+    flags = ["--max-steps", 3, "--save-every", 1, "--overwrite", *CPU]
+    assert main(arguments(world, run, *flags)) == 0
+    assert {"config.json", "model", "step-0000003", ".model.deleted.tmp"} <= set(seen)
+    assert {os.stat(path).st_ino for path in (run / "model").iterdir()} <= flushed
+    assert os.stat(run / "metrics.jsonl").st_ino in flushed
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": {"b": 1, "c": 2, "b": 3}}')
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON: key 'b' stands twice"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_generate_stopped_before_its_settings_goes_on_and_has_a_lock(
+    world, tmp_path, answers, capsys
+):
+    out = tmp_path / "out.jsonl"
+    out.write_text("")
+    with locked(tmp_path / ".out.jsonl.lock"):
+        assert generated(world, answers, out, "--resume") == 1
+    assert f"is being written by process {os.getpid()} on" in capsys.readouterr().err
+    assert generated(world, answers, out, "--resume") == 0
+    assert out.read_text().count("\n") == 1

@@ -378,3 +378,42 @@ def test_other_prompts_and_another_model_are_not_gone_on_with(questions, tmp_pat
     with pytest.raises(SystemExit):
         command(questions, tmp_path / "twice.jsonl", "--samples", "2", "--temperature", "0")
     assert "would write the same answer 2 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, 3e38])
+def test_weights_that_make_no_numbers_make_no_text(
+    questions, tmp_path, capsys, number, temperature
+):
+    """Those that are not finite are named; those whose logits are not are said to be too large."""
+    model = load("weights/tiny")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(number)
+    save(model, tmp_path / "model")
+    load_tokenizer("weights/tiny").save(tmp_path / "model")
+    flags = ["--chat", "--model", str(tmp_path / "model"), "--temperature", temperature]
+    assert command(questions, tmp_path / "out.jsonl", *flags, "--top-p", "0.9") == 1
+    said = capsys.readouterr().err
+    whole = number == 3e38
+    assert (
+        "logits are not finite at new token 1" if whole else "'model.norm.weight' holds"
+    ) in said
+    assert said.count("\n") == 1
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_generates_what_the_model_has(tmp_path, capsys):
+    """A prompt that needs a token beyond the model's rows is one line that names it."""
+    model, rows = load("weights/tiny"), 650
+    beyond = load_tokenizer("weights/tiny").decode([660])
+    model.model.embed_tokens.weight = torch.nn.Parameter(model.unembed[:rows].clone())
+    model.raw = model.raw | {"vocab_size": rows}
+    save(model, tmp_path / "model")
+    load_tokenizer("weights/tiny").save(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model")]
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"prompt": f"a {beyond}"}))
+    assert command(short, tmp_path / "out.jsonl", *flags, "--chat") == 1
+    assert re.search("has the id .* only 650 rows: it cannot read", capsys.readouterr().err)
+    short.write_text('{"prompt": "a"}\n')
+    assert command(short, tmp_path / "out.jsonl", *flags, "--samples", "8") == 0
+    assert len(rows_of(tmp_path / "out.jsonl")) == 8

@@ -119,11 +119,19 @@ def test_rows_of_very_different_size_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("V, tokens", [(49152, 341), (2**24, 16), (1000, 16777)])
 def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
-    chunks = cuts(None, 50000, chunk_tokens(torch.empty(V, 1, device="cpu")))
+    N = 400_000
+    chunks = cuts(None, N, chunk_tokens(torch.empty(V, 1, device="cpu")))
     sizes = [i.stop - i.start for i in chunks]
-    assert len(chunks) == -(-50000 // tokens) and (chunks[0].start, chunks[-1].stop) == (0, 50000)
+    assert len(chunks) == -(-N // tokens) and (chunks[0].start, chunks[-1].stop) == (0, N)
     assert all(a.stop == b.start for a, b in pairwise(chunks))
     assert sizes[0] <= tokens and min(sizes) > 0.9 * sizes[0] - len(chunks)
+
+
+def test_blocks_of_the_vocabulary_add_up():
+    """D is so large that a block holds 256 of the 600 rows."""
+    hidden, unembed, targets, c = problem(5, 8200, 600, seed=3)
+    expected = (c * naive(hidden, unembed, targets)).sum()
+    assert_same((c * token_logps(hidden, unembed, targets)).sum(), expected, (hidden, unembed))
 
 
 @given(

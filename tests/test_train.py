@@ -488,7 +488,8 @@ def test_an_interrupt_saves_and_says_how_to_go_on(world, tmp_path, uninterrupted
     assert code == 130 and "Traceback" not in errors
     assert f"-m minibnf.train --resume --out {out}" in errors
     done = sum("loss" in row for row in logged(out))
-    assert json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())["step"] == done
+    newest = max((out / "checkpoints").glob("*/state.json"))
+    assert json.loads(newest.read_text())["step"] == done
     (out / "reference-train.safetensors").write_bytes(b"junk")  # damaged: it is made again
     assert resumed(out) == 0
     assert same(weights(out), weights(uninterrupted))
@@ -679,17 +680,213 @@ def test_bad_inputs_give_one_clear_line_and_no_traceback(world, tmp_path, capsys
 
 
 def test_a_non_finite_loss_stops_the_run_unsaved_and_names_the_batch(world, tmp_path, capsys):
-    broken = load(world / "model")
-    with torch.no_grad():
-        broken.model.norm.weight[0] = float("nan")
-    save(broken, tmp_path / "broken")
-    load_tokenizer(world / "model").save(tmp_path / "broken")
-    assert trained(world, tmp_path / "run", f"--model {tmp_path / 'broken'}") == 1
+    broken = altered(world, tmp_path / "broken", 3e38)
+    assert trained(world, tmp_path / "run", f"--loss nll --model {broken}") == 1
     errors = capsys.readouterr().err
     for part in ("stopped at step 1: loss nan", "nothing of it was saved", "pairs.jsonl", "lines "):
         assert part in errors
     assert not (tmp_path / "run" / "model").exists() and logged(tmp_path / "run") == []
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def altered(world, folder, number):
+    """A copy of the model whose last norm holds this number."""
+    model = load(world / "model")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(number)
+    save(model, folder)
+    load_tokenizer(world / "model").save(folder)
+    return folder
+
+
+def no_line_but(capsys, *parts):
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and all(part in error for part in parts), error
+    return "Traceback" not in error
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_starting_weights_that_are_not_finite_are_named(world, tmp_path, capsys, number):
+    broken = altered(world, tmp_path / "broken", number)
+    assert trained(world, tmp_path / "run", f"--model {broken}") == 1
+    assert no_line_but(capsys, f"{broken}/model.safetensors: tensor 'model.norm.weight' holds")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_that_is_not_finite_is_no_training_rows_fault(world, tmp_path, capsys):
+    broken = altered(world, tmp_path / "broken", 3e38)
+    assert trained(world, tmp_path / "run", f"--model {broken}") == 1
+    assert no_line_but(capsys, "at step 0: the model's own log-probabilities in line 1 of")
+
+
+def test_held_out_rows_that_give_no_number_are_named_and_metrics_stay_json(
+    world, tmp_path, capsys, monkeypatch
+):
+    def broken(*args, backward):
+        loss, sums = run_batches(*args, backward=backward)
+        return loss if backward else loss * math.nan, sums
+
+    monkeypatch.setattr(train, "run_batches", broken)
+    held_out = world / "held-out.jsonl"
+    assert trained(world, tmp_path / "run", f"--eval-data {held_out}") == 1
+    assert no_line_but(capsys, "stopped at step 0: eval_loss nan;", f"Its rows: all of {held_out}")
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_weights_that_are_not_finite_are_never_saved(world, tmp_path, capsys):
+    """The loss of the only step was still that of the weights before it."""
+    flags = "--loss nll --optimizer muon --lr 1e38 --weight-decay 1e30 --max-steps 1 --warmup 0"
+    assert trained(world, tmp_path / "run", flags) == 1
+    assert no_line_but(capsys, "stopped at step 1, unsaved; lower --lr: model: tensor '")
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.fixture
+def stopped(world, tmp_path):
+    """A run of four steps, checkpoints after 2 and 4, killed before it wrote model/; and the
+    weights that it would have had."""
+    out = tmp_path / "run"
+    assert trained(world, out, "--lr 1e-3 --save-every 2") == 0
+    end = weights(out)
+    shutil.rmtree(out / "model")
+    return out, end
+
+
+def flip(file, at):
+    """One bit, at this share of the file."""
+    data = bytearray(file.read_bytes())
+    data[int(at * len(data))] ^= 4
+    file.unlink()  # what was read may be mapped to it
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("at", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer-0.safetensors", "state.json"])
+def test_a_flipped_bit_is_named_and_the_older_checkpoint_used(stopped, capsys, name, at):
+    out, end = stopped
+    flip(out / "checkpoints" / "step-0000004" / name, at)
+    capsys.readouterr()
+    assert resumed(out) == 0
+    said = capsys.readouterr().out
+    assert "step-0000004: damaged or unreadable (" in said and "after step 2" in said
+    assert same(weights(out), end)
+    names = [path.name for path in sorted((out / "checkpoints").iterdir())]
+    assert names == ["step-0000002", "step-0000004"]
+
+
+def test_a_flipped_bit_of_the_reference_is_made_good(stopped):
+    out, end = stopped
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "reference-train.safetensors").read_bytes()
+    flip(out / "reference-train.safetensors", 0.9)
+    assert resumed(out) == 0
+    assert same(weights(out), end)
+    assert (out / "reference-train.safetensors").read_bytes() == before
+
+
+def test_the_announcement_says_what_disk_two_checkpoints_take(stopped, capsys):
+    out, _ = stopped
+    capsys.readouterr()
+    assert resumed(out) == 0
+    said = capsys.readouterr().out.partition("two checkpoints of at most ")[2].split()[0]
+    size = sum(path.stat().st_size for path in out.glob("checkpoints/*/*.safetensors"))
+    assert size / 1e6 == pytest.approx(float(said), rel=0.15)
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "step-best", "step-0000002.bak", "step-12"])
+def test_what_others_put_among_the_checkpoints_is_neither_read_nor_deleted(stopped, name):
+    out, end = stopped
+    shutil.rmtree(out / "checkpoints" / "step-0000004")
+    stray = out / "checkpoints" / name
+    stray.write_text("mine") if name == ".DS_Store" else stray.mkdir()
+    assert resumed(out) == 0
+    assert same(weights(out), end) and stray.exists()
+
+
+@pytest.mark.parametrize("damage", ["emptied", "deleted", "bad byte", "no object"])
+def test_a_damaged_metrics_file_costs_its_rows_and_says_so(stopped, capsys, damage):
+    out, end = stopped
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = b'{"\xff' + lines[1] if damage == "bad byte" else b"[2]\n"
+    (out / "metrics.jsonl").write_bytes(
+        b"".join(lines) if damage in ("bad byte", "no object") else b""
+    )
+    if damage == "deleted":
+        (out / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert resumed(out) == 0
+    gone = 4 if damage in ("emptied", "deleted") else 1
+    said = f"metrics.jsonl: the rows of {gone} of 4 steps are damaged or gone"
+    assert said in capsys.readouterr().out and same(weights(out), end)
+    assert len(logged(out)) == 4 - gone
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_run(
+    world, tmp_path, uninterrupted, capsys
+):
+    """Whether it would go on or start anew; and the lock dies with its process."""
+    out, flags = tmp_path / "run", [*LONG.split(), "--eval-data", world / "held-out.jsonl"]
+    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *flags)]
+    first = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while (
+        not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 9
+    ):
+        assert first.poll() is None
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # it still holds the lock
+    for flag in ("--resume", "--overwrite"):
+        assert main([*arguments(world, out, *flags), flag]) == 1
+        assert no_line_but(capsys, f"{out} is being written by process {first.pid} on ")
+    first.kill()
+    first.wait()
+    assert resumed(out) == 0 and same(weights(out), weights(uninterrupted))
+    assert not (out / ".lock").exists()
+
+
+def test_an_out_that_is_no_utf_8_is_refused_at_once(world, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        trained(world, tmp_path / os.fsdecode(b"run-\xff"))
+    assert no_line_but(capsys, "run-\\udcff' is no UTF-8") and list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_foresaw_keeps_its_traceback_and_asks_to_be_reported(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "optimizers", lambda *_: [][0])
+    with pytest.raises(IndexError) as found:
+        trained(world, tmp_path / "run")
+    assert "This is a bug of minibnf. Please report it" in found.value.__notes__[0]
+
+
+def test_a_terminal_that_cannot_be_written_to_is_no_reason_to_stop(world, tmp_path):
+    command = [sys.executable, "-m", "minibnf.train", *arguments(world, tmp_path / "run")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "standard output cannot be written: No space left on device; going on\n"
+    assert done.stderr == said and done.returncode == 1
+    assert (tmp_path / "run" / "model" / "README.md").exists()
+
+
+def test_metrics_that_cannot_be_written_are_named(world, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minibnf.run.open", full, raising=False)
+    assert trained(world, tmp_path / "run", "--loss nll") == 1
+    assert no_line_but(capsys, "metrics.jsonl cannot be written: No space left on device")
+
+
+def test_no_line_of_an_error_is_endless_and_what_is_shown_controls_no_terminal(
+    world, tmp_path, capsys
+):
+    found = [row | {"a\x1b[31m" + "b" * 20000: 1} for row in rows()]
+    file = write(tmp_path / "pairs.jsonl", found)
+    assert trained(world, tmp_path / "run", f"--data {file} --max-steps 1") == 0
+    said = capsys.readouterr().out
+    assert "a\\x1b[31mbbb" in said and "\x1b" not in said
+    assert trained(world, tmp_path / "run2", f"--data {tmp_path / ('x' * 20000)}") == 1
+    assert max(map(len, capsys.readouterr().err.splitlines())) < 1100
 
 
 def test_a_resumed_run_multiplies_by_the_library_it_began_with(world, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minibnf.files.disk import read_json
+from minibnf.files.terminal import show
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def announce_ignored(directory, raw: dict) -> None:
     if ignored := ignored_fields(raw):
         names = ", ".join(map(repr, ignored))
         what = f"fields that a model of {raw['model_type']} does not read are ignored: {names}"
-        print(f"{Path(directory) / 'config.json'}: {what}", file=sys.stderr)
+        show(f"{Path(directory) / 'config.json'}: {what}", file=sys.stderr)
 
 
 def _layers(given: dict, path) -> tuple[Layer, ...]:

@@ -1,10 +1,15 @@
 """JSON, and writes that are whole or absent."""
 
+import errno
 import json
+import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from minibnf.files.terminal import show
 
 
 def read_json(path: Path):
@@ -15,9 +20,18 @@ def read_json(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+def _without_twins(pairs: list[tuple]) -> dict:
+    """A JSON object; ValueError where a key stands twice, since programs differ in what counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {max(keys, key=keys.count)!r} stands twice in an object")
+    return found
 
 
 def optional(path: Path) -> dict:
@@ -36,8 +50,39 @@ def write_json(path: Path, value) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        put(temporary, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the system within name the file: those of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk itself holds a file, or the names in a folder: a power cut may follow."""
+    if path.is_dir() and os.name == "nt":  # no folder can be opened there
+        return
+    opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:  # some file systems cannot do this to a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Rename what was written to its place, so that a power cut loses neither it nor its name."""
+    flush(temporary)
     temporary.replace(path)
+    flush(path.parent)
 
 
 @contextmanager
@@ -52,9 +97,11 @@ def replacing(directory) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for path in temporary.rglob("*"):
+            flush(path)
         if directory.exists():
             delete(directory)
-        temporary.rename(directory)
+        put(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -63,9 +110,50 @@ def delete(path: Path) -> None:
     """Delete a file, or a folder, which is renamed first: what is half deleted is never read."""
     if path.is_symlink() or not path.is_dir():
         return path.unlink()
-    doomed = path.with_name(f".{path.name}.deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    shutil.rmtree(path.rename(doomed))
+    shutil.rmtree(set_aside(path))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a folder to a name that no run reads, and say which."""
+    aside = path.with_name(f".{path.name}.deleted.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    flush(aside.parent)
+    return aside
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """No second process is in a block locked by the same file, which is gone after it.
+
+    The lock dies with its process. Where there is none, as on some network disks, a line says so.
+    Raises ValueError that says who holds it. A folder that is made for the file goes if it is
+    empty at the end.
+    """
+    made = not file.parent.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+", encoding="utf-8") as held:
+        try:
+            import fcntl  # Windows has none
+
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(held.fileno()).st_nlink:  # it was another's, and is gone
+                raise BlockingIOError
+        except BlockingIOError:
+            held.seek(0)
+            raise ValueError(f"{file.parent} is being written by {held.read()}") from None
+        except (ImportError, OSError) as error:
+            show(f"no lock on {file.parent} ({error}): start no second process there")
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {platform.node()}")
+        held.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                if made:
+                    file.parent.rmdir()
 
 
 def inside(path: Path, folder: Path) -> bool:

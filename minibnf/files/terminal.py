@@ -1,6 +1,7 @@
 """What may be shown in a terminal, errors in one line, and numbers that count something."""
 
 import argparse
+import os
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -27,27 +28,52 @@ def _acts(c: str) -> bool:
     return control or unicodedata.bidirectional(c)[:2] in OVERRIDES
 
 
+def show(text: object = "", **how) -> None:
+    """Print a text, printable: whatever the commands say passes here.
+
+    Where standard output cannot be written to, one line on standard error says so, once, and the
+    command goes on: what it was asked for mostly lies in files.
+    """
+    try:
+        print(printable(str(text)), **{"flush": True} | how)
+    except OSError as error:
+        if sys.stdout is how.get("file", sys.stdout):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            show(f"standard output cannot be written: {error.strerror}; going on", file=sys.stderr)
+
+
+LINE = 1000  # characters of an error that are shown of each line
 # What a user, a file or a machine can cause. Everything else is a bug and keeps its traceback.
 CAUSED = (ValueError, OSError, ImportError, MemoryError, FloatingPointError)
+REPORT = "This is a bug of minibnf. Please report it, with the lines above and the command."
 
 
 def in_one_line(main: Callable) -> Callable[..., int]:
     """Makes main a command: its exit status is 0, or 1 and one line on standard error.
 
+    A bug keeps its traceback, under which a request to report it stands.
     130 after Ctrl-C; the KeyboardInterrupt may say how to go on.
     """
 
     @wraps(main)
     def command(argv: list[str] | None = None) -> int:
+        stdout = sys.stdout
         try:
             main(argv)
         except CAUSED as error:
-            print(printable(f"error: {error}"), file=sys.stderr)
+            lines = f"error: {error}".split("\n")
+            short = (
+                x if len(x) <= LINE else f"{x[:LINE]} ... ({len(x)} characters)" for x in lines
+            )
+            show("\n".join(short), file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
-            print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+            show(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
             return 130
-        return 0
+        except Exception as error:
+            error.add_note(REPORT)
+            raise
+        return 0 if sys.stdout is stdout else 1
 
     return command
 
@@ -62,6 +88,14 @@ def positive(text: str) -> int:
 
 class ArgumentParser(argparse.ArgumentParser):
     """One whose usage errors are one line: argparse would print all options above it."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses words that are no UTF-8: config.json, for one, could not hold them."""
+        args = sys.argv[1:] if args is None else args
+        for word in args:
+            if word.encode(errors="ignore").decode() != word:
+                self.error(f"{word!r} is no UTF-8")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, printable(f"error: {message} ({self.prog} --help lists the options)\n"))

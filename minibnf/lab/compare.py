@@ -37,7 +37,7 @@ import torch
 
 from minibnf import arguments
 from minibnf.files.disk import read_json, write_json, write_text
-from minibnf.files.terminal import ArgumentParser, in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.lab import trials
 from minibnf.lab.plan import customary, finals, settings, sweep
 from minibnf.lab.smallworld import KINDS
@@ -167,14 +167,14 @@ def main(argv: list[str] | None = None) -> None:
     if not {"spec", "facts", "runs"} <= set(results):
         raise ValueError(f"{args.tables} is no results.json of minibnf compare")
     text = report(results)
-    print(text)
+    show(text)
     folder = args.figures
     if args.out:
         write_text(Path(args.out) / "report.md", text + "\n")
         folder = folder or Path(args.out) / "figures"
     if folder:
         for file in figures.comparison(results, Path(folder)):
-            print(f"figure  {file}")
+            show(f"figure  {file}")
 
 
 if __name__ == "__main__":

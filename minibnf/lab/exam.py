@@ -28,7 +28,7 @@ from minibnf.data import Example, pairs_of, read_examples
 from minibnf.evaluate import wins
 from minibnf.feedback import gini, target_logits
 from minibnf.files.config import announce_ignored
-from minibnf.files.terminal import ArgumentParser, in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QA, REASONING, Problem, problems, score
 from minibnf.lab.smallworld import Sample, sampler
@@ -167,22 +167,22 @@ def before_and_after(args: argparse.Namespace) -> None:
     how = {name: getattr(args, name) for name in ("split", "samples", "count", "seed")}
     exam = Exam(base, tokenizer, examples, **how)
     before, after = exam.grade(base), exam.grade(aligned)
-    print(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
+    show(f"{'':38}{'before':>9}{'after':>9}  ± standard error")
     for name, (value, error) in after.items():
         shown = f"  ± {error:.3f}" if error == error else ""
-        print(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}{shown}")
+        show(f"{LABELS[name]:38}{before[name][0]:9.3f}{value:9.3f}{shown}")
     greedy = [sampler(model, tokenizer, temperature=0) for model in (base, aligned)]
     for what, some in {"questions": exam.questions, "problems": exam.chains}.items():
         prompts = [problem.prompt for problem in some]
         old, new = (sample(prompts, 1, args.seed) for sample in greedy)
         changed = [row for row in zip(prompts, old, new, strict=True) if row[1] != row[2]]
         first = "; the first:" if changed else ""
-        print(f"\nThe likeliest answer changed in {len(changed)} of {len(some)} {what}{first}")
+        show(f"\nThe likeliest answer changed in {len(changed)} of {len(some)} {what}{first}")
         for prompt, (was,), (now,) in changed[:1]:
-            print(f"  {prompt}\n    before  {was}\n    after   {now}")
+            show(f"  {prompt}\n    before  {was}\n    after   {now}")
     figure = Path(args.model).parent / "figures" / "training.png"
     if figure.is_file():
-        print(f"\nfigure  {figure}")
+        show(f"\nfigure  {figure}")
 
 
 @in_one_line

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from minibnf.feedback import feedback
+from minibnf.files.terminal import show
 from minibnf.lab.plan import best_by_rate, customary, select, with_setting
 from minibnf.losses import LOSSES
 from minibnf.run import BAD, GOOD, PLAIN
@@ -219,4 +220,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m minibnf.lab.figures DIR    draws feedback.svg and weights.svg")
     for name, draw in {"feedback": feedback_curves, "weights": weight_map}.items():
-        print(draw(Path(sys.argv[1]) / f"{name}.svg"))
+        show(draw(Path(sys.argv[1]) / f"{name}.svg"))

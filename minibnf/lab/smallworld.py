@@ -23,7 +23,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from minibnf.files.disk import inside, write_json, write_text
-from minibnf.files.terminal import ArgumentParser, in_one_line, positive
+from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate, text_of
 from minibnf.lab.language import (
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         sample = sampler(load(args.model), load_tokenizer(args.model))
         rows = pairs(args.kind, sample, args.count, args.seed, args.split)
         write_rows(args.out, unpaired(rows, args.unpaired) if args.unpaired else rows)
-    print(f"wrote {args.out}")
+    show(f"wrote {args.out}")
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
