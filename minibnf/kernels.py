@@ -83,6 +83,21 @@ def add_weight_gradient(total: Tensor, g: Tensor, x: Tensor) -> None:
         total += weight_gradient(g, x)
 
 
+def kind(x: Tensor) -> str:
+    """ "cpu" or, wherever else x is, "cuda"."""
+    return "cpu" if x.device.type == "cpu" else "cuda"
+
+
+def blocks(unembed: Tensor) -> list[slice]:
+    """The vocabulary's rows in blocks of 8 MiB, which stay in a CPU's cache; a GPU takes it whole.
+
+    unembed (V, D).
+    """
+    V, D = unembed.shape
+    size = max(256, 2**21 // D) if kind(unembed) == "cpu" else V
+    return [slice(v, v + size) for v in range(0, V, size)]
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minibnf.kernels import add_weight_gradient, fused, product, product_into
+from minibnf.kernels import add_weight_gradient, blocks, fused, kind, product, product_into
 
 Judge = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 # Of a chunk: 64 MiB in float32 on a CPU, and 1 GiB on a GPU, where each chunk costs a pass over
@@ -74,11 +74,7 @@ def sweep(
 
 def chunk_tokens(unembed: Tensor) -> int:
     """How many tokens have CHUNK_LOGITS of logits, on the device of unembed (V, D)."""
-    return max(16, CHUNK_LOGITS[_kind(unembed)] // len(unembed))
-
-
-def _kind(x: Tensor) -> str:
-    return "cpu" if x.device.type == "cpu" else "cuda"
+    return max(16, CHUNK_LOGITS[kind(unembed)] // len(unembed))
 
 
 def cuts(sizes: list[int] | None, N: int, chunk: int) -> list[slice]:
@@ -101,7 +97,7 @@ def cuts(sizes: list[int] | None, N: int, chunk: int) -> list[slice]:
 def _pieces(chunk: slice, unembed: Tensor) -> list[slice]:
     """A chunk whole or, where it has more than ROW_LOGITS, in pieces of CHUNK_LOGITS."""
     N = chunk.stop - chunk.start
-    if N <= max(1, ROW_LOGITS[_kind(unembed)] // len(unembed)):
+    if N <= max(1, ROW_LOGITS[kind(unembed)] // len(unembed)):
         return [chunk]
     parts = cuts(None, N, chunk_tokens(unembed))
     return [slice(chunk.start + i.start, chunk.start + i.stop) for i in parts]
@@ -111,8 +107,7 @@ class _Logits:
     """The logits (N, V), of which one slice of the tokens exists at a time, and their gradients.
 
     Fresh memory costs more than the work on it (the system hands it out page by page), so one
-    buffer, of the longest slice, is overwritten by each. Products go by blocks of the vocabulary
-    that stay in a CPU's cache, about 8 MiB; a GPU takes it whole.
+    buffer, of the longest slice, is overwritten by each. Products go by blocks of the vocabulary.
 
     logps (N,): of what was read. wanted: whether hidden and unembed need gradients. dhidden has
     hidden's dtype, since each row is written once; dunembed is float32 or wider, since slices add
@@ -122,12 +117,10 @@ class _Logits:
     def __init__(self, hidden, unembed, targets, softcap, slices, wanted=(False, False)):
         self.hidden, self.unembed = hidden, unembed.to(hidden.dtype)
         self.targets, self.softcap = targets, softcap
-        V, D = unembed.shape
-        size = max(256, 2**21 // D) if unembed.device.type == "cpu" else V
-        self.blocks = [slice(v, v + size) for v in range(0, V, size)]
+        self.blocks = blocks(unembed)
         longest = max(i.stop - i.start for i in slices)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.buffer = hidden.new_empty(longest, V, dtype=wide)
+        self.buffer = hidden.new_empty(longest, len(unembed), dtype=wide)
         self.logps = hidden.new_empty(len(targets), dtype=wide)
         self.dhidden = torch.empty_like(hidden) if any(wanted[:2]) else None
         wide = torch.promote_types(unembed.dtype, torch.float32)
