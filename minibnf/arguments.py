@@ -15,8 +15,8 @@ RATES = {"bnf": 4e-5, "rbnf": 4e-5, "nll": 4e-5, "unlikelihood": 1e-5}
 
 
 def default_rate(loss: str) -> float:
-    """The default learning rate of a loss at WIDTH."""
-    return RATES.get(loss, 2e-5)
+    """The default learning rate of a loss at WIDTH; of two in one, the lower of theirs."""
+    return min(RATES.get(part, 2e-5) for part in loss.split("/"))
 
 
 def loss_name(text: str) -> str:
@@ -100,9 +100,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args = p.parse_args(argv)
     elif earlier or args.config:
         raise ValueError(f"{file}: not the config.json that a run of this version wrote")
-    elif args.resume:
-        show(f"{args.out} holds no run to go on with: starting one")
     check_arguments(p, args)
+    if args.resume and not earlier:
+        show(f"{args.out} holds no run to go on with: starting one")
     return args
 
 
@@ -143,7 +143,10 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
         name, equals, value = text.partition("=")
         if not equals or name in given:
             raise ValueError(f"--loss-args {text}: write NAME=X, e.g. beta=0.1, each name once")
-        given[name] = value if value.isalpha() else float(value)
+        try:
+            given[name] = value if value.isalpha() else float(value)
+        except ValueError:
+            raise ValueError(f"--loss-args {text}: {value!r} is no number") from None
     return loss.hyper(given)
 
 

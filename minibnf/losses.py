@@ -325,7 +325,7 @@ def _rival(name: str, ref: bool, pairs: bool = True, **defaults) -> Loss:
     return Loss(name, defaults, value, gradient, ref, needs_pairs=pairs, per_response=not pairs)
 
 
-_FAMILY = [
+_LOSSES = [
     token_local("bnf", bnf_potential, bnf_weight, length="shorter", ref=True),
     token_local("rbnf", rbnf_potential, rbnf_weight, length="batch", ref=True),
     token_local("nll", nll_potential, nll_weight, length="own", ref=False),
@@ -361,11 +361,12 @@ class _Losses(dict):
         parts = [self.get(part) for part in name.split("/")]
         if len(parts) == 2 and all(loss and loss.token_local for loss in parts):
             return either(*parts)
-        known = f"{', '.join(self)}, or two token-local ones, such as bnf/topr"
+        local = ", ".join(known for known in self if self[known].token_local)
+        known = f"{', '.join(self)}; and two of {local}, such as bnf/topr"
         raise KeyError(f"no loss '{name}'; there are {known}")
 
 
-LOSSES = _Losses((loss.name, loss) for loss in _FAMILY)
+LOSSES = _Losses((loss.name, loss) for loss in _LOSSES)
 
 
 def bnf_loss(policy_logps, ref_logps, mask, preferred, pairs=None) -> Tensor:

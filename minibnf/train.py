@@ -68,6 +68,7 @@ def setup(args: argparse.Namespace) -> Run | None:
     if earlier:  # a template may have put the first run's date into rows
         tokenizer.now = datetime.fromisoformat(earlier["facts"]["now"])
         products = earlier["facts"]["products"]
+        torch.set_num_threads(earlier["facts"]["threads"])  # other ones would round otherwise
     multiply_by(products)
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, torch.float32)
     announce_ignored(args.model, model.raw)

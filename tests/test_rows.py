@@ -146,7 +146,7 @@ def test_a_pipe_is_read_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("nothing.jsonl", None, "cannot be read to its end: No such file"),
+        ("nothing.jsonl", None, "there is no such file"),
         ("empty.jsonl", "\n \n", "no rows"),
         ("none.json", "[]", "no rows"),
         ("rows.csv", "prompt,chosen,rejected\na,b,c\n", "2 bad rows.*\n.*not valid JSON"),

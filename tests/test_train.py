@@ -889,12 +889,19 @@ def test_no_line_of_an_error_is_endless_and_what_is_shown_controls_no_terminal(
     assert max(map(len, capsys.readouterr().err.splitlines())) < 1100
 
 
-def test_a_resumed_run_multiplies_by_the_library_it_began_with(world, tmp_path, monkeypatch):
-    """Two processors' makers may choose otherwise, and libraries round otherwise."""
-    out, chosen = tmp_path / "run", []
+def test_a_resumed_run_keeps_the_library_and_the_threads_it_began_with(
+    world, tmp_path, monkeypatch
+):
+    """Two processors' makers may choose otherwise, and other libraries or threads round so."""
+    out, chosen, threads = tmp_path / "run", [], torch.get_num_threads()
     monkeypatch.setattr(train, "multiply_by", chosen.append)
     for library in ("oneDNN", "MKL"):
         monkeypatch.setattr(train, "fastest_library", lambda library=library: library)
         assert trained(world, out, "--max-steps 1 --resume") == 0
-    assert chosen == ["oneDNN", "oneDNN"]
+        torch.set_num_threads(threads + 1)
+    try:
+        assert resumed(out) == 0 and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+    assert chosen == ["oneDNN"] * 3
     assert json.loads((out / "config.json").read_text())["facts"]["products"] == "oneDNN"

@@ -66,6 +66,8 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
     """
     path = Path(path)
     place = None
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file")
     try:
         for place, value in _parquet(path) if path.suffix == ".parquet" else _json(path):
             yield place, _row(value, place)
