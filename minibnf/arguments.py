@@ -100,6 +100,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args = p.parse_args(argv)
     elif earlier or args.config:
         raise ValueError(f"{file}: not the config.json that a run of this version wrote")
+    if args.resume and not earlier and args.model is None:
+        p.error(f"--resume: --out {args.out} holds no run to go on with")
     check_arguments(p, args)
     if args.resume and not earlier:
         show(f"{args.out} holds no run to go on with: starting one")

@@ -101,7 +101,7 @@ class Cache:
         return order
 
 
-# -------------------------------------------------------------------------------- the three sights
+# ------------------------------------------------------------------------------------------ sights
 
 
 def sights(c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None, dtype) -> dict:

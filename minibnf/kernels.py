@@ -69,6 +69,8 @@ def product_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """out = x W^T without gradients. out may be wider than x and W: a GPU then rounds nothing."""
     if x.is_cuda and out.dtype != x.dtype:
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    elif x.is_cuda:
+        torch.mm(x, weight.t(), out=out)
     else:
         out.copy_(product(x, weight))
 

@@ -332,14 +332,15 @@ def training_curves(rows: list[dict], file: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [["loss", "logps", "rewards"]]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(12.6, 3.2), layout="constrained")
+    known = " ".join(["loss", *(metric for row in rows for metric in row)])
+    panels = [panel for panel in ("loss", "logps", "rewards") if panel in known]
+    size = 4.2 * len(panels), 3.2
+    figure, axes = plt.subplot_mosaic([panels], figsize=size, layout="constrained")
     for name, colour in CURVES.items():
-        axis = axes[name.partition("/")[0]]
         for metric, style in {name: "-", f"eval_{name}": "o"}.items():
-            having = [row for row in rows if metric in row]
-            x, y = [row["step"] for row in having], [row[metric] for row in having]
-            axis.plot(x, y, style, color=colour, label=metric)
+            if having := [row for row in rows if metric in row]:
+                x, y = [row["step"] for row in having], [row[metric] for row in having]
+                axes[name.partition("/")[0]].plot(x, y, style, color=colour, label=metric)
     for panel, axis in axes.items():
         axis.set(title=f"{panel} (nats)", xlabel="step")
         axis.legend()

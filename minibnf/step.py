@@ -52,12 +52,12 @@ def batch_loss(
     return predict(model, batch, dtype, partial(sweep, chunks=chunks, judge=judge))
 
 
-def batch_logps(model: Transformer, batch: Batch, loss: Loss, dtype) -> Tensor:
+def batch_logps(model, batch: Batch, loss: Loss, dtype, *, training: bool = False) -> Tensor:
     """(N,): the log-probabilities that batch_loss sees, rounded alike, for the same products.
 
-    What is compiled rounds alike in the same graph alone, and training's is the one with gradients.
+    What is compiled rounds alike in the same graph alone. training: in the one with gradients.
     """
-    with torch.set_grad_enabled(compiling()):
+    with torch.set_grad_enabled(training and compiling()):
         return predict(model, batch, dtype, partial(sweep, chunks=chunks_of(model, batch, loss)))[1]
 
 
@@ -147,13 +147,15 @@ def metrics(batches: list[Batch], sums: Tensor, beta: float) -> dict[str, Tensor
 
 
 def with_reference(
-    model, examples: list[Example], steps: Iterable[list[Batch]], file: Path, loss, dtype
-) -> list[Example]:
+    model, examples: list[Example], steps: Iterable[list[Batch]], file: Path, loss, dtype,
+    training: bool = False,
+) -> list[Example]:  # fmt: skip
     """The examples with the model's log-probabilities, computed once and cached in file.
 
-    steps: the examples as training will meet them, lists of packed batches. A product of other
-    sizes may round otherwise, so only where the reference is read in the same packs and chunks do
-    policy and reference agree before the first step. A cache that is damaged is made again.
+    training: whether they will be trained on, or only be read. steps: the examples as training
+    will meet them, lists of packed batches. A product of other sizes may round otherwise, so only
+    where the reference is read in the same packs and chunks do policy and reference agree before
+    the first step. A cache that is damaged is made again.
     """
     sizes = [len(response) for e in examples for response in e.responses]
     try:
@@ -163,7 +165,7 @@ def with_reference(
     except (OSError, SafetensorError):
         whole = False
     if not whole:
-        read = partial(batch_logps, model, loss=loss, dtype=dtype)
+        read = partial(batch_logps, model, loss=loss, dtype=dtype, training=training)
         logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
         write_tensors(file, {"logps": logps, "sha256": _sha256(logps)})
     parts = iter(logps.split(sizes))

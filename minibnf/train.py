@@ -67,7 +67,7 @@ def setup(args: argparse.Namespace) -> Run | None:
     products = fastest_library()
     if earlier:  # a template may have put the first run's date into rows
         tokenizer.now = datetime.fromisoformat(earlier["facts"]["now"])
-        products = earlier["facts"]["products"]
+        products = earlier["facts"].get("products", products)
         torch.set_num_threads(earlier["facts"]["threads"])  # other ones would round otherwise
     multiply_by(products)
     model = fresh(args.model, args.seed) if args.from_scratch else load(args.model, torch.float32)
@@ -119,12 +119,13 @@ def setup(args: argparse.Namespace) -> Run | None:
 
 
 def compile_layers(run: Run) -> str:
-    """ "yes", or "no" and why: the step's first micro-batch is the trial."""
+    """ "yes", or "no" and why: the first micro-batch, learnt from and read, is the trial."""
     nll = LOSSES["nll"]
 
     def trial():
         batches = pack(run.sets["train"], rows_of_step(run, 0), run.facts.max_tokens)[:1]
-        run_batches(run.model, batches, nll, nll.hyper({}), run.dtype, backward=True)
+        for backward in (True, False):
+            run_batches(run.model, batches, nll, nll.hyper({}), run.dtype, backward=backward)
         run.model.zero_grad(set_to_none=True)
 
     failed = compile_by("inductor", trial)
@@ -219,7 +220,8 @@ def read_references(run: Run) -> None:
             steps = [rows_of_step(run, step) for step in range(run.steps_per_epoch)]
         packed = (pack(examples, rows, run.facts.max_tokens) for rows in steps)
         file = run.out / f"reference-{name}.safetensors"
-        found = with_reference(run.model, examples, packed, file, run.loss, run.dtype)
+        where = run.model, examples, packed, file, run.loss, run.dtype
+        found = with_reference(*where, training=name == "train")
         for e in found:
             if not torch.cat(e.ref_logps).isfinite().all():
                 data = run.args.eval_data if name.startswith("eval") else run.args.data
@@ -331,6 +333,8 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             words = [sys.executable, "-m", "minibnf.train", "--resume", "--out", args.out]
             raise KeyboardInterrupt(f"to go on:\n  {shlex.join(words)}") from None
+        finally:  # a comparison goes on in this process with other models
+            compile_by(None)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def test_the_reference_runs_trainings_graph(compiled_by):
     enough = graphs.frame_count
     with torch.no_grad():
         for batch in pack(examples(30), [0, 1, 2], 2048):
-            batch_logps(model, batch, LOSSES["bnf"], torch.float32)
+            batch_logps(model, batch, LOSSES["bnf"], torch.float32, training=True)
     assert graphs.frame_count == enough
 
 

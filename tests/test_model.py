@@ -200,6 +200,11 @@ def test_fields_of_another_family_are_ignored_and_named(directory, capsys):
     assert capsys.readouterr() == ("", line)
 
 
+def test_a_window_that_is_used_and_not_named_is_transformers_own():
+    raw = CONFIG | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    assert [layer.window for layer in parse_config(raw, "t").layers] == [None, 4096]
+
+
 LLAMA3 = {
     "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta": 1
 }  # fmt: skip

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from minibnf import train
+from minibnf import kernels, train
 from minibnf.data import mismatched, pack, pair, read_examples
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QUESTIONS, grammar
@@ -625,8 +625,9 @@ def test_folders_that_hold_no_run_or_a_damaged_one(world, tmp_path, capsys):
     assert f"{checkpoint}: damaged or unreadable" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         resumed(tmp_path / "nowhere")
-    assert "holds no run to go on with: starting one" in capsys.readouterr().out
+    assert f"{tmp_path / 'nowhere'} holds no run to go on with" in capsys.readouterr().err
     assert trained(world, tmp_path / "new", "--max-steps 1 --resume") == 0
+    assert "holds no run to go on with: starting one" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     assert trained(world, tmp_path / "file" / "run") == 1
     assert f"'{tmp_path / 'file'}" in capsys.readouterr().err
@@ -905,3 +906,9 @@ def test_a_resumed_run_keeps_the_library_and_the_threads_it_began_with(
         torch.set_num_threads(threads)
     assert chosen == ["oneDNN"] * 3
     assert json.loads((out / "config.json").read_text())["facts"]["products"] == "oneDNN"
+
+
+def test_what_a_run_compiled_is_not_used_after_it(world, tmp_path, monkeypatch):
+    """A comparison examines the model in the same process."""
+    monkeypatch.setattr(train, "train", lambda run: kernels.compile_by("eager"))
+    assert trained(world, tmp_path / "run") == 0 and not kernels.compiling()

@@ -105,8 +105,8 @@ _GEMMA = (
 READS = {  # family: what it reads besides SHAPE, or with another default
     "llama": {"attention_bias": False, "mlp_bias": False},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"attention_bias": False, "head_dim": 128},
+    "qwen2": _QWEN | {"sliding_window": 4096},
+    "qwen3": _QWEN | {"sliding_window": 4096, "attention_bias": False, "head_dim": 128},
     "smollm3": _QWEN
     | {"attention_bias": False, "mlp_bias": False, "num_key_value_heads": 4, "rope_theta": 2e6}
     | {"tie_word_embeddings": True, "no_rope_layers": None, "no_rope_layer_interval": 4},
