@@ -127,6 +127,32 @@ def test_a_chunks_logits_take_64_mib_and_no_fewer_than_16_tokens(V, tokens):
     assert sizes[0] <= tokens and min(sizes) > 0.9 * sizes[0] - len(chunks)
 
 
+@pytest.mark.parametrize(
+    "sizes, N, chunk, stops",
+    [
+        (None, 5, 2, [2, 4, 5]),
+        (None, 3, 1, [1, 2, 3]),
+        (None, 5, 9, [5]),
+        ([2, 2], 4, 9, [4]),
+        ([3, 3, 3, 3], 12, 6, [6, 12]),
+        ([1, 5, 6], 12, 6, [6, 12]),  # a chunk of the first row alone would be small
+        ([1, 9, 2], 12, 4, [1, 10, 12]),  # a row may be longer than a chunk
+    ],
+)
+def test_where_the_tokens_are_cut(sizes, N, chunk, stops):
+    assert cuts(sizes, N, chunk) == [slice(a, b) for a, b in pairwise([0, *stops])]
+
+
+def test_gradients_of_the_vocabulary_add_up_in_float32():
+    """256 chunks of one token: a sum in bfloat16 would stop growing on the way."""
+    hidden, unembed, targets, _ = problem(256, 2, 3, dtype=torch.bfloat16)
+    hidden, targets = hidden.detach().abs(), torch.zeros_like(targets)
+    exact = unembed.detach().double().requires_grad_()
+    naive(hidden.double(), exact, targets).sum().backward()
+    token_logps(hidden, unembed, targets, chunk=1).sum().backward()
+    torch.testing.assert_close(unembed.grad.double(), exact.grad, rtol=0.02, atol=0.2)
+
+
 def test_blocks_of_the_vocabulary_add_up():
     """D is so large that a block holds 256 of the 600 rows."""
     hidden, unembed, targets, c = problem(5, 8200, 600, seed=3)
@@ -229,6 +255,8 @@ def test_no_tensor_of_all_logits_is_ever_made():
     [
         ({"hidden": torch.zeros(3, 4, 2)}, "hidden, unembed, targets must be"),
         ({"unembed": torch.zeros(5, 3)}, r"must be .* not \(3, 4\), \(5, 3\), \(3,\)"),
+        ({"unembed": torch.zeros(5, 3, 4)}, "hidden, unembed, targets must be"),
+        ({"unembed": torch.zeros(4)}, "hidden, unembed, targets must be"),
         ({"targets": torch.tensor([0, 1])}, "hidden, unembed, targets must be"),
         ({"targets": torch.tensor([0, 1, 5])}, r"targets must lie in 0\.\.4.* not at 5"),
         ({"targets": torch.tensor([0, -100, 2])}, r"targets must lie in 0\.\.4.* not at -100"),
