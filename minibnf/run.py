@@ -343,7 +343,8 @@ def training_curves(rows: list[dict], file: Path, title: str) -> None:
                 axes[name.partition("/")[0]].plot(x, y, style, color=colour, label=metric)
     for panel, axis in axes.items():
         axis.set(title=f"{panel} (nats)", xlabel="step")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

@@ -386,7 +386,7 @@ def test_two_token_losses_combine_by_label(good, bad, data):
 
 @pytest.mark.parametrize("name", ["bnf/dpo", "bnf/", "bnf/topr/nll", "/", "dft"])
 def test_a_loss_that_is_none_is_refused_by_name(name, capsys):
-    with pytest.raises(KeyError, match=r"there are bnf, .* token-local ones, such as bnf/topr"):
+    with pytest.raises(KeyError, match=r"there are bnf, .*; and two of bnf, .*, such as bnf/topr"):
         LOSSES[name]
     with pytest.raises(SystemExit):
         arguments.parser().parse_args(["--loss", name])

@@ -175,7 +175,7 @@ def test_what_is_no_file_of_rows_is_told(tmp_path, name, content, says):
 def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"a\.parquet: .* pip install 'minibnf\[data\]'"):
-        read_rows(tmp_path / "a.parquet")
+        read_rows(file_of(tmp_path / "a.parquet", [GOOD]))
 
 
 ROWS_OF_BOTH = [{**PAIR, "tools": [{"a": None}], "system": "s"}, GOOD]
