@@ -45,7 +45,7 @@ exercise: .venv/test ## N=06: test your solution of an exercise, tutorials/exerc
 losses: .venv/small ## print the README's table of losses
 	@$(BIN)/python -m tests.loss_table
 
-mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.py in 1,200 ways; does a test notice? (five minutes)
+mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.py in 1,400 ways; does a test notice? (ten minutes)
 	rm -rf mutants
 	HYPOTHESIS_PROFILE=mutants $(ONE) $(BIN)/mutmut run --max-children 2
 	@$(BIN)/python -m tests.mutants
