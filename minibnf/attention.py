@@ -9,7 +9,7 @@ Each of these classes is made once per forward and window, and attends in all la
             sees its group's prompt and its own response up to itself, nothing else
     Blocks  the same where attention is compiled: one call of flex_attention, which skips blocks of
             tokens that no token sees
-    Cached  S new tokens per sequence, after those whose keys and values a Cache holds
+    Cached  one new token per sequence, after those whose keys and values a Cache holds
 In layers with a window, a token sees only the last `window` positions, its own among them.
 """
 
@@ -62,22 +62,16 @@ class Cache:
             keys[row : row + n, :, :L] = k[0][:, places].transpose(0, 1)
             values[row : row + n, :, :L] = v[0][:, places].transpose(0, 1)
 
-    def begin(self, S: int) -> None:
-        """Every layer is about to append S new tokens per row."""
-        row = torch.arange(len(self.length), device=self.length.device)[:, None]
-        column = self.length[:, None] + torch.arange(S, device=self.length.device)
-        self.places = row, slice(None), column  # (B, 1), all heads, (B, S)
-
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, K, S, d) at each row's end; return all keys and values of the layer."""
-        self.keys[layer][self.places] = k.transpose(1, 2)
-        self.values[layer][self.places] = v.transpose(1, 2)
-        end = self.longest + k.shape[2]
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Write k and v (B, K, 1, d) at each row's end; return all keys and values of the layer."""
+        end = torch.arange(len(self.length), device=self.length.device), slice(None), self.length
+        self.keys[layer][end], self.values[layer][end] = k[:, :, 0], v[:, :, 0]
+        used = self.longest + 1
+        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
 
-    def advance(self, S: int) -> None:
-        """The S tokens that every layer appended now count as read."""
-        self.length, self.lengths = self.length + S, [n + S for n in self.lengths]
+    def advance(self) -> None:
+        """The token per row that every layer appended now counts as read."""
+        self.length, self.lengths = self.length + 1, [n + 1 for n in self.lengths]
 
     def keep(self, rows: list[int]) -> list[int]:
         """Drop all rows but these; return them in their new order.
@@ -112,7 +106,7 @@ def sights(c: Config, x: Tensor, groups: list[Group] | None, cache: Cache | None
 
     def sight(window: int | None):
         if cache is not None:
-            return Cached(c, cache, x.shape[1], window, x.dtype)
+            return Cached(c, cache, window, x.dtype)
         if groups is None:
             return Causal(c, x.shape[1], window, x.dtype, x.device)
         if compiling():
@@ -133,11 +127,11 @@ class Causal:
 
 
 class Cached:
-    """Attention of S new tokens per sequence over what a cache holds of it, and themselves."""
+    """Attention of one new token per sequence over what a cache holds of it, and itself."""
 
-    def __init__(self, c: Config, cache: Cache, S: int, window: int | None, dtype: torch.dtype):
-        place = torch.arange(cache.longest + S, device=cache.length.device)
-        row = (cache.length[:, None] + place[:S])[:, :, None]  # (B, S, 1)
+    def __init__(self, c: Config, cache: Cache, window: int | None, dtype: torch.dtype):
+        place = torch.arange(cache.longest + 1, device=cache.length.device)
+        row = cache.length[:, None, None]  # (B, 1, 1)
         self.c, self.mask = c, additive(_within(row, place, window)[:, None], dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

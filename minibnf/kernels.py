@@ -33,17 +33,19 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def fastest_library() -> str:
-    """What multiplies float32 matrices fastest on this CPU: "oneDNN" or "MKL"."""
+    """What multiplies float32 matrices fastest on this CPU: "oneDNN", or PyTorch's own choice."""
     cpuinfo = Path("/proc/cpuinfo")
     maker = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
-    return "oneDNN" if ONEDNN and "AuthenticAMD" in maker else "MKL"
+    if ONEDNN and "AuthenticAMD" in maker:
+        return "oneDNN"
+    return "MKL" if torch.backends.mkl.is_available() else "PyTorch"  # on ARM there is no MKL
 
 
 _library = fastest_library()
 
 
 def multiply_by(library: str) -> None:
-    """From now on "oneDNN" or "MKL" multiplies float32 matrices of LARGE on a CPU."""
+    """From now on this library multiplies float32 matrices of LARGE on a CPU."""
     global _library
     _library = library
 

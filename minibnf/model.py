@@ -180,10 +180,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens (B, S) -> logits (B, S, V), or head(hidden (B, S, D), unembed (V, D)).
 
-        positions (B, S): by default 0..S-1. groups: the tokens are packed so, B = 1. cache: the
-        tokens continue what it holds. dtype: what to compute in, by default the parameters' own.
-        kept: a list that gets each layer's (keys, values), for Cache.fill. head runs inside this
-        forward, so that a sharded unembedding is gathered when it is used.
+        positions (B, S): by default 0..S-1. groups: the tokens are packed so, B = 1. cache: one
+        token per row continues what it holds. dtype: what to compute in, by default the
+        parameters' own. kept: a list that gets each layer's (keys, values), for Cache.fill. head
+        runs inside this forward, so that a sharded unembedding is gathered when it is used.
         """
         c, embedding = self.config, self.model.embed_tokens.weight
         x = F.embedding(tokens, embedding).to(dtype or embedding.dtype)  # (B, S, D)
@@ -204,15 +204,13 @@ class Transformer(nn.Module):
         # twice as long. The reference, which has no backward pass, does so too and rounds alike.
         wide = torch.promote_types(x.dtype, torch.float32) if kept is None else x.dtype
         sight_of = sights(c, x, groups, cache, wide)
-        if cache is not None:
-            cache.begin(tokens.shape[1])
         again = self.recompute and torch.is_grad_enabled()
         for layer, block in zip(c.layers, self.model.layers, strict=True):
             inputs = x, rotations[layer.rope], sight_of[layer.window], cache, kept
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         x = self.model.norm(x[:, : tokens.shape[1]])
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance()
         return self.logits(x, self.unembed) if head is None else head(x, self.unembed)
 
     def logits(self, x: Tensor, unembed: Tensor) -> Tensor:

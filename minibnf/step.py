@@ -189,15 +189,15 @@ def fingerprint(model: Transformer) -> str:
 # ------------------------------------------------------------------------- reading any responses
 
 
-def read_responses(model, examples, max_tokens=4096, dtype=None, read=token_logps) -> list[Tensor]:
+def read_responses(model, examples, max_tokens=4096, read=token_logps) -> list[Tensor]:
     """What `read` makes of every response token: a tensor per response, on the CPU, in order.
 
     read(hidden, unembed, targets, softcap=): its log-probability (token_logps), its logit
-    (feedback.target_logits), or what else it makes. dtype: what to compute in.
+    (feedback.target_logits), or what else it makes.
     """
     places = list(range(len(examples)))
     steps = (pack(examples, places[at : at + 512], max_tokens) for at in places[::512])
-    read_batch = partial(predict, model, dtype=dtype, read=read)
+    read_batch = partial(predict, model, dtype=None, read=read)
     return read_all(model, examples, steps, read_batch, "reading")
 
 
