@@ -37,8 +37,8 @@ tutorials: .venv/test ## run every block of tutorials/ and compare every printed
 tutorials-update: .venv/test ## run every block of tutorials/ and write what it prints, and its figures, into the pages
 	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py --update-examples
 
-exercise: .venv/test ## N=06: test your solution of an exercise, tutorials/exercises/e06.py
-	@test -f "tests/exercises/test_e$(N).py" || { echo "which one of 00 to 10? make exercise N=06"; exit 2; }
+exercise: .venv/test ## N=03: test your solution of an exercise, tutorials/exercises/e03.py
+	@test -f "tests/exercises/test_e$(N).py" || { echo "which one of 00 to 11? make exercise N=03"; exit 2; }
 	@EXERCISES=tutorials/exercises $(ONE) $(BIN)/python -m pytest -q --tb=short tests/exercises/test_e$(N).py || \
 		{ echo "tutorials/exercises/e$(N).py is yours to fill in: its docstrings say what each function returns"; exit 1; }
 

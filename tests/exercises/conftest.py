@@ -1,7 +1,7 @@
-"""The fixture `exercise`: the module under test, e06.py for test_e06.py.
+"""The fixture `exercise`: the module under test, e03.py for test_e03.py.
 
 By default the solutions beside this file; the environment variable EXERCISES names another folder:
-`make exercise N=06` tests the reader's own tutorials/exercises/e06.py, and tests/test_exercises.py
+`make exercise N=03` tests the reader's own tutorials/exercises/e03.py, and tests/test_exercises.py
 the blanks.
 """
 

@@ -1,33 +1,17 @@
-"""Exercises of page 03, packed tokens: the solutions."""
+"""Exercises of page 03, BNF: the solutions."""
+
+import torch
+from torch import Tensor
 
 
-def flatten(prompt, responses):
-    """One group: prompt, a list of ids, and responses, a list of such lists -> (tokens, positions,
-    predictors, targets).
-
-    tokens: what is read, the prompt, then each response less its last token; positions: of those,
-    each response's go on from the prompt's end; predictors: for each response token, the index in
-    tokens that predicts it; targets: that token."""
-    n = len(prompt)
-    tokens, positions, predictors, targets = [*prompt], [*range(n)], [], []
-    for response in responses:
-        read = response[:-1]
-        predictors += [n - 1, *range(len(tokens), len(tokens) + len(read))]
-        tokens += read
-        positions += range(n, n + len(read))
-        targets += response
-    return tokens, positions, predictors, targets
+def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    # o(p)/o(r) = (p/r) (1 - r)/(1 - p); where p < r, 1 - p is above 0
+    below = logps < ref_logps
+    safe = torch.where(below, logps, -1.0)
+    ratio = (logps - ref_logps).exp() * torch.expm1(ref_logps) / torch.expm1(safe)
+    return torch.where(below, ratio, 1.0)
 
 
-def split(chosen, rejected):
-    """Two lists of messages -> (prompt, rest of chosen, rest of rejected), the prompt being their
-    longest common beginning.
-
-    Raises ValueError if they share no message, or if nothing is left of either.
-    """
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
-        n += 1
-    if n in (0, len(chosen), len(rejected)):
-        raise ValueError("the prompt cannot be told from the two conversations")
-    return chosen[:n], chosen[n:], rejected[n:]
+def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    w = weight(logps, ref_logps)
+    return torch.where(preferred, torch.maximum(w, ref_logps.exp()), w)

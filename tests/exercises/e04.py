@@ -1,25 +1,24 @@
-"""Exercises of page 04, log-probabilities without logits: the solutions."""
+"""Exercises of page 04, the trainer: the solutions."""
 
-import torch
-
-
-def entropies(hidden, unembed, chunk):
-    """(N,): -Σ_v p_v log p_v of softmax(hidden @ unembed.T), hidden (N, D), unembed (V, D), `chunk`
-    tokens at a time.
-
-    No tensor of more than chunk * V elements is made (chunk * V is more than N * D and V * D where
-    this is tested)."""
-    found = []
-    for h in hidden.split(chunk):
-        logp = (h @ unembed.T).log_softmax(-1)
-        found.append(-(logp.exp() * logp).sum(-1))
-    return torch.cat(found)
+from torch import Tensor
 
 
-def dlogits_capped(x, targets, dlogps, cap):
-    """(N, V): the gradient in x (N, V) of a loss of log softmax(z)[targets], z = cap * tanh(x /
-    cap), dlogps (N,) being its gradient in those log-probabilities."""
-    t = torch.tanh(x / cap)
-    dz = -dlogps[:, None] * (cap * t).softmax(-1)
-    dz[range(len(targets)), targets] += dlogps
-    return dz * (1 - t**2)
+def adamw_step(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple,
+    epsilon: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g.square()
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    return p * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + epsilon), m, v
+
+
+def micro_batch_weights(examples: list[int]) -> list[float]:
+    return [n / sum(examples) for n in examples]

@@ -1,23 +1,11 @@
-"""Solutions of page 05."""
-
-import math
-
-import torch
-from torch import Tensor
-
-from minibnf.responses import Responses
+"""Exercises of page 05, is it true?: the solutions."""
 
 
-def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor:
-    shift = batch.sums(batch.logps - batch.ref_logps)
-    w, l = batch.pairs.T  # noqa: E741
-    # d(-log σ(x))/dx = -σ(-x) and d(-log σ(-x))/dx = σ(x): together σ(x) - (1 - ε), zero where
-    # σ(βΔ) = 1 - ε
-    outer = beta * (torch.sigmoid(beta * (shift[w] - shift[l])) - (1 - epsilon)) / len(batch.pairs)
-    # index_add: the pushes on a response in two pairs add up
-    by_response = torch.zeros_like(shift).index_add(0, w, outer).index_add(0, l, -outer)
-    return by_response[batch.owner]
+def win_rate(scores: list[float], base_scores: list[float]) -> float:
+    points = [(x > y) + 0.5 * (x == y) for x in scores for y in base_scores]
+    return sum(points) / len(points)
 
 
-def margin_left(share: float, beta: float) -> float:
-    return math.log(2 / share - 1) / beta
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    beats = lambda a, b: a[0] >= b[0] and a[1] >= b[1] and a != b
+    return sorted((p for p in points if not any(beats(q, p) for q in points)), reverse=True)

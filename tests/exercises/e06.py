@@ -1,17 +1,26 @@
-"""Exercises of page 06, BNF: the solutions."""
+"""Exercises of page 06, your model and your data: the solutions."""
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor
 
 
-def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    # o(p)/o(r) = (p/r) (1 - r)/(1 - p); where p < r, 1 - p is above 0
-    below = logps < ref_logps
-    safe = torch.where(below, logps, -1.0)
-    ratio = (logps - ref_logps).exp() * torch.expm1(ref_logps) / torch.expm1(safe)
-    return torch.where(below, ratio, 1.0)
+def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
+    by_question: dict[str, list[tuple[str, float]]] = {}
+    for question, answer, score in votes:
+        by_question.setdefault(question, []).append((answer, score))
+    made = []
+    for question, answers in by_question.items():
+        best, high = max(answers, key=lambda a: a[1])
+        worst, low = min(answers, key=lambda a: a[1])
+        if len(answers) == 1:
+            made.append({"prompt": question, "completion": best, "label": high > 0})
+        elif high > low:
+            made.append({"prompt": question, "chosen": best, "rejected": worst})
+    return made
 
 
-def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    w = weight(logps, ref_logps)
-    return torch.where(preferred, torch.maximum(w, ref_logps.exp()), w)
+def response_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    # of the next token at each place
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return logps.masked_fill(~mask[:, 1:], 0.0), mask[:, 1:]

@@ -1,35 +1,33 @@
-"""Exercises of page 07, proofs by machine: the solutions."""
-
-import torch
-from hypothesis import find, settings
-from hypothesis import strategies as st
-from hypothesis.errors import NoSuchExample
-
-from minibnf.losses import LOSSES
-from minibnf.responses import Responses
-
-LOG_PROB = st.floats(min_value=-6, max_value=-0.01)
+"""Exercises of page 07, packed tokens: the solutions."""
 
 
-@st.composite
-def batches(draw):
-    P = draw(st.integers(1, 3))
-    owner = [k for k in range(2 * P) for _ in range(draw(st.integers(1, 3)))]
-    values = st.lists(LOG_PROB, min_size=len(owner), max_size=len(owner))
-    logps, ref_logps = (torch.tensor(draw(values), dtype=torch.float64) for _ in "pr")
-    kinds, pairs = torch.tensor([True, False] * P), torch.arange(2 * P).reshape(P, 2)
-    return Responses(logps, ref_logps, torch.tensor(owner), kinds, pairs)
+def flatten(prompt, responses):
+    """One group: prompt, a list of ids, and responses, a list of such lists -> (tokens, positions,
+    predictors, targets).
+
+    tokens: what is read, the prompt, then each response less its last token; positions: of those,
+    each response's go on from the prompt's end; predictors: for each response token, the index in
+    tokens that predicts it; targets: that token."""
+    n = len(prompt)
+    tokens, positions, predictors, targets = [*prompt], [*range(n)], [], []
+    for response in responses:
+        read = response[:-1]
+        predictors += [n - 1, *range(len(tokens), len(tokens) + len(read))]
+        tokens += read
+        positions += range(n, n + len(read))
+        targets += response
+    return tokens, positions, predictors, targets
 
 
-def counterexample(gradient):
-    def differs(batch):
-        logps = batch.logps.clone().requires_grad_()
-        moved = Responses(logps, batch.ref_logps, batch.owner, batch.preferred, batch.pairs)
-        (right,) = torch.autograd.grad(LOSSES["dpo"].value(moved, beta=0.1), logps)
-        return not torch.allclose(gradient(batch), right, rtol=1e-6)
+def split(chosen, rejected):
+    """Two lists of messages -> (prompt, rest of chosen, rest of rejected), the prompt being their
+    longest common beginning.
 
-    how = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-    try:
-        return find(batches(), differs, settings=how)
-    except NoSuchExample:
-        return None
+    Raises ValueError if they share no message, or if nothing is left of either.
+    """
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    if n in (0, len(chosen), len(rejected)):
+        raise ValueError("the prompt cannot be told from the two conversations")
+    return chosen[:n], chosen[n:], rejected[n:]

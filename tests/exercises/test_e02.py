@@ -1,52 +1,51 @@
-import json
-import struct
-
 import pytest
 import torch
-from safetensors.torch import save
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from minibnf.feedback import feedback
+from minibnf.losses import LOSSES
+from minibnf.responses import Responses
+from tests.strategies import responses
+
+QUICKLY = (Phase.generate, Phase.shrink)
 
 
-def file_of(table, body):
-    head = json.dumps(table).encode()
-    return struct.pack("<Q", len(head)) + head + body
+def test_smoothed_dpo_is_what_autograd_finds(exercise):
+    @settings(max_examples=50, deadline=None, derandomize=True, database=None, phases=QUICKLY)
+    @given(
+        batch=responses(paired=True),
+        beta=st.sampled_from([0.1, 0.5, 2.0]),
+        epsilon=st.sampled_from([0.0, 0.1, 0.3]),
+    )
+    def check(batch, beta, epsilon):
+        logps = batch.logps.clone().requires_grad_()
+        shift = batch.sums(logps - batch.ref_logps)
+        x = beta * (shift[batch.pairs[:, 0]] - shift[batch.pairs[:, 1]])
+        loss = (-(1 - epsilon) * F.logsigmoid(x) - epsilon * F.logsigmoid(-x)).mean()
+        (expected,) = torch.autograd.grad(loss, logps)
+        ours = exercise.smoothed_dpo_dlogps(batch, beta, epsilon)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+    check()
 
 
-def entry(dtype, shape, begin, end):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+def test_both_pushes_on_a_response_in_two_pairs_count(exercise):
+    preferred, pairs = torch.tensor([True, False, False]), torch.tensor([[0, 1], [0, 2]])
+    logps = torch.tensor([-1.0, -2.0, -0.5, -1.5], dtype=torch.float64)
+    batch = Responses(logps, logps - 0.1, torch.tensor([0, 0, 1, 2]), preferred, pairs)
+    ours = exercise.smoothed_dpo_dlogps(batch, 0.1, 0.0)
+    torch.testing.assert_close(ours, LOSSES["dpo"].gradient(batch, beta=0.1), rtol=1e-9, atol=1e-12)
 
 
-def test_files_of_the_library_are_sound(exercise):
-    tensors = {"b": torch.ones(2, 3), "a": torch.ones(5).bfloat16(), "c": torch.ones(()).double()}
-    assert exercise.is_sound(save(tensors | {"none": torch.ones(0, 4)}, {"format": "pt"}))
-    assert exercise.is_sound(save({}))
-
-
-TWO = entry("F32", [2], 0, 8)
-UNSOUND = {
-    "no length": b"\x02\x00",
-    "a table longer than the file": struct.pack("<Q", 100) + b"{}",
-    "a byte is missing": file_of({"a": TWO}, b"\0" * 7),
-    "one is left over": file_of({"a": TWO}, b"\0" * 9),
-    "a gap": file_of({"a": TWO, "b": entry("F32", [1], 9, 13)}, b"\0" * 13),
-    "an overlap": file_of({"a": TWO, "b": entry("F32", [2], 4, 12)}, b"\0" * 12),
-    "a shape that asks for more": file_of({"a": entry("F32", [3], 0, 8)}, b"\0" * 8),
-    "a dtype that asks for less": file_of({"a": entry("BF16", [2], 0, 8)}, b"\0" * 8),
-    "an unknown dtype": file_of({"a": entry("F8", [8], 0, 8)}, b"\0" * 8),
-}
-
-
-@pytest.mark.parametrize("what", UNSOUND)
-def test_unsound_files_are_told(exercise, what):
-    assert exercise.is_sound(UNSOUND[what]) is False
-
-
-def test_order_in_the_table_is_free(exercise):
-    table = {"a": entry("F32", [1], 4, 8), "b": entry("F32", [1], 0, 4)}
-    assert exercise.is_sound(file_of(table, b"\0" * 8))
-
-
-def test_bfloat16(exercise):
-    x = torch.tensor([0.0, 1.0, -2.5, 3.14159, 1e-30, -1e30, float("inf")]).bfloat16()
-    found = exercise.from_bfloat16(x.view(torch.uint8).numpy().tobytes())
-    assert found.dtype == torch.float32
-    assert torch.equal(found, x.float())
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.01])
+def test_margin_left(exercise, share, beta):
+    """A rejected token that stands alone in its response, p = r e^-Δ: its dlogps there over its
+    dlogps at p = r."""
+    r = 0.5
+    p = torch.tensor([r, r], dtype=torch.float64)
+    p[1] *= torch.exp(torch.tensor(-float(exercise.margin_left(share, beta)), dtype=torch.float64))
+    dlogps = feedback("dpo", p, r, False, beta=beta) / (1 - p)
+    assert (dlogps[1] / dlogps[0]).item() == pytest.approx(share, rel=1e-6)

@@ -1,32 +1,39 @@
+from decimal import Decimal, localcontext
+
 import pytest
+import torch
 
-from minibnf.data import Example, pack
-
-
-@pytest.mark.parametrize("responses", [[[7, 8, 2], [9, 2]], [[5]], [[4, 4], [2], [6, 7, 8, 2]]])
-def test_flatten_is_a_group_as_pack_makes_it(exercise, responses):
-    prompt = [1, 3, 3]
-    examples = [Example((1, 3, 3), (tuple(r),), (True,), 1) for r in responses]
-    (batch,) = pack(examples, list(range(len(examples))), 64)
-    wanted = batch.tokens[0], batch.positions[0], batch.predictors, batch.targets
-    assert [list(x) for x in exercise.flatten(prompt, responses)] == [x.tolist() for x in wanted]
-    assert prompt == [1, 3, 3], "the prompt was changed"
+EXTREMES = [0.0, -1e-9, -1e-6, -1e-3, -0.1, -1.0, -5.0, -30.0, -300.0]
 
 
-def says(*words):
-    roles = ["user", "assistant"] * len(words)
-    return [{"role": role, "content": word} for role, word in zip(roles, words, strict=False)]
+def exact(logp: float, ref_logp: float) -> float:
+    """w with fifty digits."""
+    if logp >= ref_logp:
+        return 1.0
+    with localcontext() as context:
+        context.prec = 50
+        p, r = Decimal(logp).exp(), Decimal(ref_logp).exp()
+        return float(p / (1 - p) * (1 - r) / r)
 
 
-def test_split_takes_the_longest_beginning(exercise):
-    chosen = says("Hi", "Hello", "Bye", "See you")
-    rejected = says("Hi", "Hello", "Bye", "No", "What?")
-    assert exercise.split(chosen, rejected) == (chosen[:3], chosen[3:], rejected[3:])
+def test_weight_at_and_around_the_reference(exercise):
+    logps = torch.tensor([0.4, 0.2, 0.7], dtype=torch.float64).log()
+    found = exercise.weight(logps, torch.full((3,), 0.4, dtype=torch.float64).log())
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.25 / (2 / 3), 1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    "chosen, rejected", [(["a", "b"], ["c", "b"]), (["a", "b"], ["a"]), (["a"], ["a", "b"])]
-)
-def test_split_refuses_what_cannot_be_told(exercise, chosen, rejected):
-    with pytest.raises(ValueError):
-        exercise.split(says(*chosen), says(*rejected))
+@pytest.mark.parametrize("ref_logp", [*EXTREMES, -1e4])
+def test_weight_keeps_its_digits_where_p_is_nearly_0_or_1(exercise, ref_logp):
+    logps = torch.tensor([*EXTREMES, -1e4, -1e4 - 1], dtype=torch.float64)
+    found = exercise.weight(logps, torch.full_like(logps, ref_logp))
+    expected = torch.tensor([exact(x, ref_logp) for x in logps.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-300)
+
+
+def test_rbnf_retrieves_preferred_tokens_alone(exercise):
+    r = torch.full((4,), 0.6, dtype=torch.float64).log()
+    logps = torch.tensor([1e-6, 1e-6, 0.58, 0.58], dtype=torch.float64).log()
+    found = exercise.rbnf_weight(logps, r, torch.tensor([True, False, True, False]))
+    near = (0.58 / 0.42) / (0.6 / 0.4)  # above r: retrieval changes nothing
+    far = (1e-6 / (1 - 1e-6)) / (0.6 / 0.4)
+    torch.testing.assert_close(found, torch.tensor([0.6, far, near, near], dtype=torch.float64))

@@ -1,34 +1,32 @@
+import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibnf.logprob import token_logps
-
-
-class Largest(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.numel())
-        return out
+HYPER = dict(lr=0.03, betas=(0.9, 0.95), epsilon=1e-3)
 
 
-def test_entropies_in_chunks(exercise):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adamw_step_is_torchs(exercise, weight_decay):
     torch.manual_seed(0)
-    hidden, unembed = torch.randn(50, 3).double(), torch.randn(40, 3).double()
-    with Largest() as largest:
-        found = exercise.entropies(hidden, unembed, 7)  # 50 is no multiple of 7
-    logits = hidden @ unembed.T
-    assert torch.allclose(found, torch.distributions.Categorical(logits=logits).entropy())
-    assert largest.elements <= 7 * 40, "a tensor larger than a chunk's logits"
+    p = torch.randn(5, dtype=torch.float64)
+    theirs = p.clone().requires_grad_()
+    same = {"lr": HYPER["lr"], "betas": HYPER["betas"], "eps": HYPER["epsilon"]}
+    optimizer = torch.optim.AdamW([theirs], weight_decay=weight_decay, **same)
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step in range(1, 6):
+        theirs.grad = torch.randn(5, dtype=torch.float64) * 10 ** -float(step)
+        before = [x.clone() for x in (p, m, v)]
+        new = exercise.adamw_step(p, theirs.grad, m, v, step, weight_decay=weight_decay, **HYPER)
+        assert all(map(torch.equal, (p, m, v), before)), "what was passed in was changed"
+        p, m, v = new
+        optimizer.step()
+        torch.testing.assert_close(p, theirs.detach(), rtol=1e-10, atol=1e-12)
 
 
-def test_dlogits_capped(exercise):
-    torch.manual_seed(0)
-    x = (20 * torch.randn(6, 9).double()).requires_grad_()
-    targets, dlogps = torch.randint(9, (6,)), torch.randn(6).double()
-    logps = token_logps(x, torch.eye(9).double(), targets, softcap=30.0)
-    (wanted,) = torch.autograd.grad((dlogps * logps).sum(), x)
-    assert torch.allclose(exercise.dlogits_capped(x.detach(), targets, dlogps, 30.0), wanted)
+def test_micro_batches_add_up_to_the_mean_over_all_examples(exercise):
+    torch.manual_seed(1)
+    for sizes in ([4], [3, 3], [5, 2, 1]):
+        losses = torch.randn(sum(sizes), dtype=torch.float64)
+        weights = exercise.micro_batch_weights(sizes)
+        assert len(weights) == len(sizes)
+        total = sum(w * part.mean() for w, part in zip(weights, losses.split(sizes), strict=True))
+        torch.testing.assert_close(total, losses.mean())

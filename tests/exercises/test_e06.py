@@ -1,39 +1,47 @@
-from decimal import Decimal, localcontext
-
 import pytest
 import torch
 
-EXTREMES = [0.0, -1e-9, -1e-6, -1e-3, -0.1, -1.0, -5.0, -30.0, -300.0]
+from minibnf.files.rows import parse_row
 
 
-def exact(logp: float, ref_logp: float) -> float:
-    """w with fifty digits."""
-    if logp >= ref_logp:
-        return 1.0
-    with localcontext() as context:
-        context.prec = 50
-        p, r = Decimal(logp).exp(), Decimal(ref_logp).exp()
-        return float(p / (1 - p) * (1 - r) / r)
+def test_rows_of_votes(exercise):
+    votes = [("Q1", "good", 3), ("Q2", "alone, liked", 1), ("Q1", "bad", -2)]
+    votes += [("Q3", "alone, not liked", 0), ("Q1", "as good", 3), ("Q4", "equal", 1.5)]
+    votes += [("Q1", "as bad", -2), ("Q4", "equal too", 1.5), ("Q1", "between", 0)]
+    found = list(exercise.rows(votes))
+    assert found == [
+        {"prompt": "Q1", "chosen": "good", "rejected": "bad"},
+        {"prompt": "Q2", "completion": "alone, liked", "label": True},
+        {"prompt": "Q3", "completion": "alone, not liked", "label": False},
+    ]
+    for row in found:  # as the trainer reads them: a label is a bool and no number
+        parse_row(row, "row")
 
 
-def test_weight_at_and_around_the_reference(exercise):
-    logps = torch.tensor([0.4, 0.2, 0.7], dtype=torch.float64).log()
-    found = exercise.weight(logps, torch.full((3,), 0.4, dtype=torch.float64).log())
-    torch.testing.assert_close(found, torch.tensor([1.0, 0.25 / (2 / 3), 1.0], dtype=torch.float64))
+def test_both_answers_below_zero_are_a_pair_all_the_same(exercise):
+    votes = iter([("Q", "bad", -5), ("Q", "less bad", -1)])  # an iterator is allowed
+    pair = {"prompt": "Q", "chosen": "less bad", "rejected": "bad"}
+    assert list(exercise.rows(votes)) == [pair]
 
 
-@pytest.mark.parametrize("ref_logp", [*EXTREMES, -1e4])
-def test_weight_keeps_its_digits_where_p_is_nearly_0_or_1(exercise, ref_logp):
-    logps = torch.tensor([*EXTREMES, -1e4, -1e4 - 1], dtype=torch.float64)
-    found = exercise.weight(logps, torch.full_like(logps, ref_logp))
-    expected = torch.tensor([exact(x, ref_logp) for x in logps.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-300)
+def test_response_logps_token_by_token(exercise):
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(7, (2, 5))
+    mask = torch.tensor([[False, False, True, True, True], [False, True, True, False, False]])
+    logps, shifted = exercise.response_logps(logits, tokens, mask)
+    assert logps.shape == (2, 4) and torch.equal(shifted, mask[:, 1:])
+    for b in range(2):
+        for t in range(1, 5):
+            expected = logits[b, t - 1].softmax(-1)[tokens[b, t]].log() if mask[b, t] else 0.0
+            assert logps[b, t - 1].item() == pytest.approx(float(expected))
 
 
-def test_rbnf_retrieves_preferred_tokens_alone(exercise):
-    r = torch.full((4,), 0.6, dtype=torch.float64).log()
-    logps = torch.tensor([1e-6, 1e-6, 0.58, 0.58], dtype=torch.float64).log()
-    found = exercise.rbnf_weight(logps, r, torch.tensor([True, False, True, False]))
-    near = (0.58 / 0.42) / (0.6 / 0.4)  # above r: retrieval changes nothing
-    far = (1e-6 / (1 - 1e-6)) / (0.6 / 0.4)
-    torch.testing.assert_close(found, torch.tensor([0.6, far, near, near], dtype=torch.float64))
+def test_nothing_is_fed_back_outside_the_mask(exercise):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(6, (1, 4))
+    mask = torch.tensor([[False, True, True, False]])
+    logps, _ = exercise.response_logps(logits, tokens, mask)
+    assert logps[0, 2] == 0
+    logps.sum().backward()
+    assert logits.grad[0, :2].abs().sum() > 0 and logits.grad[0, 2:].abs().sum() == 0

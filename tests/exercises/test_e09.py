@@ -1,29 +1,76 @@
-import random
-
 import pytest
+import torch
+
+from minibnf.losses import LOSSES
+from minibnf.responses import Responses
 
 
-def test_win_rate_by_hand(exercise):
-    assert exercise.win_rate([5, 3], [3, 4, 4]) == pytest.approx((3 + 0.5) / 6)  # 5 wins, 3 ties
-    assert exercise.win_rate([2], [2, 2]) == 0.5
-    assert exercise.win_rate([0, 0, 0], [1]) == 0.0
+def right(batch):
+    return LOSSES["dpo"].gradient(batch, beta=0.1)
 
 
-def test_frontier_by_hand(exercise):
-    """Of three the last is beaten in both; one of two keeps as much and gains less."""
-    points = [(0.7, 0.6), (0.9, 0.5), (0.8, 0.4)]
-    assert [tuple(p) for p in exercise.frontier(points)] == [(0.9, 0.5), (0.7, 0.6)]
-    assert [tuple(p) for p in exercise.frontier([(0.9, 0.5), (0.9, 0.6)])] == [(0.9, 0.6)]
-    assert exercise.frontier([]) == []
+def margins(batch):
+    shift = batch.sums(batch.logps - batch.ref_logps)
+    return shift[batch.pairs[:, 0]] - shift[batch.pairs[:, 1]]
 
 
-def test_frontier_leaves_out_what_is_beaten_and_nothing_else(exercise):
-    draw = random.Random(1)
-    for _ in range(50):
-        numbers = [draw.randint(0, 4) / 4 for _ in range(2 * draw.randint(1, 8))]
-        points = list(zip(numbers[::2], numbers[1::2], strict=True))
-        found = [tuple(p) for p in exercise.frontier(points)]
-        assert found == sorted(found, key=lambda p: -p[0])
-        for p in points:
-            beaten = any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)
-            assert found.count(p) == (0 if beaten else points.count(p))
+def spread(batch, push):
+    """(P,) -> (N,): minus it for chosen tokens, plus it for rejected ones."""
+    by_response = torch.zeros(len(batch.preferred), dtype=push.dtype)
+    by_response[batch.pairs[:, 0]], by_response[batch.pairs[:, 1]] = -push, push
+    return by_response[batch.owner]
+
+
+def pushes(margin):
+    return 0.1 * torch.sigmoid(-0.1 * margin)
+
+
+def no_reference(batch):
+    S = batch.sums(batch.logps)[batch.pairs]
+    return spread(batch, pushes(S[:, 0] - S[:, 1]) / len(batch.pairs))
+
+
+def first_pair(batch):
+    push = pushes(margins(batch))
+    return spread(batch, push[:1].expand(len(push)) / len(push))
+
+
+def mean_of_shifts(batch):
+    """Averages where DPO sums, then multiplies by the chosen response's length: right where both
+    have one length."""
+    n, shift = batch.lengths(), batch.sums(batch.logps - batch.ref_logps)
+    w, rejected = batch.pairs.T
+    margin = n[w] * (shift[w] / n[w] - shift[rejected] / n[rejected])
+    return spread(batch, pushes(margin) / len(batch.pairs))
+
+
+WRONG = {
+    "the sign": lambda batch: -right(batch),
+    "a sign of the rejected": lambda batch: -right(batch).abs(),
+    "a factor β too few": lambda batch: right(batch) / 0.1,
+    "no reference": no_reference,
+    "no mean over pairs": lambda batch: spread(batch, pushes(margins(batch))),
+    "the first pair's margin for all": first_pair,
+    "means in place of sums": mean_of_shifts,
+}
+
+
+def test_the_right_gradient_has_no_counterexample(exercise):
+    assert exercise.counterexample(right) is None
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_gradient_has_one(exercise, what):
+    batch = exercise.counterexample(WRONG[what])
+    assert isinstance(batch, Responses), f"no counterexample to: {what}"
+    same = torch.allclose(WRONG[what](batch), right(batch), rtol=1e-6)
+    assert not same, "on this batch both gradients agree"
+
+
+def test_the_search_calls_the_gradient_many_times(exercise):
+    calls = []
+    exercise.counterexample(lambda batch: calls.append(batch) or right(batch))
+    assert len(calls) >= 100
+    assert {len(batch.pairs) for batch in calls} - {1}, "only single pairs were drawn"
+    unequal = [batch for batch in calls if batch.lengths().unique().numel() > 1]
+    assert unequal, "responses of one length only were drawn"

@@ -1,47 +1,31 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from minibnf.files.rows import parse_row
+from minibnf.attention import Causal
+from minibnf.files.config import parse_config
+from minibnf.model import Transformer
+
+TINY = json.loads((Path(__file__).parents[2] / "weights/tiny/config.json").read_text())
 
 
-def test_rows_of_votes(exercise):
-    votes = [("Q1", "good", 3), ("Q2", "alone, liked", 1), ("Q1", "bad", -2)]
-    votes += [("Q3", "alone, not liked", 0), ("Q1", "as good", 3), ("Q4", "equal", 1.5)]
-    votes += [("Q1", "as bad", -2), ("Q4", "equal too", 1.5), ("Q1", "between", 0)]
-    found = list(exercise.rows(votes))
-    assert found == [
-        {"prompt": "Q1", "chosen": "good", "rejected": "bad"},
-        {"prompt": "Q2", "completion": "alone, liked", "label": True},
-        {"prompt": "Q3", "completion": "alone, not liked", "label": False},
-    ]
-    for row in found:  # as the trainer reads them: a label is a bool and no number
-        parse_row(row, "row")
-
-
-def test_both_answers_below_zero_are_a_pair_all_the_same(exercise):
-    votes = iter([("Q", "bad", -5), ("Q", "less bad", -1)])  # an iterator is allowed
-    pair = {"prompt": "Q", "chosen": "less bad", "rejected": "bad"}
-    assert list(exercise.rows(votes)) == [pair]
-
-
-def test_response_logps_token_by_token(exercise):
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_attend_sees_a_window_of_what_came_before(exercise, window):
     torch.manual_seed(0)
-    logits, tokens = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(7, (2, 5))
-    mask = torch.tensor([[False, False, True, True, True], [False, True, True, False, False]])
-    logps, shifted = exercise.response_logps(logits, tokens, mask)
-    assert logps.shape == (2, 4) and torch.equal(shifted, mask[:, 1:])
-    for b in range(2):
-        for t in range(1, 5):
-            expected = logits[b, t - 1].softmax(-1)[tokens[b, t]].log() if mask[b, t] else 0.0
-            assert logps[b, t - 1].item() == pytest.approx(float(expected))
+    q, (k, v) = torch.randn(6, 7, 4).double(), torch.randn(2, 3, 7, 4).double()
+    config = parse_config(TINY | {"head_dim": 4}, "here")
+    wanted = Causal(config, 7, window, torch.float64, "cpu").attend(q[None], k[None], v[None])
+    assert torch.allclose(exercise.attend(q, k, v, window), wanted[0])
 
 
-def test_nothing_is_fed_back_outside_the_mask(exercise):
-    torch.manual_seed(0)
-    logits = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randint(6, (1, 4))
-    mask = torch.tensor([[False, True, True, False]])
-    logps, _ = exercise.response_logps(logits, tokens, mask)
-    assert logps[0, 2] == 0
-    logps.sum().backward()
-    assert logits.grad[0, :2].abs().sum() > 0 and logits.grad[0, 2:].abs().sum() == 0
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(exercise, tied):
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+    shapes = heads | {"hidden_size": 48, "intermediate_size": 80}
+    for other in ({}, shapes):  # heads x head_dim need not be hidden_size
+        raw = TINY | other | {"tie_word_embeddings": tied}
+        with torch.device("meta"):
+            model = Transformer(parse_config(raw, "here"), raw)
+        assert exercise.parameters(raw) == sum(p.numel() for p in model.parameters())

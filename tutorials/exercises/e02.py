@@ -1,17 +1,17 @@
-"""Exercises of page 02, checkpoints: fill in the bodies, then `make exercise N=02`."""
+"""Exercises of page 02; the specification stands at the page's end. `make exercise N=02` tests this
+file."""
+
+from torch import Tensor
+
+from minibnf.responses import Responses
 
 
-def is_sound(data):
-    """Whether data, the bytes of a whole file, is safetensors in which nothing is missing or left
-    over.
-
-    True if the table fits into the file and every tensor in it (all but "__metadata__") has as many
-    bytes as its shape and its dtype, one of F32, BF16 and F64, ask for, and the tensors cover all
-    of the rest of the file without gap or overlap."""
+def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor:
+    """(N,): dL/dlogps of the mean over pairs of -(1 - ε) log σ(βΔ) - ε log σ(-βΔ), by hand."""
     raise NotImplementedError
 
 
-def from_bfloat16(raw):
-    """(n,) float32: the numbers that 2n bytes hold as bfloat16, little-endian; torch.bfloat16 is
-    not to be used."""
+def margin_left(share: float, beta: float) -> float:
+    """The Δ in nats at which DPO's push has fallen to this share (above 0, at most 1) of its value
+    at Δ = 0."""
     raise NotImplementedError

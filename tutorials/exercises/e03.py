@@ -1,20 +1,14 @@
-"""Exercises of page 03, packed tokens: fill in the bodies, then `make exercise N=03`."""
+"""Exercises of page 03, BNF: fill in the bodies, then `make exercise N=03`."""
+
+from torch import Tensor
 
 
-def flatten(prompt, responses):
-    """One group: prompt, a list of ids, and responses, a list of such lists -> (tokens, positions,
-    predictors, targets).
-
-    tokens: what is read, the prompt, then each response less its last token; positions: of those,
-    each response's go on from the prompt's end; predictors: for each response token, the index in
-    tokens that predicts it; targets: that token."""
+def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """w = min(1, o(p)/o(r)), elementwise, of p = exp(logps) and r = exp(ref_logps); no epsilon,
+    accurate near 0 and 1."""
     raise NotImplementedError
 
 
-def split(chosen, rejected):
-    """Two lists of messages -> (prompt, rest of chosen, rest of rejected), the prompt being their
-    longest common beginning.
-
-    Raises ValueError if they share no message, or if nothing is left of either.
-    """
+def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    """max(r, w) where preferred (bool, one a token), w elsewhere."""
     raise NotImplementedError

@@ -1,17 +1,25 @@
-"""Exercises of page 04, log-probabilities without logits: fill in the bodies, then `make exercise
-N=04`."""
+"""Exercises of page 04, the trainer: fill in the bodies, then `make exercise N=04`."""
+
+from torch import Tensor
 
 
-def entropies(hidden, unembed, chunk):
-    """(N,): -Σ_v p_v log p_v of softmax(hidden @ unembed.T), hidden (N, D), unembed (V, D), `chunk`
-    tokens at a time.
-
-    No tensor of more than chunk * V elements is made (chunk * V is more than N * D and V * D where
-    this is tested)."""
+def adamw_step(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple,
+    epsilon: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New p, m and v after step number `step` (from 1) with gradient g; what was passed in stays as
+    it was."""
     raise NotImplementedError
 
 
-def dlogits_capped(x, targets, dlogps, cap):
-    """(N, V): the gradient in x (N, V) of a loss of log softmax(z)[targets], z = cap * tanh(x /
-    cap), dlogps (N,) being its gradient in those log-probabilities."""
+def micro_batch_weights(examples: list[int]) -> list[float]:
+    """The weights with which micro-batches' mean losses add up to the mean over all their
+    examples."""
     raise NotImplementedError

@@ -1,17 +1,13 @@
-"""Exercises of page 05; the specification stands at the page's end. `make exercise N=05` tests this
-file."""
-
-from torch import Tensor
-
-from minibnf.responses import Responses
+"""Exercises of page 05, is it true?: fill in the bodies, then `make exercise N=05`."""
 
 
-def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor:
-    """(N,): dL/dlogps of the mean over pairs of -(1 - ε) log σ(βΔ) - ε log σ(-βΔ), by hand."""
+def win_rate(scores: list[float], base_scores: list[float]) -> float:
+    """The probability that one of the scores, drawn at random, beats a drawn one of the base's; a
+    tie counts half."""
     raise NotImplementedError
 
 
-def margin_left(share: float, beta: float) -> float:
-    """The Δ in nats at which DPO's push has fallen to this share (above 0, at most 1) of its value
-    at Δ = 0."""
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (kept, gained) points that no other point beats, by falling kept; equal points all
+    stay."""
     raise NotImplementedError

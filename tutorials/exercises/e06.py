@@ -1,14 +1,21 @@
-"""Exercises of page 06, BNF: fill in the bodies, then `make exercise N=06`."""
+"""Exercises of page 06, your model and your data: fill in the bodies, then `make exercise N=06`."""
+
+from collections.abc import Iterable
 
 from torch import Tensor
 
 
-def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """w = min(1, o(p)/o(r)), elementwise, of p = exp(logps) and r = exp(ref_logps); no epsilon,
-    accurate near 0 and 1."""
+def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
+    """(question, answer, score) -> rows of text that the trainer takes, questions in order of first
+    appearance.
+
+    {"prompt", "chosen", "rejected"}: the best and the worst answer, of equally good ones the first;
+    {"prompt", "completion", "label"} where there is one answer, label: whether its score is above
+    0; no row where several scores are all equal."""
     raise NotImplementedError
 
 
-def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    """max(r, w) where preferred (bool, one a token), w elsewhere."""
+def response_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (B, T, V), tokens and mask (B, T) -> log-probabilities (B, T - 1), 0 outside the mask;
+    the shifted mask."""
     raise NotImplementedError

@@ -1,16 +1,20 @@
-"""Exercises of page 07, proofs by machine: fill in the bodies, then `make exercise N=07`."""
-
-from hypothesis import strategies as st
+"""Exercises of page 07, packed tokens: fill in the bodies, then `make exercise N=07`."""
 
 
-@st.composite
-def batches(draw):
-    """A minibnf.responses.Responses in float64: several pairs, their responses of different
-    lengths."""
+def flatten(prompt, responses):
+    """One group: prompt, a list of ids, and responses, a list of such lists -> (tokens, positions,
+    predictors, targets).
+
+    tokens: what is read, the prompt, then each response less its last token; positions: of those,
+    each response's go on from the prompt's end; predictors: for each response token, the index in
+    tokens that predicts it; targets: that token."""
     raise NotImplementedError
 
 
-def counterexample(gradient):
-    """A batch on which gradient(batch) is not DPO's dL/dlogps at beta = 0.1; None if 300 batches
-    show no difference."""
+def split(chosen, rejected):
+    """Two lists of messages -> (prompt, rest of chosen, rest of rejected), the prompt being their
+    longest common beginning.
+
+    Raises ValueError if they share no message, or if nothing is left of either.
+    """
     raise NotImplementedError

@@ -1,13 +1,16 @@
-"""Exercises of page 09, is it true?: fill in the bodies, then `make exercise N=09`."""
+"""Exercises of page 09, proofs by machine: fill in the bodies, then `make exercise N=09`."""
+
+from hypothesis import strategies as st
 
 
-def win_rate(scores: list[float], base_scores: list[float]) -> float:
-    """The probability that one of the scores, drawn at random, beats a drawn one of the base's; a
-    tie counts half."""
+@st.composite
+def batches(draw):
+    """A minibnf.responses.Responses in float64: several pairs, their responses of different
+    lengths."""
     raise NotImplementedError
 
 
-def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (kept, gained) points that no other point beats, by falling kept; equal points all
-    stay."""
+def counterexample(gradient):
+    """A batch on which gradient(batch) is not DPO's dL/dlogps at beta = 0.1; None if 300 batches
+    show no difference."""
     raise NotImplementedError

@@ -1,21 +1,21 @@
-"""Exercises of page 10, your model and your data: fill in the bodies, then `make exercise N=10`."""
-
-from collections.abc import Iterable
-
-from torch import Tensor
+"""Exercises of page 10, the Transformer by hand: fill in the bodies, then `make exercise N=10`."""
 
 
-def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
-    """(question, answer, score) -> rows of text that the trainer takes, questions in order of first
-    appearance.
+def attend(q, k, v, window):
+    """(H, S, d): causal attention of queries q (H, S, d) over keys k and values v (K, S, d), H a
+    multiple of K.
 
-    {"prompt", "chosen", "rejected"}: the best and the worst answer, of equally good ones the first;
-    {"prompt", "completion", "label"} where there is one answer, label: whether its score is above
-    0; no row where several scores are all equal."""
+    Head h uses key/value head h // (H / K); scores are divided by √d; a position sees itself and
+    the window - 1 before it."""
     raise NotImplementedError
 
 
-def response_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, T, V), tokens and mask (B, T) -> log-probabilities (B, T - 1), 0 outside the mask;
-    the shifted mask."""
+def parameters(config):
+    """The number of parameters of a Llama without biases, config being the dictionary of its
+    config.json.
+
+    It holds vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+    num_key_value_heads, head_dim and tie_word_embeddings; where that is False the unembedding is a
+    matrix of its own.
+    """
     raise NotImplementedError
