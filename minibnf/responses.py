@@ -76,8 +76,12 @@ class Responses:
         read (it may be NaN), and its gradient is 0. Raises ValueError as the class does.
         """
         B, T = mask.shape
-        wanted = {"logps": (B, T), "ref_logps": (B, T), "preferred": (B,)}
-        for (name, shape), x in zip(wanted.items(), (logps, ref_logps, preferred), strict=True):
+        given = {
+            "logps": (logps, (B, T)),
+            "ref_logps": (ref_logps, (B, T)),
+            "preferred": (preferred, (B,)),
+        }
+        for name, (x, shape) in given.items():
             if x is not None and x.shape != shape:
                 raise ValueError(f"{name} must be {shape} as mask is, not {tuple(x.shape)}")
         # where the response tokens stand; the one wait for the device

@@ -37,10 +37,7 @@ EQUIVALENT = {  # a fragment of the changed line -> why the change is none
     "any(wanted[:2])) or True": "what nobody asks for is not used: this decides memory alone",
     "whole_lengths.to(None)": "type promotion gives the same dtype",
     "def _rival": "losses are made at import, before a mutant is chosen",
-    "if (judge is None) and False": "without a loss nothing is pushed: this decides memory alone",
-    "if judge is None": "without a loss nothing is pushed: this decides memory alone",
-    "preferred), strict=": "both hold three",
-    "preferred), )": "both hold three",
+    "judge is None": "without a loss nothing is pushed: this decides memory alone",
     "lone = None": OTHER_HALF,
     "lone = 3 *": OTHER_HALF,
 }
