@@ -57,10 +57,14 @@ def final_settings(spec: dict, runs: list[dict], name: str, method: str) -> list
     and the customary setting and, on QA, what the frontiers of all settings and of the customary
     ones are made of.
     """
+    if rates := spec["sets"][name].get("test_lr"):
+        return [
+            setting
+            for setting in settings(spec, name, method)
+            if setting["lr"] in rates and customary(spec, method).items() <= setting.items()
+        ]
     tried = select(runs, set=name, method=method, split="validation", seed=0)
     usual = with_setting(tried, customary(spec, method))
-    if rates := spec["sets"][name].get("test_lr"):
-        return [r["setting"] for r in usual if r["setting"]["lr"] in rates]
     kept = [*chosen_settings(spec, runs, name, method).values()]
     if spec["sets"][name].get("kind") == "qa":
         kept += frontier(tried) + frontier(usual)
