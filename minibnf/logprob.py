@@ -122,7 +122,7 @@ class _Logits:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(longest, len(unembed), dtype=wide)
         self.logps = hidden.new_empty(len(targets), dtype=wide)
-        self.dhidden = torch.empty_like(hidden) if any(wanted[:2]) else None
+        self.dhidden = torch.empty_like(hidden) if wanted[0] or wanted[1] else None
         wide = torch.promote_types(unembed.dtype, torch.float32)
         self.dunembed = torch.zeros_like(unembed, dtype=wide) if wanted[1] else None
 
@@ -212,9 +212,9 @@ class _TokenLogps(torch.autograd.Function):
 class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, unembed, targets, chunks, judge, softcap):
-        wanted = ctx.needs_input_grad
         pieces = [_pieces(chunk, unembed) for chunk in chunks]
-        logits = _Logits(hidden, unembed, targets, softcap, chain.from_iterable(pieces), wanted)
+        slices, wanted = chain.from_iterable(pieces), ctx.needs_input_grad
+        logits = _Logits(hidden, unembed, targets, softcap, slices, wanted)
         loss, dlogps = logits.logps.new_zeros(()), torch.empty_like(logits.logps)
         for k, chunk in enumerate(chunks):
             for i in pieces[k]:
@@ -223,7 +223,7 @@ class _Sweep(torch.autograd.Function):
                 continue
             value, dlogps[chunk] = judge(k, logits.logps[chunk])
             loss += value
-            for i in pieces[k] if any(wanted[:2]) else []:
+            for i in pieces[k] if logits.dhidden is not None else []:
                 if len(pieces[k]) > 1:  # the buffer holds the last piece: each is read again
                     logits.read(i)
                 logits.push(i, dlogps[i])

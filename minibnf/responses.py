@@ -87,7 +87,7 @@ class Responses:
         # where the response tokens stand; the one wait for the device
         tokens = mask.bool().flatten().nonzero()[:, 0]
         if pairs is None:
-            pairs = torch.empty(0, 2, dtype=torch.int64, device=logps.device)
+            pairs = logps.new_empty(0, 2, dtype=torch.int64)
         ref = None if ref_logps is None else ref_logps.flatten()[tokens]
         return cls(logps.flatten()[tokens], ref, tokens // T, preferred, pairs)
 

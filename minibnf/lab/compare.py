@@ -20,7 +20,9 @@ how many "tokens" that is.
 First every setting is run with seed 0 and examined on validation prompts. Then some are run with
 each of the seeds and examined on test prompts: on a set with "test_lr" those at these rates, else
 the best, the customary and those of the frontier (plan.final_settings). Every finished run is a
-file of its own, so an interrupted comparison goes on where it stopped. --workers run at once.
+file of its own, so an interrupted comparison goes on where it stopped. --workers run at once. A
+method with "extra" is no rival but answers a question of its own; "extra": "sweep" leaves out its
+second stage.
 
 A set is of the small world (smallworld.py: "kind" qa or math, "count", "unpaired") or of files:
 "rows" is a .jsonl of preference rows, "count" of them to train on, "held_out" of them to examine,
@@ -52,7 +54,7 @@ from minibnf.step import fingerprint
 
 FIELDS = {  # of a spec, a method and a set: what each must have, and what it may have
     "spec": ({"base", "sets", "methods", "on", "seeds"}, {"train", "threads", "exam", "note"}),
-    "method": ({"loss", "grid"}, {"fixed", "customary"}),
+    "method": ({"loss", "grid"}, {"fixed", "customary", "extra"}),
     "set of the small world": (
         {"kind", "count"},
         {"unpaired", "train", "seed", "tokens", "lr", "test_lr"},

@@ -16,8 +16,7 @@ from matplotlib import pyplot as plt
 
 from minibnf.feedback import feedback
 from minibnf.files.terminal import show
-from minibnf.lab.frontiers import points
-from minibnf.lab.plan import FAR, customary, select, with_setting
+from minibnf.lab.plan import best_by_rate, customary, select, with_setting
 from minibnf.losses import LOSSES
 from minibnf.run import BAD, GOOD, PLAIN
 
@@ -29,12 +28,10 @@ STYLE = {
 
 
 @contextmanager
-def drawn(
-    file: Path, size: tuple[float, float], panels: int = 1, grid: bool = True, sharey: bool = True
-) -> Iterator:
+def drawn(file: Path, size: tuple[float, float], panels: int = 1, grid: bool = True) -> Iterator:
     """What to draw on, one axis or an array of them; the file is written when the block ends."""
     with plt.rc_context(STYLE | {"axes.grid": grid}):
-        figure, axes = plt.subplots(1, panels, figsize=size, sharey=sharey, layout="constrained")
+        figure, axes = plt.subplots(1, panels, figsize=size, sharey=True, layout="constrained")
         yield axes
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
@@ -124,100 +121,103 @@ def _weight_panel(axis, kind: str, r: float) -> None:
 # ---- The figures of a comparison ----
 
 LINES = {  # method: (colour, marker)
-    "bnf": (GOOD, "o"), "bnf batch": ("#7fc8bd", "o"), "rbnf": ("#2f6fab", "s"),
-    "nll": ("#888888", "x"), "unlikelihood": (BAD, "x"), "dpo": ("#a05aa8", "^"),
-    "dpo+nll": ("#d48fd6", "v"), "rdpo": ("#6b3d78", "<"), "ipo": ("#b5651d", "D"),
-    "slic": ("#8c8c2b", "P"), "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"),
-    "simpo": ("#c58b1b", "*"), "cpo": ("#e08283", "p"), "topr": ("#7e57c2", "1"),
-    "tnpo": ("#7cb342", "2"), "power": ("#222222", "3"), "apo_zero": ("#00a5cf", "h"),
-    "lndpo": ("#8d6e63", "H"), "bdpo": ("#ff8a65", "4"),
+    "bnf": (GOOD, "o"), "rbnf": ("#2f6fab", "s"), "nll": ("#888888", "x"),
+    "unlikelihood": (BAD, "x"), "dpo": ("#a05aa8", "^"), "dpo+nll": ("#d48fd6", "v"),
+    "rdpo": ("#6b3d78", "<"), "ipo": ("#b5651d", "D"), "slic": ("#8c8c2b", "P"),
+    "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#c58b1b", "*"),
+    "cpo": ("#e08283", "p"), "topr": ("#7e57c2", "1"), "tnpo": ("#7cb342", "2"),
+    "power": ("#222222", "3"), "apo_zero": ("#00a5cf", "h"), "lndpo": ("#8d6e63", "H"),
+    "bdpo": ("#ff8a65", "4"), "bnf batch": ("#7fc8bd", "o"),
 }  # fmt: skip
-SERIES = 8  # of one figure at most: the first of the spec
+SERIES = 8  # of one figure at most: these first, then in the spec's order
+FIRST = ("bnf", "rbnf", "nll", "unlikelihood", "dpo", "kto", "ipo", "simpo", "orpo")
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
 
 def comparison(results: dict, folder: Path) -> list[Path]:
-    """Of each set what was gained against what was lost, or what was kept at which rate.
+    """The frontier of each set, and its sensitivity to the learning rate.
 
     A set of which every run broke off has none.
     """
     files = []
-    for name, given in results["spec"]["sets"].items():
-        runs = [r for r in select(results["runs"], set=name) if r["result"]]
-        methods = [m for m in results["spec"]["on"].get(name, []) if select(runs, method=m)]
-        if methods:
-            by_rate = "test_lr" in given
-            files.append(folder / f"{name}-{'rates' if by_rate else 'frontier'}.svg")
-            draw = _rates if by_rate else _frontier if given.get("kind") == "qa" else _settings
-            draw(files[-1], name, results, methods[:SERIES])
+    for name in results["spec"]["on"]:
+        if tried := _tried(results, name):
+            files += [folder / f"{name}-frontier.svg", folder / f"{name}-rates.svg"]
+            _frontier(files[-2], name, tried, results["spec"])
+            _rates(files[-1], name, tried, results["spec"])
     return files
 
 
 def _look(spec: dict, method: str) -> dict:
     """How a method's line is drawn. One that LINES does not name gets a colour by its place."""
     others = [name for name in spec["methods"] if name not in LINES]
-    colour, marker = LINES.get(method) or (f"C{others.index(method)}", "o")
+    colour, marker = LINES.get(method) or (f"C{others.index(method)}", ".")
     width = 2.4 if method == "bnf" else 1.2
     return {"color": colour, "marker": marker, "linewidth": width, "label": method}
 
 
-def _frontier(file: Path, name: str, results: dict, methods: list[str]) -> None:
-    """Every method's frontier as verdicts.py judges it, with its standard errors."""
-    with drawn(file, (7.6, 4.6)) as axis:
-        for method in methods:
-            found = points(results, name, method, usual=False)
-            x, y = ([0.0, *(p[k][0] for p in found)] for k in (1, 2))
-            errors = {
-                f"{axis_name}err": [0.0, *(p[k][1:].std() for p in found)]
-                for axis_name, k in (("x", 1), ("y", 2))
-            }
-            axis.plot(x, y, markersize=5, **_look(results["spec"], method))
-            axis.errorbar(
-                x, y, **errors, fmt="none", color=LINES.get(method, ("C0",))[0], alpha=0.3
-            )
-        axis.plot(0, 0, "k+", markersize=12, label="base")
-        axis.axvline(FAR, color="#999999", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="reasoning accuracy lost, test prompts", ylabel="QA win rate gained")
-        axis.set(title=f"{name}: what a method gains for what it loses (judged up to {FAR:g} lost)")
-        axis.legend(**BESIDE)
+def _tried(results: dict, name: str) -> dict[str, list[dict]]:
+    """{method: its validation runs that did not break off}, of at most SERIES that have such."""
+    found = {}
+    for method in sorted(results["spec"]["on"][name], key=lambda method: method not in FIRST):
+        if len(found) == SERIES:
+            break
+        runs = select(results["runs"], set=name, method=method, split="validation")
+        if runs := [r for r in runs if r["result"]]:
+            found[method] = runs
+    return found
 
 
-def _rates(file: Path, name: str, results: dict, methods: list[str]) -> None:
-    """Reasoning and win rate against the learning rate, at customary hyper-parameters."""
-    panels = {"accuracy": "reasoning accuracy", "win_rate": "QA win rate against the base"}
-    with drawn(file, (9.6, 4), panels=2, sharey=False) as axes:
-        for axis, (what, label) in zip(axes, panels.items(), strict=True):
-            for method in methods:
-                runs = select(results["runs"], set=name, method=method, split="validation")
-                usual = with_setting(runs, customary(results["spec"], method))
-                found = sorted(
-                    (r["setting"]["lr"], r["result"][what][0]) for r in usual if r["result"]
-                )
-                axis.plot(*zip(*found, strict=True), markersize=4, **_look(results["spec"], method))
-            base = select(results["runs"], set=name, split="validation")[0]["base"][what][0]
-            axis.axhline(base, color="#999999", linewidth=0.8, linestyle=":", label="base")
-            axis.set(xscale="log", xlabel="learning rate", title=f"{name}: {label}")
-        axes[1].legend(**BESIDE)
-
-
-def _settings(file: Path, name: str, results: dict, methods: list[str]) -> None:
-    """On files: pairs told right against what is kept, one point per setting."""
-    run = next(r for r in select(results["runs"], set=name) if r["result"])
+def _axes_of(run: dict) -> tuple[str, str, str, str]:
+    """What a set is about: the measure that is lost, its label, the measure that is gained, its."""
+    if "win_rate" in run["result"]:
+        return "accuracy", "reasoning accuracy", "win_rate", "QA win rate against the base"
     kept = ("shift/chosen", "shift of chosen responses (nats)")
     if "solutions" in run["result"]:
-        kept = ("solutions", "log-likelihood of solutions (nats per token)")
+        kept = ("solutions", "log-likelihood of solutions (nats a token)")
+    return *kept, "preference", "share of held-out pairs told right"
+
+
+def _frontier(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -> None:
+    """One curve per method: the settings that no other of its settings beats in both respects."""
+    first = next(iter(tried.values()))[0]
+    x, x_label, y, y_label = _axes_of(first)
+    base = first["base"][x][0], first["base"][y][0]
+    shown = [base]
     with drawn(file, (7.6, 4.6)) as axis:
-        for method in methods:
-            runs = select(results["runs"], set=name, method=method, split="validation")
-            found = sorted(
-                (r["result"][kept[0]][0], r["result"]["preference"][0]) for r in runs if r["result"]
-            )
-            look = _look(results["spec"], method) | {"linestyle": ""}
-            axis.plot(*zip(*found, strict=True), markersize=6, **look)
-        axis.plot(run["base"][kept[0]][0], 0.5, "k+", markersize=12, label="base")
-        axis.set(xlabel=f"{kept[1]}, validation rows", ylabel="share of held-out pairs told right")
-        axis.set(title=f"{name}: gained against kept, one point per setting")
+        for method, runs in tried.items():
+            points = sorted(((r["result"][x][0], r["result"][y][0]) for r in runs), reverse=True)
+            faint = {"alpha": 0.25, "linestyle": "", "label": None}
+            axis.plot(*zip(*points, strict=True), markersize=4, **_look(spec, method) | faint)
+            best = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
+            axis.plot(*zip(*best, strict=True), markersize=5, **_look(spec, method))
+            shown += best
+        # Settings worse than all of these are out of sight.
+        left, bottom = (min(numbers) - 0.02 for numbers in zip(*shown, strict=True))
+        axis.set(xlim=(left, None), ylim=(bottom, None))
+        axis.plot(*base, "k+", markersize=12, label="base")
+        axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
+        axis.set(title=f"{name}: gained against kept; faint: settings that another one beats")
         axis.legend(**BESIDE)
+
+
+def _rates(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -> None:
+    """What settings are chosen by, against the learning rate.
+
+    At customary hyper-parameters, and at each rate's best.
+    """
+    with drawn(file, (9.6, 4), panels=2) as axes:
+        for method, runs in tried.items():
+            usual = with_setting(runs, customary(spec, method))
+            for axis, some in zip(axes, (usual, runs), strict=True):
+                top = best_by_rate(some)
+                axis.plot(list(top), list(top.values()), markersize=4, **_look(spec, method))
+        axes[0].set(title=f"{name}: customary hyper-parameters")
+        axes[1].set(title=f"{name}: the best hyper-parameters at each rate")
+        for axis in axes:
+            axis.set(xscale="log", xlabel="learning rate")
+        axes[0].set_ylabel("objective on validation prompts")
+        axes[1].legend(**BESIDE)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,10 @@ def final_settings(spec: dict, runs: list[dict], name: str, method: str) -> list
 
     On a set with "test_lr" those at these rates and the customary hyper-parameters. Else the best
     and the customary setting and, on QA, what the frontiers of all settings and of the customary
-    ones are made of.
+    ones are made of. A method whose "extra" is "sweep" has no second stage.
     """
+    if spec["methods"][method].get("extra") == "sweep":
+        return []
     if rates := spec["sets"][name].get("test_lr"):
         return [
             setting
@@ -133,6 +135,12 @@ def objective(run: dict) -> float:
     if run["kind"] == "math":
         return found["accuracy"]
     return found["win_rate"] - max(0.0, lost(run))
+
+
+def best_by_rate(runs: list[dict]) -> dict[float, float]:
+    """{learning rate: the best objective of its runs}, by rising rate."""
+    rates = sorted({run["setting"]["lr"] for run in runs})
+    return {lr: max(map(objective, with_setting(runs, {"lr": lr}))) for lr in rates}
 
 
 def collapsed(run: dict) -> bool:

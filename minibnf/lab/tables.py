@@ -4,17 +4,20 @@ A figure of a method on a set is its mean over the seeds. Its error joins the sp
 the error over prompts: e² = (standard deviation over seeds)² / seeds + (mean standard error over
 prompts)².
 
-BNF's rivals are the losses built on log-likelihood ratios or margins. nll and unlikelihood are the
+BNF's rivals are the losses built on log-likelihood ratios or margins; nll and unlikelihood are the
 controls.
 """
 
 import math
+from itertools import groupby
 from statistics import correlation, mean, stdev
 
 from minibnf.lab import plan
 
 CONTROLS = ("nll", "unlikelihood")
 OURS = ("bnf", "rbnf", "bnf batch")
+# A setting is good if it is no further below the method's best, or (mathematical pairs) the base.
+TOLERANCE = 0.05
 NAMES = {
     "win_rate": "win rate", "accuracy": "reasoning", "degenerate": "degenerate",
     "preference": "pairs told right", "solutions": "solutions, nats per token",
@@ -30,8 +33,9 @@ WORST = {
 
 
 def rivals(results: dict, name: str) -> list[str]:
-    """The methods BNF is judged against."""
-    return [m for m in results["spec"]["on"][name] if m not in (*OURS, *CONTROLS)]
+    """The methods BNF is judged against; one that the spec calls "extra" is none."""
+    extra = [m for m, given in results["spec"]["methods"].items() if given.get("extra")]
+    return [m for m in results["spec"]["on"][name] if m not in (*OURS, *CONTROLS, *extra)]
 
 
 def chosen(results: dict, name: str, method: str) -> dict[str, dict]:
@@ -105,7 +109,66 @@ def table(results: dict, name: str) -> str:
     return "\n".join([*lines[:2], f"| base | | | {own} | |", *lines[2:]])
 
 
-# ---- Another question ----
+# ---- Learning rates ----
+
+
+def good_rates(results: dict, name: str, method: str, fixed: dict) -> list[float]:
+    """The good learning rates around the best one, without a gap; of settings that have `fixed`.
+
+    Good: the validation objective is within TOLERANCE of the method's best.
+    """
+    runs = plan.select(results["runs"], set=name, method=method, split="validation", seed=0)
+    top = plan.best_by_rate(plan.with_setting(runs, fixed))
+    best = max(top, key=top.get)
+    for _, neighbours in groupby(top, key=lambda lr: top[lr] >= top[best] - TOLERANCE):
+        rates = list(neighbours)
+        if best in rates:
+            return rates
+
+
+def common_rates(results: dict, name: str) -> set[float]:
+    """The learning rates that the grids of bnf and of all its rivals on a set hold."""
+    methods = ("bnf", *rivals(results, name))
+    return set.intersection(*(set(results["spec"]["methods"][m]["grid"]["lr"]) for m in methods))
+
+
+# ---- Other questions ----
+
+DIVISORS = {
+    "bnf": "the pair's shorter length",
+    "bnf own": "its own",
+    "bnf batch": "the batch's mean",
+}
+
+
+def lengths(results: dict, name: str) -> str:
+    """Markdown: what BNF's length normaliser changes."""
+    head = ["BNF divided by", "best learning rate", "good learning rates", "win rate", "reasoning"]
+    rows = []
+    for method, what in DIVISORS.items():
+        if method in results["spec"]["on"][name]:
+            rates = good_rates(results, name, method, {})
+            best = chosen(results, name, method)["best"]["lr"]
+            win = show(figure(results, name, method, "best", "win_rate"))
+            kept = show(figure(results, name, method, "best", "accuracy"))
+            rows.append([what, f"{best:g}", f"{rates[0]:g} to {rates[-1]:g}", win, kept])
+    return markdown(head, rows)
+
+
+def beta_and_length(results: dict) -> str:
+    """Markdown: DPO at one learning rate over beta, on sets of short and of long responses.
+
+    On validation prompts, with seed 0.
+    """
+    head, rows = ["set", "tokens a response", "β", "β × tokens", "win rate", "reasoning"], []
+    for name in results["spec"]["on"]:
+        tokens = results["facts"]["response_tokens"][name]
+        for run in plan.select(results["runs"], set=name, method="dpo lr 1e-4"):
+            beta, found = run["setting"]["beta"], run["result"]
+            win, kept = (show(found[x]) if found else "broke off" for x in ("win_rate", "accuracy"))
+            numbers = [f"{tokens:.1f}", f"{beta:g}", f"{beta * tokens:.2g}"]
+            rows.append([name, *numbers, win, kept])
+    return markdown(head, rows)
 
 
 def concentration(results: dict, name: str) -> tuple[float, int]:
