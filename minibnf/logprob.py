@@ -66,7 +66,7 @@ def sweep(
     those of the loss as it is returned: call backward on it, not on a multiple of it.
     """
     _check(hidden, unembed, targets)
-    if not torch.is_grad_enabled():
+    if judge is None or not torch.is_grad_enabled():
         # inside a Function a parameter would still ask for its gradient
         hidden, unembed = hidden.detach(), unembed.detach()
     return _Sweep.apply(hidden, unembed, targets, chunks, judge, softcap)
@@ -97,7 +97,7 @@ def cuts(sizes: list[int] | None, N: int, chunk: int) -> list[slice]:
 def _pieces(chunk: slice, unembed: Tensor) -> list[slice]:
     """A chunk whole or, where it has more than ROW_LOGITS, in pieces of CHUNK_LOGITS."""
     N = chunk.stop - chunk.start
-    if N <= max(1, ROW_LOGITS[kind(unembed)] // len(unembed)):
+    if N * len(unembed) <= ROW_LOGITS[kind(unembed)]:
         return [chunk]
     parts = cuts(None, N, chunk_tokens(unembed))
     return [slice(chunk.start + i.start, chunk.start + i.stop) for i in parts]
@@ -122,7 +122,7 @@ class _Logits:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.buffer = hidden.new_empty(longest, len(unembed), dtype=wide)
         self.logps = hidden.new_empty(len(targets), dtype=wide)
-        self.dhidden = torch.empty_like(hidden) if any(wanted[:2]) else None
+        self.dhidden = torch.empty_like(hidden) if wanted[0] or wanted[1] else None
         wide = torch.promote_types(unembed.dtype, torch.float32)
         self.dunembed = torch.zeros_like(unembed, dtype=wide) if wanted[1] else None
 
@@ -212,9 +212,9 @@ class _TokenLogps(torch.autograd.Function):
 class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, unembed, targets, chunks, judge, softcap):
-        wanted = (False, False) if judge is None else ctx.needs_input_grad
         pieces = [_pieces(chunk, unembed) for chunk in chunks]
-        logits = _Logits(hidden, unembed, targets, softcap, chain.from_iterable(pieces), wanted)
+        slices, wanted = chain.from_iterable(pieces), ctx.needs_input_grad
+        logits = _Logits(hidden, unembed, targets, softcap, slices, wanted)
         loss, dlogps = logits.logps.new_zeros(()), torch.empty_like(logits.logps)
         for k, chunk in enumerate(chunks):
             for i in pieces[k]:
@@ -223,7 +223,7 @@ class _Sweep(torch.autograd.Function):
                 continue
             value, dlogps[chunk] = judge(k, logits.logps[chunk])
             loss += value
-            for i in pieces[k] if any(wanted[:2]) else []:
+            for i in pieces[k] if logits.dhidden is not None else []:
                 if len(pieces[k]) > 1:  # the buffer holds the last piece: each is read again
                     logits.read(i)
                 logits.push(i, dlogps[i])

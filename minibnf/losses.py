@@ -332,6 +332,7 @@ _LOSSES = [
     token_local(
         "unlikelihood", unlikelihood_potential, unlikelihood_weight, length="own", ref=False
     ),
+    token_local("ratio", rivals.ratio_potential, rivals.ratio_weight, length="batch", ref=True),
     token_local("topr", rivals.topr_potential, rivals.topr_weight, length="batch", ref=True),
     token_local(
         "tnpo", rivals.tnpo_potential, rivals.tnpo_weight, length="batch", ref=True, beta=1.0

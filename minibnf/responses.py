@@ -76,14 +76,18 @@ class Responses:
         read (it may be NaN), and its gradient is 0. Raises ValueError as the class does.
         """
         B, T = mask.shape
-        wanted = {"logps": (B, T), "ref_logps": (B, T), "preferred": (B,)}
-        for (name, shape), x in zip(wanted.items(), (logps, ref_logps, preferred), strict=True):
+        given = {
+            "logps": (logps, (B, T)),
+            "ref_logps": (ref_logps, (B, T)),
+            "preferred": (preferred, (B,)),
+        }
+        for name, (x, shape) in given.items():
             if x is not None and x.shape != shape:
                 raise ValueError(f"{name} must be {shape} as mask is, not {tuple(x.shape)}")
         # where the response tokens stand; the one wait for the device
         tokens = mask.bool().flatten().nonzero()[:, 0]
         if pairs is None:
-            pairs = torch.empty(0, 2, dtype=torch.int64, device=logps.device)
+            pairs = logps.new_empty(0, 2, dtype=torch.int64)
         ref = None if ref_logps is None else ref_logps.flatten()[tokens]
         return cls(logps.flatten()[tokens], ref, tokens // T, preferred, pairs)
 

@@ -1,4 +1,4 @@
-"""The losses that BNF is compared with: token by token topr, tnpo and power; dpo and its kin; kto.
+"""The losses that BNF is compared with: token by token ratio to power, then dpo and its kin, kto.
 
 Letters, shapes and units as in losses.py. A loss whose tokens do not couple is a potential Φ and
 its slope w = dΦ/dlog p, the others have a value in plain torch operations and a gradient
@@ -15,27 +15,40 @@ from minibnf.responses import Responses
 # ---------------------------------------------------------------- losses whose tokens do not couple
 
 
-def topr_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    """TOPR, token by token: Φ = log p if preferred. If not, log p above r and, below it,
+def ratio_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    """The truncated importance ratio on both kinds of tokens: Φ = log p above r and, below it,
 
         Φ = log r + p/r - 1        so from r to 0 it falls by 1 nat, whatever r is
+
+    BNF with the ratio in place of the odds ratio; no paper's, but a point of the map.
+    """
+    d = torch.clamp(logps - ref_logps, max=0)
+    return torch.where(d == 0, logps, ref_logps + torch.expm1(d))
+
+
+def ratio_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    """min(1, p/r): below r, d(p/r)/dlog p = p/r.
+
+    BNF's o(p)/o(r) is this times (1-r)/(1-p), so the two meet as r goes to 0, and odds let go
+    sooner of a token that the reference was sure of.
+    """
+    return torch.exp(torch.clamp(logps - ref_logps, max=0))
+
+
+def topr_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    """TOPR, token by token: Φ = log p if preferred, else ratio's.
 
     Le Roux et al. 2025, arXiv 2503.14286: a good response is fine-tuned on, a bad one weighted by
     its truncated importance ratio min(1, P/R). There P and R are of whole trajectories under the
     policy and under the model that sampled them; here p and r are of one token, and r is the
     reference's. The paper sums over tokens, so "batch" is the default length.
     """
-    d = torch.clamp(logps - ref_logps, max=0)
-    return torch.where(preferred | (d == 0), logps, ref_logps + torch.expm1(d))
+    return torch.where(preferred, logps, ratio_potential(logps, ref_logps, preferred))
 
 
 def topr_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    """1 if preferred, else min(1, p/r): below r, d(p/r)/dlog p = p/r.
-
-    BNF's o(p)/o(r) is this times (1-r)/(1-p), so the two meet as r goes to 0, and odds let go
-    sooner of a token that the reference was sure of.
-    """
-    return torch.where(preferred, 1.0, torch.exp(torch.clamp(logps - ref_logps, max=0)))
+    """1 if preferred, else min(1, p/r)."""
+    return torch.where(preferred, 1.0, ratio_weight(logps, ref_logps, preferred))
 
 
 def tnpo_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor, beta: float) -> Tensor:

@@ -16,6 +16,7 @@ WHAT = {
     "orpo": "log odds ratio",
     "simpo": "mean log-probabilities",
     "cpo": "a uniform reference",
+    "ratio": "BNF with p/r in place of the odds ratio",
     "topr": "tapered off-policy REINFORCE, token by token",
     "tnpo": "negative preference optimisation, token by token",
     "power": "p^alpha: DFT on preferred tokens, WGA on rejected ones",

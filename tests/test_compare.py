@@ -6,14 +6,30 @@ import math
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minibnf.lab.compare import check, compare, main
 from minibnf.lab.figures import comparison
 from minibnf.lab.language import QA, problems
-from minibnf.lab.plan import chosen_settings, collapsed, finals, objective, select, settings, sweep
+from minibnf.lab import frontiers
+from minibnf.lab.frontiers import against, at_rates, interval, measures, points, questions
+from minibnf.lab.plan import (
+    FAR,
+    chosen_settings,
+    collapsed,
+    finals,
+    frontier,
+    objective,
+    select,
+    settings,
+    sweep,
+    final_settings,
+)
 from minibnf.lab.tables import concentration, figure, good_rates, ranks
-from minibnf.lab.trials import slug
+from minibnf.lab.trials import arguments, rounded, slug
 from minibnf.lab.verdicts import NOT, REPRODUCED, report, verdicts, within
 
 SPEC = {
@@ -30,11 +46,12 @@ BASE = {
     "win_rate": [0.5, 0.01], "accuracy": [0.9, 0.01], "degenerate": [0.1, 0.01],
     "shift/chosen": [0, 0], "shift/rejected": [0, 0], "gini": [0, None],
 }  # fmt: skip
+BASE_EACH = {"win_rate": [0.5] * 8, "accuracy": [0.9] * 8}
 DEFAULTS = {"win": 0.6, "accuracy": 0.9, "degenerate": 0.1, "shift": (0.1, -1.0), "gini": 0.4}
 
 
 def run(name, method, setting, seed=0, error=0.01, **scores):
-    """A run that scored DEFAULTS, but for what is given."""
+    """A run that scored DEFAULTS, but for what is given, on each of 8 prompts alike."""
     found = DEFAULTS | scores
     assert found.keys() == DEFAULTS.keys()
     result = {
@@ -46,35 +63,77 @@ def run(name, method, setting, seed=0, error=0.01, **scores):
         "set": name, "method": method, "setting": setting, "seed": seed,
         "split": "test" if seed else "validation", "kind": "math" if name == "math" else "qa",
         "result": result, "base": BASE,
+        "each": {"win_rate": [found["win"]] * 8, "accuracy": [found["accuracy"]] * 8},
     }  # fmt: skip
 
 
 # ---- What is run ----
 
 
-def test_every_combination_is_tried_and_the_best_and_the_customary_one_are_repeated():
-    assert settings(SPEC["methods"]["dpo"]) == [
+def test_every_combination_is_tried_and_what_is_best_customary_or_on_a_frontier_is_repeated():
+    assert settings(SPEC, "qa", "dpo") == [
         {"lr": lr, "beta": b} for lr in (1e-4, 1e-3) for b in (0.1, 2)
     ]
     jobs = sweep(SPEC)
     assert len(jobs) == 6 and {job["seed"] for job in jobs} == {0}
     assert len(set(map(slug, jobs))) == 6
-    wins = {"bnf": [0.6, 0.7], "dpo": [0.55, 0.6, 0.5, 0.65]}
+    scores = {
+        "bnf": [(0.6, 0.9), (0.7, 0.86)],
+        "dpo": [(0.5, 0.9), (0.6, 0.9), (0.55, 0.9), (0.65, 0.7)],
+    }
     runs = [
-        run("qa", method, setting, win=win)
-        for method, row in wins.items()
-        for setting, win in zip(settings(SPEC["methods"][method]), row, strict=True)
+        run("qa", method, setting, win=win, accuracy=kept)
+        for method, row in scores.items()
+        for setting, (win, kept) in zip(settings(SPEC, "qa", method), row, strict=True)
     ]
     best = {"lr": 1e-3}
     assert chosen_settings(SPEC, runs, "qa", "bnf") == {"best": best, "customary": best}
-    dpo = {"best": {"lr": 1e-3, "beta": 2}, "customary": {"lr": 1e-4, "beta": 0.1}}
-    assert chosen_settings(SPEC, runs, "qa", "dpo") == dpo
+    assert final_settings(SPEC, runs, "qa", "bnf") == [{"lr": 1e-4}, best]
+    _, b, c, d = settings(SPEC, "qa", "dpo")
+    assert chosen_settings(SPEC, runs, "qa", "dpo") == {"best": b, "customary": c}
+    # d is where the frontier ends
+    assert final_settings(SPEC, runs, "qa", "dpo") == [b, c, d]  # d is where it ends
     last = finals(SPEC, runs)
-    assert len(last) == (1 + 2) * 2
+    assert len(last) == (2 + 3) * 2
     assert {job["split"] for job in last} == {"test"} and {job["seed"] for job in last} == {1, 2}
-    extra = copy.deepcopy(SPEC)
-    extra["methods"]["dpo"]["extra"] = "sweep"
-    assert {job["method"] for job in finals(extra, runs)} == {"bnf"}
+
+
+def test_a_set_may_name_its_rates_and_those_that_are_tested():
+    spec = changed("sets", "qa", lr=[1e-3, 1e-2], test_lr=[1e-2])
+    assert settings(spec, "qa", "dpo") == [{"lr": x, "beta": 0.1} for x in (1e-3, 1e-2)]
+    runs = [run("qa", job["method"], job["setting"]) for job in sweep(spec)]
+    assert final_settings(spec, runs, "qa", "dpo") == [{"lr": 1e-2, "beta": 0.1}]
+    assert settings(changed("methods", "bnf", grid=[{"lr": 1e-5}]), "qa", "bnf") == [{"lr": 1e-5}]
+
+
+def test_a_product_of_beta_and_length_is_divided_by_the_sets_length():
+    spec = changed("sets", "qa", tokens=10)
+    spec["methods"]["dpo"] |= {"grid": {"lr": [1e-4], "beta|y|": [3]}, "customary": {"beta|y|": 3}}
+    check(spec)
+    (job,) = [job for job in sweep(spec) if job["method"] == "dpo"]
+    words = arguments(spec, job, "data", "out")
+    assert "beta=0.3" in words and not any("|" in word for word in words)
+    assert slug(job) == "qa-dpo-lr0.0001-betay3-validation-0"
+
+
+POINTS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda x: (0.9 - x[0] / 100, x[1] / 100)),
+    min_size=1, max_size=8,
+)  # fmt: skip
+
+
+@given(scores=POINTS)
+def test_no_setting_of_a_frontier_is_beaten_and_one_is_kept_up_to_its_end(scores):
+    runs = [run("qa", "bnf", {"lr": k}, win=w, accuracy=a) for k, (a, w) in enumerate(scores)]
+    kept = [scores[setting["lr"]] for setting in frontier(runs)]
+    beaten = [p for p in kept if any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in scores)]
+    assert kept and not beaten and len(set(kept)) == len(kept)
+    assert kept == sorted(kept, reverse=True)
+    within = [p for p in kept if p[0] >= 0.9 - FAR - 1e-9]
+    assert len(kept) - len(within) <= 1
+    for p in scores:  # whatever keeps enough is kept, equalled or beaten by what is kept
+        if p[0] >= 0.9 - FAR:
+            assert any(q[0] >= p[0] and q[1] >= p[1] for q in kept)
 
 
 def test_what_a_setting_is_chosen_by():
@@ -187,6 +246,8 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
     assert "| bnf | best, customary | lr=0.0001 |" in shown
     assert "aligns as well as the best method" in shown
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"win_rate", "accuracy"} == set(results["runs"][0]["each"])
+    assert set(results["facts"]["base"]["qa"]) == {"validation", "test"}
     assert len(results["runs"]) == 4 and results["spec"] == spec and results["facts"]["revision"]
     assert {figure.suffix for figure in (tmp_path / "out" / "figures").iterdir()} == {".svg"}
     assert not list((tmp_path / "out" / "runs").iterdir())  # models are not kept
@@ -203,23 +264,32 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
     assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
     with pytest.raises(ValueError, match="holds runs of another spec"):
         compare(spec | {"seeds": [2]}, tmp_path / "out", 1)
+    # What is known is not run again.
+    monkeypatch.setattr("minibnf.lab.trials.run_job", lambda *given: pytest.fail("it was run"))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "out" / "data").rename(tmp_path / "new" / "data")
+    assert compare(spec, tmp_path / "new", 1, known=results)["runs"] == results["runs"]
 
 
-# ---- Verdicts ----
+# ---- Frontiers ----
+
+BOTH = [1e-4, 1e-3]  # the rates of every grid
 
 
-def results(**of):
+def results(rates=None, **of):
     """Results in which each method scores as given, on "qa", "unpaired" and "math".
 
     results(dpo={"win": 0.7}) speaks of every setting and seed, results(dpo_2=...) of beta = 2.
+    rates: which "math" is tested at, "test_lr".
     """
     spec = copy.deepcopy(SPEC)
     spec["methods"] |= {
-        m: {"loss": m, "grid": {"lr": [1e-4, 1e-3]}} for m in ("kto", "nll", "rbnf")
+        m: {"loss": m, "grid": {"lr": [1e-4, 1e-3]}} for m in ("kto", "nll", "rbnf", "bnf batch")
     }
-    spec["sets"]["math"] = {"kind": "math", "count": 64}
+    spec["sets"]["math"] = {"kind": "math", "count": 64} | ({"test_lr": rates} if rates else {})
     spec["sets"]["unpaired"] = {"kind": "qa", "count": 64, "unpaired": "both"}
-    spec["on"] = {name: ["bnf", "dpo", "kto", "nll", "rbnf"] for name in ("qa", "math", "unpaired")}
+    methods = ["bnf", "dpo", "kto", "nll", "rbnf", "bnf batch"]
+    spec["on"] = {name: methods for name in ("qa", "math", "unpaired")}
 
     def scored(job):
         method, setting = job["method"], job["setting"]
@@ -227,11 +297,64 @@ def results(**of):
         return run(job["set"], method, setting, job["seed"], **given)
 
     runs = [scored(job) for job in sweep(spec)]
-    return {"spec": spec, "runs": runs + [scored(job) for job in finals(spec, runs)]}
+    facts = {"base": {name: {"test": BASE_EACH} for name in spec["on"]}}
+    return {
+        "spec": spec,
+        "facts": facts,
+        "runs": runs + [scored(job) for job in finals(spec, runs)],
+    }
 
 
-def verdict(made, words):
-    ((_, found, numbers),) = [v for v in verdicts(made) if words in v[0]]
+def test_the_numbers_of_a_frontier_by_hand():
+    """From the base (0, 0) to 4 points lost, .08 gained, to 12 lost, .12 gained: at 10 lost .11,
+    at 5 lost .085; the mean is (.04 x .04 + (.08 + .11)/2 x .06) / .1 = .073."""
+    made = results()
+    lower, higher = (
+        {"accuracy": [0.86] * 8, "win_rate": [0.58] * 8},
+        {"accuracy": [0.78] * 8, "win_rate": [0.62] * 8},
+    )
+    for r in select(made["runs"], set="qa", method="bnf"):
+        r["each"] = lower if r["setting"]["lr"] == 1e-4 else higher
+        r["result"] |= {name: [x[0], 0.01] for name, x in r["each"].items()}
+    made["runs"] += [
+        r | {"split": "test", "seed": 1}
+        for r in select(made["runs"], set="qa", method="bnf", split="validation")
+    ]
+    assert len(points(made, "qa", "bnf", usual=False)) == 2
+    found = {name: x[0] for name, x in measures(made, "qa", "bnf").items()}
+    assert found == pytest.approx({"at 5": 0.085, "at 10": 0.11, "mean": 0.073})
+
+
+def test_beyond_its_last_point_a_frontier_is_level():
+    made = results(bnf={"accuracy": 0.88, "win": 0.6})
+    found = {name: x[0] for name, x in measures(made, "qa", "bnf").items()}
+    assert found["at 5"] == found["at 10"] == pytest.approx(0.1)
+
+
+def test_intervals_cover_what_they_should_and_differences_are_paired():
+    """Two methods that score alike but for .02: prompts vary, and so do seeds, by far more than
+    that, but together."""
+    made, rng = results(BOTH), np.random.default_rng(0)
+    shared = {seed: rng.random(8) for seed in (1, 2)}
+    for r in select(made["runs"], set="math", split="test"):
+        r["each"]["accuracy"] = list(shared[r["seed"]] + 0.02 * (r["method"] == "bnf"))
+    bnf, dpo = (at_rates(made, "math", m, "accuracy") for m in ("bnf", "dpo"))
+    assert bnf[1:].std() > 0.05 and (bnf - dpo)[1:].std() < 1e-12
+    assert against(bnf, {"dpo": dpo}) == (["dpo"], []) and against(dpo, {"bnf": bnf}) == (
+        [],
+        ["bnf"],
+    )
+    low, high = interval(bnf)
+    assert low < bnf[0] < high
+    wide = interval(bnf, comparisons=20)
+    assert wide[0] < low and wide[1] > high  # each of many comparisons has less of the level
+
+
+# ---- Verdicts ----
+
+
+def verdict(made, words, judged=verdicts):
+    ((_, found, numbers),) = [v for v in judged(made) if words in v[0]]
     return found, numbers
 
 
@@ -304,6 +427,61 @@ def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
     assert [claim.split()[0] for claim, _, _ in verdicts(made)] == ["aligns", "costs", "shifts"]
 
 
+@pytest.mark.parametrize(
+    "claim, scores, expected, numbers",
+    [
+        ("aligns", wins(bnf=0.6, dpo=0.6), REPRODUCED, "worse than 0"),
+        ("aligns", wins(bnf=0.6, dpo=0.62), NOT, "best rival dpo +0.120"),
+        ("aligns", wins(bnf=0.6) | {"dpo_2": {"win": 0.7}}, NOT, "worse than 1"),
+        ("reasoning lost", wins(bnf=0.65), REPRODUCED, "better than 2 of 2, worse than 0"),
+        ("reasoning lost", keeps(dpo=0.82, kto=0.82), REPRODUCED, "better than 2 of 2"),
+        ("reasoning lost", {}, NOT, "better than 0 of 2"),
+        ("reasoning lost", keeps(dpo=0.82), NOT, "better than 1 of 2"),  # half is not most
+        ("without tuning", {"dpo_2": {"win": 0.7}, "dpo_0.1": {"win": 0.55}}, NOT, "than 1 of 2"),
+        ("without tuning", wins(kto=0.55, dpo=0.55), REPRODUCED, ""),
+        ("unpaired", wins(bnf=0.6, kto=0.6), REPRODUCED, ""),
+        ("unpaired", wins(bnf=0.5, kto=0.5), NOT, ""),  # no gain
+        ("unpaired", wins(bnf=0.6, kto=0.7), NOT, ""),
+        ("stable", keeps(dpo=0.4, kto=0.4), REPRODUCED, "better than 2 of 2"),
+        ("stable", {}, NOT, ""),  # its rivals are as steady: there is nothing to reproduce
+        ("stable", keeps(bnf=0.4), NOT, "worse than 2"),
+        ("rbnf", {"bnf batch": {"accuracy": 0.88}}, REPRODUCED, ""),
+        ("rbnf", {}, NOT, ""),
+    ],
+)  # fmt: skip
+def test_verdicts_on_frontiers(claim, scores, expected, numbers):
+    found, said = verdict(results(BOTH, **scores), claim, frontiers.verdicts)
+    assert found == expected and numbers in said
+
+
+def test_the_maps_questions_are_differences_with_intervals():
+    made = results()
+    made["spec"] = spec = json.loads(Path("tutorials/evidence/map.json").read_text())
+    odds = {"bnf/bnf", "nll/bnf", "rbnf/bnf"}
+    runs = [
+        run(
+            job["set"],
+            job["method"],
+            job["setting"],
+            job["seed"],
+            accuracy=0.8 + 0.05 * (job["method"] in odds),
+        )
+        for job in sweep(spec)
+    ]
+    made["runs"] = [
+        *runs,
+        *(r | {"split": "test", "seed": seed} for r in runs for seed in (1, 2, 3)),
+    ]
+    lines = questions(made).splitlines()
+    (both,) = [line for line in lines if "bnf/bnf less ratio/ratio" in line]
+    assert "| +0.000 (+0.000 to +0.000) | **+0.050 (+0.050 to +0.050)** |" in both
+    assert "The map" in report(made)
+
+
+def test_numbers_are_rounded_and_whole_ones_are_integers():
+    assert rounded([1.0, 0.123456, math.nan, math.inf]) == [1, 0.12346, None, math.inf]
+
+
 def test_ranks_and_what_the_gini_goes_with():
     assert ranks([3.0, 1.0, 3.0, 2.0]) == [2.5, 0.0, 2.5, 1.0]
     made = results()
@@ -357,26 +535,26 @@ def test_good_rates_have_no_holes():
     assert verdict(made, "tuning")[0] == NOT
 
 
-def odd_results():
-    """Made up for the spec of tutorials/evidence/small.json, with all that may happen.
+def odd_results(name):
+    """Made up for a spec of tutorials/evidence, with all that may happen.
 
     Methods of the first stage alone, runs that broke off, and a method that always does.
     """
-    spec = json.loads(Path("tutorials/evidence/small.json").read_text())
-    tokens = dict.fromkeys(spec["on"], 10.0)
+    spec = json.loads(Path(f"tutorials/evidence/{name}.json").read_text())
 
     def odd(k, job):
         one = run(job["set"], job["method"], job["setting"], job["seed"], win=0.5 + 0.001 * k)
         broke_off = k % 7 == 3 or job["method"] == "slic"
-        return one | {"result": {}} if broke_off else one
+        return one | {"result": {}, "each": {}} if broke_off else one
 
     runs = [odd(k, job) for k, job in enumerate(sweep(spec))]
     runs += [odd(k, job) for k, job in enumerate(finals(spec, runs))]
+    tokens = dict.fromkeys(spec["on"], 10.0)
     return {"spec": spec, "runs": runs, "facts": {"response_tokens": tokens}}
 
 
 def test_report_and_figures_of_results_with_runs_that_broke_off(tmp_path):
-    made = odd_results()
+    made = odd_results("small")
     text = report(made)
     assert "| dpo lr 1e-4 |" not in text
     assert "broke off" in text and "β × tokens" in text and "the batch's mean" in text
@@ -386,11 +564,19 @@ def test_report_and_figures_of_results_with_runs_that_broke_off(tmp_path):
     assert len(files) == 6 and all(file.read_text().startswith("<?xml") for file in files)
 
 
+def test_frontiers_of_runs_that_broke_off():
+    made = odd_results("frontiers")
+    made["facts"]["base"] = {name: {"test": BASE_EACH} for name in made["spec"]["on"]}
+    text = report(made)
+    assert "## Frontiers, qa" in text and "## Verdicts on frontiers" in text
+    assert "| slic | +0.000 ± 0.000 |" in text  # without a setting it stays where the base is
+
+
 def test_what_broke_off_is_worst_in_every_respect():
     made = results(bnf={"shift": (0.1, -0.5), "gini": 0.3})
     assert verdict(made, "shifts")[0] == REPRODUCED
     for r in select(made["runs"], method="bnf", split="test"):
-        r["result"] = {}
+        r["result"] = r["each"] = {}
     assert {verdict(made, words)[0] for words in ("aligns", "costs", "shifts")} == {NOT}
 
 

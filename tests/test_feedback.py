@@ -41,6 +41,7 @@ def formulas(p, r, s, n):
         "orpo": (nll + 0.1 * odds_push) / n,
         "simpo": 2 * sigma(1 - 2 * s * x / n) / n,
         "cpo": 0.1 * sigma(-0.1 * s * x) + nll / n,
+        "ratio": (p / r).clamp(max=1) / n,
         "topr": (torch.ones_like(p) if s > 0 else (p / r).clamp(max=1)) / n,
         "tnpo": (torch.ones_like(p) if s > 0 else 2 * p / (p + r)) / n,
         "power": p / n,

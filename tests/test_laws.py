@@ -275,6 +275,7 @@ def test_gradients_in_float32_are_finite_and_lose_no_more_than_autograd_of_the_v
 
 E2 = math.exp(2)
 NEW_BY_HAND = {  # Δ_w = -1, Δ_l = 2, the mean length 1.5; of topr the rejected token lies above r
+    "ratio": ({}, (2 - 1 / math.e) / 1.5),  # the second chosen token: log r + p/r - 1 = 1/e - 2
     "topr": ({}, (3 - 1) / 1.5),
     "tnpo": ({"beta": 0.5}, (3 + 4 * math.log(1 + math.e)) / 1.5),
     "power": ({}, (1 - 1 / E2) / 1.5),  # chosen p - 1 = 1/e - 1, 1/e² - 1; rejected 1/e - 1

@@ -193,6 +193,8 @@ def test_a_loss_that_couples_the_tokens_of_a_row_gets_its_gradient_in_the_same_s
         patch.setitem(logprob.ROW_LOGITS, "cpu", most * V)
         patch.setitem(logprob.CHUNK_LOGITS, "cpu", 16 * V)
         loss, logps = sweep(hidden, unembed, targets, chunks, judge)
+        read = [i for chunk in chunks for i in logprob._pieces(chunk, unembed)]
+        assert max(i.stop - i.start for i in read) <= max(most, 16)  # what a buffer may hold
     expected_logps = naive(hidden, unembed, targets)
     assert_same(loss, value_of(expected_logps, slice(0, N)), (hidden, unembed))
     torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-9, atol=1e-12)

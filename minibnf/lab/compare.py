@@ -13,12 +13,16 @@ which set:
                          "customary": {"beta": 0.1}}},
      "on": {"qa": ["dpo"]}}
 
-First every setting of a method's grid is run with seed 0 and examined on validation prompts. Then
-two settings are run with each of the seeds and examined on test prompts: the best (by
-plan.objective), and the customary one (the best learning rate at the customary hyper-parameters).
-Every finished run is a file of its own, so an interrupted comparison goes on where it stopped.
---workers run at once. A method with "extra" is no rival but answers a question of its own;
-"extra": "sweep" leaves out its second stage.
+A grid may also be a list of settings; on a set with "lr" these rates are tried, at customary
+hyper-parameters, instead. "beta|y|" stands for β times the mean length of a response: the set says
+how many "tokens" that is.
+
+First every setting is run with seed 0 and examined on validation prompts. Then some are run with
+each of the seeds and examined on test prompts: on a set with "test_lr" those at these rates, else
+the best, the customary and those of the frontier (plan.final_settings). Every finished run is a
+file of its own, so an interrupted comparison goes on where it stopped. --workers run at once. A
+method with "extra" is no rival but answers a question of its own; "extra": "sweep" leaves out its
+second stage.
 
 A set is of the small world (smallworld.py: "kind" qa or math, "count", "unpaired") or of files:
 "rows" is a .jsonl of preference rows, "count" of them to train on, "held_out" of them to examine,
@@ -39,7 +43,7 @@ from minibnf import arguments
 from minibnf.files.disk import read_json, write_json, write_text
 from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.lab import trials
-from minibnf.lab.plan import customary, finals, settings, sweep
+from minibnf.lab.plan import combinations, customary, finals, sweep
 from minibnf.lab.smallworld import KINDS
 from minibnf.lab.verdicts import report
 from minibnf.losses import LOSSES
@@ -51,8 +55,11 @@ from minibnf.step import fingerprint
 FIELDS = {  # of a spec, a method and a set: what each must have, and what it may have
     "spec": ({"base", "sets", "methods", "on", "seeds"}, {"train", "threads", "exam", "note"}),
     "method": ({"loss", "grid"}, {"fixed", "customary", "extra"}),
-    "set of the small world": ({"kind", "count"}, {"unpaired", "train", "seed"}),
-    "set of files": ({"rows", "count", "held_out"}, {"solutions", "train"}),
+    "set of the small world": (
+        {"kind", "count"},
+        {"unpaired", "train", "seed", "tokens", "lr", "test_lr"},
+    ),
+    "set of files": ({"rows", "count", "held_out"}, {"solutions", "train", "tokens"}),
 }
 
 
@@ -74,7 +81,7 @@ def check(spec: dict) -> None:
     for name, given in spec["methods"].items():
         check_fields(given, "method", f" '{name}'")
         usual = customary(spec, name)
-        if not any("lr" in x and usual.items() <= x.items() for x in settings(given)):
+        if not any("lr" in x and usual.items() <= x.items() for x in combinations(given)):
             raise ValueError(
                 f"method '{name}': its grid must hold an 'lr', and the customary {usual}"
             )
@@ -94,8 +101,11 @@ def check(spec: dict) -> None:
 # ---- The comparison ----
 
 
-def compare(spec: dict, folder: Path, workers: int) -> dict:
-    """Every run of the spec -> all that was measured, also written to folder/results.json."""
+def compare(spec: dict, folder: Path, workers: int, known: dict | None = None) -> dict:
+    """Every run of the spec -> all that was measured, also written to folder/results.json.
+
+    What `known`, results of another comparison, holds of this one is taken from it.
+    """
     check(spec)
     base = fingerprint(load(spec["base"]))
     for stem, now in {"spec": spec, "base": {"sha256": base}}.items():
@@ -106,20 +116,36 @@ def compare(spec: dict, folder: Path, workers: int) -> dict:
             )
         (folder / "results").mkdir(parents=True, exist_ok=True)
         write_json(file, now)
+    if known:
+        take(known, spec, base, folder)
     runs = trials.run_all(spec, sweep(spec), folder, workers)
     runs += trials.run_all(spec, finals(spec, runs), folder, workers)
     facts = {
-        "revision": sorted({r.pop("revision") for r in runs}),
+        "revision": sorted({r["revision"] for r in runs}),
         "base_sha256": base,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "hours_of_training": round(sum(r["train_seconds"] for r in runs) / 3600, 2),
         "response_tokens": {x: trials.response_tokens(spec, x, folder) for x in spec["on"]},
+        "base": {x: trials.each_of_base(folder, x) for x in spec["on"]},
     }
     results = {"spec": spec, "facts": facts, "runs": runs}
     write_text(folder / "results.json", dumps(results))
     return results
+
+
+def take(known: dict, spec: dict, base: str, folder: Path) -> None:
+    """Write the runs of `known` whose base, set, flags and loss are this spec's into the folder."""
+    theirs = known["spec"]
+    if known["facts"]["base_sha256"] != base or theirs.get("train") != spec.get("train"):
+        return
+    for run in known["runs"]:
+        name, method = run["set"], run["method"]
+        same_set = theirs["sets"][name] == spec["sets"].get(name)
+        one, other = (x["methods"].get(method, {}) for x in (theirs, spec))
+        if same_set and all(one.get(field) == other.get(field) for field in ("loss", "fixed")):
+            write_json(folder / "results" / f"{trials.slug(run)}.json", run)
 
 
 def dumps(results: dict) -> str:
@@ -142,6 +168,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a("--out", metavar="DIR", help="folder of the runs; what is finished there is not run again")
     a("--workers", type=positive, default=2, metavar="N",
       help="runs at once, each with the spec's threads; default 2")
+    a("--known", metavar="FILE",
+      help="a results.json: what it holds of this comparison is not run again")
     a("--tables", metavar="FILE", help="a results.json: print its tables, run nothing")
     a("--figures", metavar="DIR",
       help="where to draw the figures; default: OUT/figures, with --tables none")
@@ -160,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
 
     given = read_json(Path(args.tables or args.spec))
     try:
-        results = given if args.tables else compare(given, Path(args.out), args.workers)
+        known = args.known and read_json(Path(args.known))
+        results = given if args.tables else compare(given, Path(args.out), args.workers, known)
     except KeyboardInterrupt:
         said = f"the same command goes on with what {args.out} holds"
         raise KeyboardInterrupt(said) from None

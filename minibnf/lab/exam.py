@@ -3,9 +3,10 @@
     python -m minibnf.lab.exam --base DIR --model DIR --pairs FILE      # before against after
 
     exam = Exam(base, tokenizer, read_examples("held-out.jsonl", ...)[0], split="test")
+    exam.measure(model)  # {"win_rate": (Q,), one number per question, "accuracy": ...}
     exam.grade(model)    # {"win_rate": (0.654, 0.017), "accuracy": ...}
 
-A figure is (mean, standard error).
+A figure is (mean, standard error) of what was measured.
 
 QA is asked about people that no preference pair spoke of. Answers are sampled at temperature 1.
 Their figures are the mean judge score (0 to 5), the share that is degenerate (score 0), and the win
@@ -37,12 +38,17 @@ from minibnf.machine import memory_advice
 from minibnf.model import Transformer, load
 from minibnf.step import read_responses
 
+Measured = dict[str, Tensor]  # {name: one number per question, problem or response}
 Figures = dict[str, tuple[float, float]]  # {name: (mean, standard error)}
 
 
 def mean_and_error(x: Tensor) -> tuple[float, float]:
     """The mean of x (n,) and its standard error."""
     return x.mean().item(), (x.std() / len(x) ** 0.5).item() if len(x) > 1 else math.nan
+
+
+def figures_of(measured: Measured) -> Figures:
+    return {name: mean_and_error(x) for name, x in measured.items()}
 
 
 def win_rates(scores: Tensor, base_scores: Tensor) -> Tensor:
@@ -77,18 +83,18 @@ def changes(found: list[Tensor], base: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack([logps.sum() for logps, _ in moved]), torch.cat([x for _, x in moved])
 
 
-def shifts(examples: list[Example], gained: Tensor, logits: Tensor) -> Figures:
+def shifts(examples: list[Example], gained: Tensor, logits: Tensor) -> Measured:
     """shift/chosen, shift/rejected (nats per response) and the gini of logit shifts."""
     preferred, table = torch.tensor([p for e in examples for p in e.preferred]), {}
     for name, side in {"chosen": preferred, "rejected": ~preferred}.items():
         if side.any():
-            table[f"shift/{name}"] = mean_and_error(gained[side])
-    return table | {"gini": (gini(logits), math.nan)}
+            table[f"shift/{name}"] = gained[side]
+    return table | {"gini": torch.tensor([gini(logits)])}
 
 
 def on_files(
     model: Transformer, examples: list[Example], base: list[Tensor], solutions: list[Example]
-) -> Figures:
+) -> Measured:
     """preference, shifts and gini of pairs; solutions, if any, in nats per token.
 
     preference is the share of pairs whose chosen response gained more likelihood than its rejected
@@ -96,10 +102,10 @@ def on_files(
     """
     gained, logits = changes(held_out(model, examples), base)
     told = wins(*gained[pairs_of(examples)].unbind(1))
-    table = {"preference": mean_and_error(told)} | shifts(examples, gained, logits)
+    table = {"preference": told} | shifts(examples, gained, logits)
     if solutions:
         means = [logps.mean() for logps in read_responses(model, solutions)]
-        table["solutions"] = mean_and_error(torch.stack(means))
+        table["solutions"] = torch.stack(means)
     return table
 
 
@@ -122,25 +128,28 @@ class Exam:
         self.examples, self.held = examples, held_out(base, examples)
 
     def grade(self, model: Transformer) -> Figures:
-        """What a model scores.
+        """What a model scores; the error of gini is nan."""
+        return figures_of(self.measure(model))
 
-        win_rate, judge_score and degenerate: of sampled answers to QA, the error over its
-        questions. accuracy, accuracy/add and so on: of greedy answers to reasoning. shift/chosen
-        and shift/rejected, in nats per response, and gini (its error is nan).
+    def measure(self, model: Transformer) -> Measured:
+        """win_rate, judge_score, degenerate: of sampled answers, one number per question of QA.
+
+        accuracy, accuracy/add and so on: 1 or 0 per problem, of greedy answers to reasoning.
+        shift/chosen and shift/rejected: nats, one number per response. gini: one number.
         """
         # From the base's seed, a model equal to it would answer as it did and tie always.
         drawn, greedy = (sampler(model, self.tokenizer, temperature=t) for t in (1.0, 0.0))
         scores = scores_of(drawn, self.questions, self.samples, self.seed + 1)
         right = scores_of(greedy, self.chains, 1, self.seed)[:, 0]
         found = {
-            "win_rate": mean_and_error(win_rates(scores, self.base_scores)),
-            "judge_score": mean_and_error(scores.mean(1)),
-            "degenerate": mean_and_error((scores == 0).float().mean(1)),
-            "accuracy": mean_and_error(right),
+            "win_rate": win_rates(scores, self.base_scores),
+            "judge_score": scores.mean(1),
+            "degenerate": (scores == 0).float().mean(1),
+            "accuracy": right,
         }
         for family in REASONING:
             mine = torch.tensor([p.family == family for p in self.chains])
-            found[f"accuracy/{family}"] = mean_and_error(right[mine])
+            found[f"accuracy/{family}"] = right[mine]
         return found | shifts(self.examples, *changes(held_out(model, self.examples), self.held))
 
 

@@ -127,8 +127,10 @@ LINES = {  # method: (colour, marker)
     "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#c58b1b", "*"),
     "cpo": ("#e08283", "p"), "topr": ("#7e57c2", "1"), "tnpo": ("#7cb342", "2"),
     "power": ("#222222", "3"), "apo_zero": ("#00a5cf", "h"), "lndpo": ("#8d6e63", "H"),
-    "bdpo": ("#ff8a65", "4"),
+    "bdpo": ("#ff8a65", "4"), "bnf batch": ("#7fc8bd", "o"),
 }  # fmt: skip
+SERIES = 8  # of one figure at most: these first, then in the spec's order
+FIRST = ("bnf", "rbnf", "nll", "unlikelihood", "dpo", "kto", "ipo", "simpo", "orpo")
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
 
@@ -155,9 +157,11 @@ def _look(spec: dict, method: str) -> dict:
 
 
 def _tried(results: dict, name: str) -> dict[str, list[dict]]:
-    """{method: its validation runs that did not break off}, of each that has such runs."""
+    """{method: its validation runs that did not break off}, of at most SERIES that have such."""
     found = {}
-    for method in results["spec"]["on"][name]:
+    for method in sorted(results["spec"]["on"][name], key=lambda method: method not in FIRST):
+        if len(found) == SERIES:
+            break
         runs = select(results["runs"], set=name, method=method, split="validation")
         if runs := [r for r in runs if r["result"]]:
             found[method] = runs

@@ -5,13 +5,28 @@ the prompts on which it is examined. A run is a job with its "result", {name: [m
 it broke off, and the "base"'s.
 """
 
+import math
 from itertools import product
 
+FAR = 0.1  # of reasoning lost: how far frontiers are compared
 
-def settings(method: dict) -> list[dict]:
-    """Every combination of the method's grid: [{"lr": 1e-4, "beta": 0.1}, ...]."""
+
+def combinations(method: dict) -> list[dict]:
+    """Every combination of the method's grid: [{"lr": 1e-4, "beta": 0.1}, ...].
+
+    A grid that is a list already holds the settings themselves.
+    """
     grid = method["grid"]
+    if isinstance(grid, list):
+        return grid
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def settings(spec: dict, name: str, method: str) -> list[dict]:
+    """What is tried of a method on a set; one with "lr" tries customary ones at these rates."""
+    if rates := spec["sets"][name].get("lr"):
+        return [{"lr": lr} | customary(spec, method) for lr in rates]
+    return combinations(spec["methods"][method])
 
 
 def sweep(spec: dict) -> list[dict]:
@@ -20,24 +35,64 @@ def sweep(spec: dict) -> list[dict]:
         {"set": name, "method": method, "setting": setting, "seed": 0, "split": "validation"}
         for name, methods in spec["on"].items()
         for method in methods
-        for setting in settings(spec["methods"][method])
+        for setting in settings(spec, name, method)
     ]
 
 
 def finals(spec: dict, runs: list[dict]) -> list[dict]:
     """The jobs of the second stage, out of the first one's results."""
-    jobs = []
-    for name, methods in spec["on"].items():
-        for method in methods:
-            if spec["methods"][method].get("extra") == "sweep":
-                continue
-            best, usual = chosen_settings(spec, runs, name, method).values()
-            jobs += [
-                {"set": name, "method": method, "setting": setting, "seed": seed, "split": "test"}
-                for setting in ([best] if best == usual else [best, usual])
-                for seed in spec["seeds"]
-            ]
-    return jobs
+    return [
+        {"set": name, "method": method, "setting": setting, "seed": seed, "split": "test"}
+        for name, methods in spec["on"].items()
+        for method in methods
+        for setting in final_settings(spec, runs, name, method)
+        for seed in spec["seeds"]
+    ]
+
+
+def final_settings(spec: dict, runs: list[dict], name: str, method: str) -> list[dict]:
+    """The settings of a method that are run on test prompts, chosen by the validation runs.
+
+    On a set with "test_lr" those at these rates and the customary hyper-parameters. Else the best
+    and the customary setting and, on QA, what the frontiers of all settings and of the customary
+    ones are made of. A method whose "extra" is "sweep" has no second stage.
+    """
+    if spec["methods"][method].get("extra") == "sweep":
+        return []
+    if rates := spec["sets"][name].get("test_lr"):
+        return [
+            setting
+            for setting in settings(spec, name, method)
+            if setting["lr"] in rates and customary(spec, method).items() <= setting.items()
+        ]
+    tried = select(runs, set=name, method=method, split="validation", seed=0)
+    usual = with_setting(tried, customary(spec, method))
+    kept = [*chosen_settings(spec, runs, name, method).values()]
+    if spec["sets"][name].get("kind") == "qa":
+        kept += frontier(tried) + frontier(usual)
+    return [r["setting"] for r in tried if r["setting"] in kept]
+
+
+def frontier(runs: list[dict]) -> list[dict]:
+    """The settings of validation runs on QA that none of them beats, by rising loss of reasoning.
+
+    One beats another that keeps no more reasoning and wins no more. The last one is the first that
+    loses more than FAR, since nothing beyond is judged.
+    """
+    points = [(lost(r), -r["result"]["win_rate"][0], k) for k, r in enumerate(runs) if r["result"]]
+    best, kept = math.inf, []
+    for loss, negative, k in sorted(points):
+        if negative < best:
+            best = negative
+            kept.append(runs[k]["setting"])
+            if loss > FAR:
+                break
+    return kept
+
+
+def lost(run: dict) -> float:
+    """The reasoning accuracy that a run lost against the base."""
+    return run["base"]["accuracy"][0] - run["result"]["accuracy"][0]
 
 
 def select(runs: list[dict], **fields) -> list[dict]:
@@ -79,7 +134,7 @@ def objective(run: dict) -> float:
         return found["preference"]
     if run["kind"] == "math":
         return found["accuracy"]
-    return found["win_rate"] - max(0.0, run["base"]["accuracy"][0] - found["accuracy"])
+    return found["win_rate"] - max(0.0, lost(run))
 
 
 def best_by_rate(runs: list[dict]) -> dict[float, float]:

@@ -15,12 +15,12 @@ from statistics import correlation, mean, stdev
 from minibnf.lab import plan
 
 CONTROLS = ("nll", "unlikelihood")
-OURS = ("bnf", "rbnf")
+OURS = ("bnf", "rbnf", "bnf batch")
 # A setting is good if it is no further below the method's best, or (mathematical pairs) the base.
 TOLERANCE = 0.05
 NAMES = {
     "win_rate": "win rate", "accuracy": "reasoning", "degenerate": "degenerate",
-    "preference": "pairs told right", "solutions": "solutions, nats a token",
+    "preference": "pairs told right", "solutions": "solutions, nats per token",
     "shift/chosen": "shift, chosen", "shift/rejected": "shift, rejected", "gini": "Gini",
 }  # fmt: skip
 # What a run that broke off gets.
@@ -48,6 +48,12 @@ def figure(results: dict, name: str, method: str, which: str, what: str) -> tupl
     setting = chosen(results, name, method)[which]
     runs = plan.select(results["runs"], set=name, method=method, split="test", setting=setting)
     return over_seeds(runs, what)
+
+
+def at(results: dict, method: str, name: str, what: str, lr: float) -> tuple[float, float]:
+    """What a method scored on the test prompts of a set at a learning rate."""
+    runs = plan.select(results["runs"], set=name, method=method, split="test")
+    return over_seeds(plan.with_setting(runs, {"lr": lr}), what)
 
 
 def over_seeds(runs: list[dict], what: str) -> tuple[float, float]:

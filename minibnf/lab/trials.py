@@ -9,7 +9,7 @@ import multiprocessing
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import islice
@@ -26,7 +26,7 @@ from minibnf.files.config import read_config
 from minibnf.files.disk import read_json, write_json
 from minibnf.files.rows import read_rows, scan_rows
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.lab.exam import Exam, held_out, on_files
+from minibnf.lab.exam import Exam, figures_of, held_out, on_files
 from minibnf.lab.smallworld import pairs, sampler, unpaired, write_rows
 from minibnf.model import Transformer, load
 
@@ -74,16 +74,18 @@ def slug(job: dict) -> str:
     """A job's name, which its files have."""
     setting = "-".join(f"{name}{value}" for name, value in job["setting"].items())
     name = f"{job['set']}-{job['method']}-{setting}-{job['split']}-{job['seed']}"
-    return name.replace(" ", "_").replace("/", "+")  # "bnf/topr" is no folder
+    return name.replace(" ", "_").replace("/", "+").replace("|", "")  # "bnf/topr" is no folder
 
 
 def arguments(spec: dict, job: dict, data, out) -> list[str]:
     """The trainer's command line."""
-    method = spec["methods"][job["method"]]
+    method, given = spec["methods"][job["method"]], spec["sets"][job["set"]]
     flags = {"model": spec["base"], "data": data, "out": out}
-    flags |= spec.get("train", {}) | spec["sets"][job["set"]].get("train", {})
+    flags |= spec.get("train", {}) | given.get("train", {})
     flags |= {"loss": method["loss"], "lr": job["setting"]["lr"], "seed": job["seed"]}
     hyper = method.get("fixed", {}) | job["setting"]
+    if (product := hyper.pop("beta|y|", None)) is not None:
+        hyper["beta"] = product / given["tokens"]
     words = ["--overwrite", "--loss-args", *(f"{k}={v}" for k, v in hyper.items() if k != "lr")]
     for name, value in flags.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
@@ -108,7 +110,8 @@ def trained(argv: list[str], out: Path) -> bool:
 def run_job(folder: Path, job: dict) -> None:
     """Train and examine; the results are written to folder/results.
 
-    A run on files has two results, one for each half of the held-out rows.
+    A run on files has two results, one for each half of the held-out rows. "each" holds what was
+    measured of each prompt, which bootstraps of verdicts.py draw from.
     """
     spec = read_json(folder / "spec.json")
     torch.set_num_threads(spec.get("threads", 1))
@@ -120,12 +123,26 @@ def run_job(folder: Path, job: dict) -> None:
     kind = spec["sets"][job["set"]].get("kind", "files")
     for split in ("validation", "test") if kind == "files" else [job["split"]]:
         run = job | {"split": split, "kind": kind, "steps": steps, "train_seconds": seconds}
-        run |= {"result": {}, "revision": revision()}
-        examine, run["base"] = examination(folder, job["set"], split)
+        run |= {"result": {}, "each": {}, "revision": revision()}
+        examine, (run["base"], _) = examination(folder, job["set"], split)
         if whole:
-            run["result"] = examine(load(out / "model"))
+            run["result"], run["each"] = examine(load(out / "model"))
         write_json(folder / "results" / f"{slug(run)}.json", run)
     shutil.rmtree(out)
+
+
+def each_of_base(folder: Path, name: str) -> dict[str, dict]:
+    """{split: what was measured of each prompt with the base}."""
+    return {split: examination(folder, name, split)[1][1] for split in ("validation", "test")}
+
+
+EACH = ("win_rate", "accuracy", "preference", "solutions")
+
+
+def rounded(numbers: Iterable) -> list[float | int | None]:
+    """To five digits, whole ones as integers (JSON is shorter so), nan as None."""
+    found = [float(f"{x:.5g}") for x in numbers]
+    return [None if x != x else int(x) if x.is_integer() else x for x in found]
 
 
 def examples_of(spec: dict, file: Path) -> list[Example]:
@@ -134,13 +151,14 @@ def examples_of(spec: dict, file: Path) -> list[Example]:
 
 
 @cache
-def examination(folder: Path, name: str, split: str) -> tuple[Callable, dict]:
-    """A function from a model to {name: [mean, standard error]}, and the base's; made once."""
+def examination(folder: Path, name: str, split: str) -> tuple[Callable, tuple[dict, dict]]:
+    """A function from a model to its {name: [mean, standard error]} and {name: one number per
+    prompt}, and the base's two; made once."""
     spec = read_json(folder / "spec.json")
     given, base, tokenizer = spec["sets"][name], load(spec["base"]), load_tokenizer(spec["base"])
     examples, solutions = examples_of(spec, prepare(spec, name, folder / "data")[split]), []
     if "kind" in given:
-        measure = Exam(base, tokenizer, examples, split=split, **spec.get("exam", {})).grade
+        measure = Exam(base, tokenizer, examples, split=split, **spec.get("exam", {})).measure
     else:
         if asked := given.get("solutions"):
             scanned = islice(scan_rows(asked["file"]), asked["count"])
@@ -148,12 +166,11 @@ def examination(folder: Path, name: str, split: str) -> tuple[Callable, dict]:
         held = held_out(base, examples)
         measure = partial(on_files, examples=examples, base=held, solutions=solutions)
 
-    def examine(model: Transformer) -> dict[str, list]:
+    def examine(model: Transformer) -> tuple[dict, dict]:
         """Rounded; null stands for nan."""
-        return {
-            name: [float(f"{x:.5g}") if x == x else None for x in pair]
-            for name, pair in measure(model).items()
-        }
+        measured = measure(model)
+        each = {name: rounded(measured[name]) for name in EACH if name in measured}
+        return {name: rounded(pair) for name, pair in figures_of(measured).items()}, each
 
     return examine, examine(base)
 

@@ -3,12 +3,14 @@
 One figure is as good as another unless it lies more than 2 sqrt(e1² + e2²) below; tables.py says
 what a figure and its error e are. Prompts are shared, so this is careful rather than sharp. Where a
 claim says least, half or most, figures are compared as they are.
+
+Results that also hold what was measured of each prompt are judged on frontiers instead.
 """
 
 import math
 from statistics import mean, median
 
-from minibnf.lab import tables
+from minibnf.lab import frontiers, tables
 from minibnf.lab.plan import customary, select, with_setting
 from minibnf.lab.tables import TOLERANCE, figure, markdown, rivals, show
 
@@ -191,5 +193,8 @@ def report(results: dict) -> str:
             rho, count = tables.concentration(results, name)
             said = "rank correlation of Gini and reasoning lost"
             parts.append(f"{name}: {said} over {count} runs: {rho:+.2f}")
+    if "base" in results["facts"]:  # what was measured of each prompt is there
+        parts += frontiers.report(results)
+    elif small:
         parts += ["## Verdicts", verdict_table(results)]
     return "\n\n".join(parts)
