@@ -90,9 +90,9 @@ def pipelines() -> None:
         ),
     }  # fmt: skip
     with drawn("rlhf-dpo", (8, 3.3)) as axis:
-        axis.set(xlim=(0, 10.15), ylim=(-0.3, 4.2))
+        axis.set(xlim=(0, 10.15), ylim=(-0.5, 4.2))
         axis.axis("off")
-        for y, (name, (colour, steps, memory)) in zip((2.9, 0.75), rows.items(), strict=True):
+        for y, (name, (colour, steps, memory)) in zip((2.9, 0.55), rows.items(), strict=True):
             axis.text(0, y, name, weight="bold", color=colour, va="center", fontsize=10)
             for i, step in enumerate(steps):
                 x = 1.95 + 1.85 * i
@@ -100,10 +100,10 @@ def pipelines() -> None:
                 if i:
                     _arrow(axis, (x - 1.13, y), (x - 0.72, y))
             axis.text(1.25, y - 0.78, memory, fontsize=8, va="center")
-        for start, end, y, text in ((9.35, 5.65, 3.37, "new answers for every step"),
-                                    (5.65, 3.8, 1.22, "the next pairs")):  # fmt: skip
-            _arrow(axis, (start, y), (end, y), "arc3,rad=0.2")
-            axis.text((start + end) / 2, y + 0.6, text, ha="center", va="center", fontsize=8)
+        _arrow(axis, (9.35, 3.37), (5.65, 3.37), "arc3,rad=0.2")
+        axis.text(7.5, 3.97, "new answers for every step", ha="center", va="center", fontsize=8)
+        _arrow(axis, (5.65, 1.02), (3.8, 1.02), "arc3,rad=0.2")
+        axis.text(4.72, 1.43, "the next pairs", ha="center", va="center", fontsize=8)
 
 
 def _box(axis, x: float, y: float, text: str, colour: str) -> None:
@@ -169,8 +169,8 @@ def targets(pi: Tensor, by_r: dict[float, Tensor]) -> None:
             series = {"π": (pi, GREY), "q": (q, GOOD), "π - q, the gradient": (pi - q, BAD)}
             grouped_bars(axis, labels, series)
             axis.axhline(0, color=GREY, linewidth=0.6)
-            axis.plot([-0.42, 0.42], [r, r], color=GREY, linewidth=1.2, linestyle="--")
-            axis.text(0.46, r, "r", va="center")
+            axis.plot([-0.48, 0.48], [r, r], color=BLUE, linewidth=1.6)
+            axis.text(0.53, r, "r", va="center", color=BLUE)
             where = "below" if pi[0] < r else "above"
             axis.set_title(f"r = {r:g}: the policy is {where} the reference")
         axes[-1].legend(frameon=False)
