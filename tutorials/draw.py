@@ -76,19 +76,16 @@ def squeezing(words: list[str], before: Tensor, after: Tensor, y: int) -> None:
 
 def pipelines() -> None:
     """RLHF beside DPO and BNF: what is trained, what is sampled, what must be in memory."""
-    rows = {
-        "RLHF": (
-            BAD,
-            ["pairs", "fit a reward\nmodel R", "sample answers\nfrom the policy", "score them by R",
-             "PPO step on\npolicy and\nvalue head"],
-            "in memory: policy, reference, reward model, value head",
-        ),
-        "DPO, BNF": (
-            GOOD,
-            ["pairs", "policy and\nreference read\nboth answers", "one loss,\none step"],
-            "in memory: policy; the reference's numbers, read once",
-        ),
-    }  # fmt: skip
+    long = ["pairs", "fit a reward\nmodel R", "sample answers\nfrom the policy", "score them by R"]
+    long += ["PPO step on\npolicy and\nvalue head"]
+    short = [
+        "pairs (BNF: or\nsingle answers)",
+        "the policy reads\nthe answers",
+        "one loss,\none step",
+    ]
+    many = "in memory: policy, reference, reward model, value head"
+    few = "in memory: policy, and what the reference says of the answers, read once before"
+    rows = {"RLHF": (BAD, long, many), "DPO, BNF": (GOOD, short, few)}
     with drawn("rlhf-dpo", (8, 3.3)) as axis:
         axis.set(xlim=(0, 10.15), ylim=(-0.5, 4.2))
         axis.axis("off")
