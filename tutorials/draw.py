@@ -39,8 +39,8 @@ def grouped_bars(axis, labels: list[str], series: dict[str, tuple[Tensor, str]])
     """Bars side by side for each label; series: {name: (heights (n,), colour)}."""
     width = 0.8 / len(series)
     for i, (name, (heights, colour)) in enumerate(series.items()):
-        at = torch.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
-        axis.bar(at, heights, width * 0.92, color=colour, label=name)
+        at = [k + (i - (len(series) - 1) / 2) * width for k in range(len(labels))]
+        axis.bar(at, heights.tolist(), width * 0.92, color=colour, label=name)
     axis.set_xticks(range(len(labels)), labels)
     axis.tick_params(axis="x", length=0)
 
