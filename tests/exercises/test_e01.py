@@ -5,7 +5,7 @@ import torch.nn.functional as F
 VOTES = [(15, 5), (19, 1), (4, 6)]
 
 
-def trained(loss, x, steps=4000, rate=1.0):
+def trained(loss, x, rate, steps=1000):
     for _ in range(steps):
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(x), x)
@@ -20,7 +20,7 @@ def votes_loss(gap, wins, losses):
 @pytest.mark.parametrize("wins, losses", VOTES)
 def test_reward_gap(exercise, wins, losses):
     zero = torch.zeros((), dtype=torch.float64)
-    found = trained(lambda gap: votes_loss(gap, wins, losses), zero).item()
+    found = trained(lambda gap: votes_loss(gap, wins, losses), zero, rate=4.0).item()
     predicted = exercise.reward_gap(wins, losses)
     slip = "is it the logarithm of wins over losses, not of the share of wins?"
     assert predicted == pytest.approx(found, abs=1e-6), f"training ends at {found:.4f}; {slip}"
