@@ -1,17 +1,16 @@
 """Exercises of page 00, one token: the solutions."""
 
-import torch
+from torch import Tensor
 
 
-def dlogits(z, y, dlogps):
-    """(V,): the gradient in the logits z (V,) of a loss whose derivative in log softmax(z)[y] is
-    the number dlogps."""
-    gradient = -dlogps * z.softmax(-1)
-    gradient[y] += dlogps
-    return gradient
+def dlogits_soft(z: Tensor, q: Tensor) -> Tensor:
+    # the sum over v of -q_v (1[u = v] - π_u)
+    return q.sum() * z.softmax(-1) - q
 
 
-def tent(p, r):
-    """(n,): BNF's push on a token's logit, w (1 - p), for probabilities p (n,) from 0 to 1 and a
-    reference 0 < r < 1."""
-    return torch.where(p < r, p * (1 - r) / r, 1 - p)
+def gains(z: Tensor, y: int) -> Tensor:
+    pi = z.softmax(-1)
+    moved = pi.clone()  # how the logits move: π - 1[v = y]
+    moved[y] -= 1
+    # dπ_v = π_v (dz_v - Σ_u π_u dz_u): a word gains if its logit rises more than the average
+    return pi * (moved - pi @ moved)

@@ -1,8 +1,7 @@
 """Solutions of page 02."""
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minibnf.responses import Responses
@@ -19,5 +18,7 @@ def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor
     return by_response[batch.owner]
 
 
-def margin_left(share: float, beta: float) -> float:
-    return math.log(2 / share - 1) / beta
+def forward_dpo(shift_w: Tensor, shift_l: Tensor, beta: float) -> Tensor:
+    # the derivative of Σ π R + β Σ π_ref log π - λ Σ π is 0: R = λ - β π_ref/π, and λ cancels
+    gap = beta * ((-shift_l).exp() - (-shift_w).exp())  # R_w - R_l
+    return F.softplus(-gap)

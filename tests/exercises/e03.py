@@ -12,6 +12,7 @@ def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.where(below, ratio, 1.0)
 
 
-def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    w = weight(logps, ref_logps)
-    return torch.where(preferred, torch.maximum(w, ref_logps.exp()), w)
+def topr(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    # dΦ/dp = w/p = 1/r below r, so Φ = p/r + a constant; at p = r it meets log r
+    below = ref_logps + torch.expm1((logps - ref_logps).clamp(max=0))
+    return torch.where(preferred | (logps >= ref_logps), logps, below)

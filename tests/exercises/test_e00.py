@@ -1,20 +1,30 @@
 import torch
 
-from minibnf.feedback import feedback
+Z = torch.tensor([2.0, 0.5, 0.0, -0.5, 1.5], dtype=torch.float64)
 
 
-def test_dlogits_is_autograds_for_a_loss_of_log_p(exercise):
-    z = torch.tensor([2.0, 0.5, -1.0, 0.25], dtype=torch.float64, requires_grad=True)
-    logp = z.log_softmax(-1)[2]
-    (logp**2 / 3).backward()
-    given = z.detach().clone()
-    found = exercise.dlogits(given, 2, 2 * logp.item() / 3)
-    assert torch.allclose(found, z.grad)
-    assert torch.equal(given, z), "z was changed"
+def test_dlogits_soft_is_autograds(exercise):
+    for q in ([0.0, 1.0, 0.0, 0.0, 0.0], [0.2, 0.1, 0.3, 0.2, 0.2], [1.0, 0.0, 0.5, 0.0, 0.5]):
+        q = torch.tensor(q, dtype=torch.float64)
+        z = Z.clone().requires_grad_()
+        (-(q * z.log_softmax(-1)).sum()).backward()
+        found = exercise.dlogits_soft(Z.clone(), q)
+        assert not torch.allclose(found, -z.grad), "the sign: L has a minus in front"
+        slip = "is Σ q there? every q_v brings its own -π" if q.sum() > 1 else "q = 1[v = y] first"
+        assert torch.allclose(found, z.grad), slip
 
 
-def test_tent_is_the_library_s_feedback_of_bnf(exercise):
-    p = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)
-    for r in (0.05, 0.4, 0.9):
-        assert torch.allclose(exercise.tent(p, r), feedback("bnf", p, r, preferred=False))
-    assert not exercise.tent(torch.tensor([0.0, 1.0]), 0.4).any(), "not 0 at both ends"
+def test_gains_are_how_softmax_moves(exercise):
+    for y in range(5):
+        given = Z.clone()
+        found = exercise.gains(given, y)
+        assert torch.equal(given, Z), "z was changed: copy before you write into it"
+        assert found[y] < 0, "y itself must lose: is the step's sign right?"
+        slip = "what some gain others lose: is the average rise, Σ_u π_u dz_u, subtracted?"
+        assert abs(found.sum().item()) < 1e-12, slip
+        p, step = Z.softmax(-1), 1e-6
+        direction = (torch.arange(5) == y).double() - p  # d log p/dz
+        ends = [(Z + e * direction).softmax(-1) for e in (-step, step)]
+        by_difference = (ends[0] - ends[1]) / (2 * step)
+        slip = "finite differences say otherwise: does every logit move, not y's alone?"
+        assert torch.allclose(found, by_difference, rtol=0, atol=1e-8), slip

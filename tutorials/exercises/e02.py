@@ -11,7 +11,7 @@ def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor
     raise NotImplementedError
 
 
-def margin_left(share: float, beta: float) -> float:
-    """The Δ in nats at which DPO's push has fallen to this share (above 0, at most 1) of its value
-    at Δ = 0."""
+def forward_dpo(shift_w: Tensor, shift_l: Tensor, beta: float) -> Tensor:
+    """(P,): the loss of each pair that DPO's derivation gives for the objective E_π[R] - β KL(π_ref
+    || π). shift_w, shift_l (P,): log(π(y)/π_ref(y)) of the chosen and the rejected response."""
     raise NotImplementedError

@@ -9,6 +9,7 @@ def weight(logps: Tensor, ref_logps: Tensor) -> Tensor:
     raise NotImplementedError
 
 
-def rbnf_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
-    """max(r, w) where preferred (bool, one a token), w elsewhere."""
+def topr(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+    """Φ, elementwise: its derivative by logps is 1 where preferred (bool, one per token), else
+    min(1, p/r); log p wherever that is 1, and continuous."""
     raise NotImplementedError
