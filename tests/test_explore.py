@@ -1,4 +1,4 @@
-"""tutorials/explore.html in a headless Chromium, judged against the losses of minibnf.
+"""tutorials/explore.html and explore_model.html in a headless Chromium, judged by minibnf.
 
 Skipped where there is no Chromium (Debian: apt-get install chromium). The browser is spoken to
 over two pipes, as its --remote-debugging-pipe wants: one JSON object per message, then a zero byte.
@@ -12,17 +12,24 @@ import random
 import re
 import shutil
 import subprocess
+import threading
 import time
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
+from minibnf.files import load_tokenizer
+from minibnf.generate import generate
 from minibnf.losses import LOSSES
+from minibnf.model import load, save
 from minibnf.responses import Responses
 
 PAGE = Path(__file__).parent.parent / "tutorials" / "explore.html"
+MODEL = PAGE.with_name("explore_model.html")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no chromium here (Debian: apt-get install chromium)"
@@ -80,7 +87,10 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def open(self, where: str = "#free", width=1280, height=800, motion="reduce", scheme="light"):
+    def open(
+        self, where="#free", page=None, width=1280, height=800, motion="reduce", scheme="light"
+    ):
+        """Load a page, by default explore.html, on a screen of this size and these wishes."""
         features = {"prefers-reduced-motion": motion, "prefers-color-scheme": scheme}
         features = [{"name": name, "value": value} for name, value in features.items()]
         self("Emulation.setEmulatedMedia", features=features)
@@ -88,7 +98,8 @@ class Browser:
         self("Emulation.setDeviceMetricsOverride", **size)
         self("Emulation.setTouchEmulationEnabled", enabled=width < 800)
         # by way of a blank page, since from #1 to #2 alone nothing would be loaded anew
-        for url, ready in (("about:blank", "true"), (PAGE.as_uri() + where, "window.minibnf")):
+        page = (page or PAGE.as_uri()) + where
+        for url, ready in (("about:blank", "true"), (page, "window.minibnf")):
             self("Page.navigate", url=url)
             until = time.monotonic() + 20
             while not self.run(f"location.href === {url!r} && Boolean({ready})"):
@@ -314,9 +325,10 @@ def test_run_moves_step_by_step_unless_motion_is_unwanted(browser):
 # ------------------------------------------------------------------------------------ the one file
 
 
-def test_it_asks_for_no_other_file():
-    """No source, sheet, font or script elsewhere; links lead to pages of this repository."""
-    text, links = PAGE.read_text(encoding="utf-8"), []
+@pytest.mark.parametrize("page", [PAGE, MODEL], ids=["explore", "explore_model"])
+def test_it_asks_for_no_other_file(page):
+    """No source, sheet, font or script elsewhere; links lead to files of this repository."""
+    text, links = page.read_text(encoding="utf-8"), []
 
     class Tags(HTMLParser):
         def handle_starttag(self, tag, attributes):
@@ -325,15 +337,113 @@ def test_it_asks_for_no_other_file():
             links.extend([attributes["href"]] if "href" in attributes else [])
 
     Tags().feed(text)
-    assert links and all((PAGE.parent / link).is_file() for link in links)
-    assert not re.findall(r"url\(|@import|fetch\(|XMLHttp|WebSocket|import\(|\.src\b", text)
-    assert "default-src 'none'" in text  # with it the browser itself refuses the rest
+    assert links and all((page.parent / link).is_file() for link in links)
+    assert not re.findall(
+        r"url\(|@import|XMLHttp|WebSocket|import\(|\.src\b|https?:",
+        text.replace("http://www.w3.org/2000/svg", ""),
+    )
+    policy = re.search(r"default-src 'none'; base-uri 'none';\s+form-action 'none';(.*?)\"", text)
+    assert ("connect-src 'self'" in policy[1]) == (page == MODEL)  # the browser refuses the rest
 
 
 @needs_chromium
-def test_the_browser_fetches_nothing_and_complains_of_nothing(browser):
-    browser("Runtime.enable")
+def test_the_browser_refuses_what_is_not_in_the_file(browser):
     browser.open("#1")
     assert browser.run("performance.getEntriesByType('resource').length") == 0
-    refused = browser.run("fetch('00_one_token.md').then(() => 'came', () => 'refused')")
-    assert refused == "refused"
+    assert browser.run("fetch('00_one_token.md').then(() => 'came', () => 'refused')") == "refused"
+
+
+# ------------------------------------------------------------------------------ explore_model.html
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A server of the page, weights/tiny, and as the model after BNF one with other weights."""
+    root = tmp_path_factory.mktemp("served")
+    (root / "tutorials").mkdir()
+    shutil.copy(MODEL, root / "tutorials")
+    before, after = root / "weights/tiny", root / "runs/small/bnf/model"
+    shutil.copytree(MODEL.parent.parent / "weights" / "tiny", before)
+    shutil.copytree(before, after)
+    model, noise = load(before), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=noise))
+    save(model, after)
+    handler = partial(Quiet, directory=root)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/tutorials/{MODEL.name}"
+        yield address, [load(folder, dtype=torch.float64) for folder in (before, after)]
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def open_model(browser, address):
+    browser.open("", page=address, width=390)
+    until = time.monotonic() + 20
+    while browser.run("document.getElementById('place').hidden"):
+        assert time.monotonic() < until, browser.run("document.body.innerText")
+        time.sleep(0.05)
+
+
+def asked(text: str) -> list[int]:
+    tokenizer = load_tokenizer(MODEL.parent.parent / "weights" / "tiny")
+    return tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
+
+
+@needs_chromium
+def test_the_page_reads_text_as_the_tokenizer_does(browser, served):
+    open_model(browser, served[0])
+    chance = random.Random(2)
+    words = [*"aeost .,?'", " Answer", "Subtract", "17", "  ", "é", "漢", "😀", "\n", "<|end|>"]
+    texts = ["", "What is Will's job?", "Subtract 860 from 939.", "Is <|user|> a word?"]
+    texts += ["".join(chance.choices(words, k=chance.randrange(20))) for _ in range(100)]
+    page = browser.run(
+        f"{json.dumps(texts)}.map(x => minibnf.prompt(minibnf.ready().tokenizer, x))"
+    )
+    for text, ids in zip(texts, page, strict=True):
+        assert ids == asked(text), text
+
+
+@needs_chromium
+def test_the_pages_forward_pass_is_the_transformers(browser, served):
+    open_model(browser, served[0])
+    ids = asked("Emma has 9 pens, drops 4 and finds 7. How many now?")
+    for k, model in enumerate(served[1]):
+        read = f"minibnf.reader(minibnf.ready().models[{k}])"
+        page = browser.run(f"(read => {ids}.map(id => Array.from(read(id))))({read})")
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+        found = torch.tensor(page, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@needs_chromium
+def test_both_answers_are_the_greedy_ones(browser, served):
+    open_model(browser, served[0])
+    tokenizer = load_tokenizer(MODEL.parent.parent / "weights" / "tiny")
+    for k, question in enumerate(browser.run("EXAMPLES")):
+        browser.run(f"document.querySelectorAll('#examples button')[{k}].click()")
+        rows = browser.run(
+            "[...document.querySelectorAll('#answers .row')].map(row =>"
+            " [...row.children].map(x => x.textContent))"
+        )
+        for row, model in zip(rows, served[1], strict=True):
+            how = dict(max_new_tokens=64, temperature=0, top_p=1, seed=0, vocab_size=672)
+            new = generate(model, [asked(question)], stop_ids=tokenizer.end_ids, **how)[0]
+            assert "".join(row) == tokenizer.decode(new, skip_special=False)
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+
+
+@needs_chromium
+def test_without_models_the_page_says_what_to_do(browser):
+    browser.open("", page=MODEL.as_uri())
+    told = (
+        "new Promise(go => setTimeout(() => go(document.getElementById('status').innerText), 300))"
+    )
+    assert "run make train-small once, then make explore" in browser.run(told)
