@@ -301,11 +301,12 @@ def test_a_bar_follows_the_pointer_and_the_keys(browser, width):
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [1280, 820, 390, 360])
-def test_nothing_is_wider_than_the_screen(browser, width):
+@pytest.mark.parametrize("width", [1280, 1000, 830, 390, 360])
+def test_the_page_fits_the_screen(browser, width):
     for where in ("#1", "#1a", "#2b", "#3b", "#4a", "#5c", "#free"):
         browser.open(where, width=width)
         assert browser.run("document.documentElement.scrollWidth") <= width, where
+        assert browser.run("document.querySelector('.track').clientWidth") > 90, where
 
 
 @needs_chromium
