@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import subprocess
 import threading
@@ -72,6 +73,7 @@ class Browser:
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self.unread:
+                assert select.select([self.replies], [], [], 60)[0], f"no reply to {method}"
                 more = os.read(self.replies, 1 << 16)
                 assert more, "Chromium has gone"
                 self.unread += more
@@ -101,15 +103,20 @@ class Browser:
         page = (page or PAGE.as_uri()) + where
         for url, ready in (("about:blank", "true"), (page, "window.minibnf")):
             self("Page.navigate", url=url)
-            until = time.monotonic() + 20
-            while not self.run(f"location.href === {url!r} && Boolean({ready})"):
-                assert time.monotonic() < until, f"{url} did not load"
-                time.sleep(0.01)
+            self.wait(f"location.href === {url!r} && Boolean({ready})")
+
+    def wait(self, condition: str):
+        until = time.monotonic() + 20
+        while not self.run(condition):
+            assert time.monotonic() < until, f"never came true: {condition}"
+            time.sleep(0.01)
 
     def close(self):
         self.session = None
         self("Browser.close")
         self.process.wait(20)
+        os.close(self.commands)
+        os.close(self.replies)
 
 
 @pytest.fixture(scope="module")
@@ -312,15 +319,15 @@ def test_the_page_fits_the_screen(browser, width):
 @needs_chromium
 def test_run_moves_step_by_step_unless_motion_is_unwanted(browser):
     click = "document.getElementById('run').click(), minibnf.state.path.length"
-    later = "new Promise(go => setTimeout(() => go(minibnf.state.path.length), 400))"
+    later = "new Promise(go => setTimeout(() => go(minibnf.state.path.length), 200))"
     browser.open(motion="reduce")
     assert browser.run(click) == 101  # all at once, and then it rests
     assert browser.run(later) == 101
     browser.open(motion="no-preference")
     assert browser.run(click) == 1
-    assert 1 < browser.run(later) < 40
+    browser.wait("minibnf.state.path.length > 2")
     stopped = browser.run(click)
-    assert browser.run(later) == stopped
+    assert stopped < 100 and browser.run(later) == stopped
 
 
 # ------------------------------------------------------------------------------------ the one file
@@ -386,10 +393,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 def open_model(browser, address):
     browser.open("", page=address, width=390)
-    until = time.monotonic() + 20
-    while browser.run("document.getElementById('place').hidden"):
-        assert time.monotonic() < until, browser.run("document.body.innerText")
-        time.sleep(0.05)
+    browser.wait("!document.getElementById('place').hidden")
 
 
 def asked(text: str) -> list[int]:
@@ -444,7 +448,5 @@ def test_both_answers_are_the_greedy_ones(browser, served):
 @needs_chromium
 def test_without_models_the_page_says_what_to_do(browser):
     browser.open("", page=MODEL.as_uri())
-    told = (
-        "new Promise(go => setTimeout(() => go(document.getElementById('status').innerText), 300))"
-    )
-    assert "run make train-small once, then make explore" in browser.run(told)
+    told = "document.getElementById('status').textContent"
+    browser.wait(f"{told}.includes('run make train-small once, then make explore')")
