@@ -223,15 +223,24 @@ def dpo_pushes_harder_far_below(p, r):
     return push[1] > push[0]
 
 
-# What makes the answer marked as right the right one. p (steps + 1, V): π at each step, from the
+# The right answers, and what makes each the right one. p (steps + 1, V): π at each step, from the
 # library; r: the word's reference.
 TRUE = [
-    lambda p, r: (p[-1] > p[0]).tolist() == [True] + [False] * 7 and p[-1, 0] > 0.98,
-    # a nat per step to the end: Rome's logit falls by η = 0.5, Paris's rises by as much
-    lambda p, r: p[-1, 1] < 1e-80 and 0.999 < (p[-2, 1] / p[-1, 1]).log() < 1.001,
-    tent_peaks_at_r,
-    lambda p, r: p[0, 0].item() == pytest.approx(0.001) and p[-1, 0] < 0.0015,
-    dpo_pushes_harder_far_below,
+    (
+        "Paris, and the rest lose too",
+        lambda p, r: (p[-1] > p[0]).tolist() == [True] + [False] * 7 and p[-1, 0] > 0.98,
+    ),
+    (
+        "It stays near its maximum, 1",
+        # a nat per step to the end: Rome's logit falls by η = 0.5, Paris's rises by as much
+        lambda p, r: p[-1, 1] < 1e-80 and 0.999 < (p[-2, 1] / p[-1, 1]).log() < 1.001,
+    ),
+    ("At p = r", tent_peaks_at_r),
+    (
+        "Still near 0.001",
+        lambda p, r: p[0, 0].item() == pytest.approx(0.001) and p[-1, 0] < 0.0015,
+    ),
+    ("It is larger", dpo_pushes_harder_far_below),
 ]
 
 
@@ -253,13 +262,14 @@ def test_a_guided_step_tells_the_truth(browser, k):
         z.append(library_step(z[-1], how))
     logps = torch.stack(z).log_softmax(-1)
     r = torch.tensor(how["reference"], dtype=torch.float64).softmax(-1)[how["y"]].item()
-    assert TRUE[k](logps.exp(), r)
+    right, holds = TRUE[k]
+    assert holds(logps.exp(), r)
     for guess, answer in enumerate(task["answers"]):
         button = f"document.querySelectorAll('#answers button')[{guess}]"
         browser.open(f"#{k + 1}")
         assert browser.run(f"{button}.textContent") == answer
         browser.run(f"{button}.click()")
-        assert browser.run(said).startswith("Yes." if guess == task["right"] else "No.")
+        assert browser.run(said).startswith("Yes." if answer == right else "No.")
         path = browser.run("minibnf.state.path")
         assert path == pytest.approx(logps[:, how["y"]].tolist(), rel=1e-9)
         assert browser.run(shown) == 2
@@ -285,14 +295,18 @@ def test_a_bar_follows_the_pointer_and_the_keys(browser, width):
         "})(document.querySelectorAll('.track')[2])"
     )
     at = {"x": round(box[0] + 0.5 * box[2]), "y": round(box[1])}
-    near, far = at | {"x": at["x"] - 20}, at
+    path = [at | {"x": at["x"] - far} for far in (40, 30, 20, 10, 0)]
     if width < 800:
-        for kind, points in (("Start", [near]), ("Move", [far]), ("End", [])):
-            browser("Input.dispatchTouchEvent", type=f"touch{kind}", touchPoints=points)
+        browser("Input.dispatchTouchEvent", type="touchStart", touchPoints=path[:1])
+        for point in path[1:]:
+            browser("Input.dispatchTouchEvent", type="touchMove", touchPoints=[point])
+        browser("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
     else:
-        for kind, point in (("Pressed", near), ("Moved", far), ("Released", far)):
-            button = dict(button="left", buttons=1, clickCount=1)
-            browser("Input.dispatchMouseEvent", type=f"mouse{kind}", **point, **button)
+        button = dict(button="left", buttons=1, clickCount=1)
+        browser("Input.dispatchMouseEvent", type="mousePressed", **path[0], **button)
+        for point in path[1:]:
+            browser("Input.dispatchMouseEvent", type="mouseMoved", **point, **button)
+        browser("Input.dispatchMouseEvent", type="mouseReleased", **at, **button)
     after = browser.run("minibnf.state.policy")
     assert [x == y for x, y in zip(before, after, strict=True)] == [v != 2 for v in range(8)]
     wanted = (at["x"] - box[0]) / box[2]
@@ -314,6 +328,8 @@ def test_the_page_fits_the_screen(browser, width):
         browser.open(where, width=width)
         assert browser.run("document.documentElement.scrollWidth") <= width, where
         assert browser.run("document.querySelector('.track').clientWidth") > 90, where
+        heights = browser.run("[...document.querySelectorAll('.word')].map(x => x.offsetHeight)")
+        assert max(heights) < 40, where  # one line per word
 
 
 @needs_chromium
@@ -449,4 +465,5 @@ def test_both_answers_are_the_greedy_ones(browser, served):
 def test_without_models_the_page_says_what_to_do(browser):
     browser.open("", page=MODEL.as_uri())
     told = "document.getElementById('status').textContent"
-    browser.wait(f"{told}.includes('run make train-small once, then make explore')")
+    browser.wait(f"{told}.endsWith('run make train-small once, then make explore.')")
+    assert browser.run(told).startswith("weights/tiny/tokenizer.model cannot be read")
