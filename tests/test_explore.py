@@ -321,6 +321,13 @@ def test_a_bar_follows_the_pointer_and_the_keys(browser, width):
     assert told == f"{100 * p:.1f}"
 
 
+OUTSIDE = """[...document.querySelectorAll("svg text")].filter(text => {
+    const box = text.getBBox(), {clientWidth, clientHeight} = text.ownerSVGElement;
+    return box.x < -1 || box.y < -1 || box.x + box.width > clientWidth + 1
+        || box.y + box.height > clientHeight + 1;
+}).map(text => text.textContent)"""
+
+
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 1000, 830, 390, 360])
 def test_the_page_fits_the_screen(browser, width):
@@ -330,6 +337,9 @@ def test_the_page_fits_the_screen(browser, width):
         assert browser.run("document.querySelector('.track').clientWidth") > 90, where
         heights = browser.run("[...document.querySelectorAll('.word')].map(x => x.offsetHeight)")
         assert max(heights) < 40, where  # one line per word
+        if where == "#free":  # p far above r, so that log r is the lowest of its chart
+            browser.run("state.y = 7, begin(withProbability(state.policy, 7, 0.9), true), draw()")
+        assert browser.run(OUTSIDE) == [], where
 
 
 @needs_chromium
