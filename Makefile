@@ -55,6 +55,7 @@ figures: .venv/small ## draw tutorials/figures anew
 	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json --figures runs/figures > /dev/null
 	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 
+.PHONY: explore explore-still
 explore: ## serve tutorials/explore.html, and beside it weights/tiny answering before and after `make train-small`
 	@echo "open http://127.0.0.1:8000/tutorials/explore.html or .../explore_model.html; Ctrl-C ends"
 	@$(PYTHON) -m http.server --bind 127.0.0.1 8000
