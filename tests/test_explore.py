@@ -154,7 +154,7 @@ def cases():
         for hyper in HYPER.get(name, [{}]):
             for sign in (1, -1):
                 for logr in values:
-                    for logp in [*chance.sample(values, 5), logr]:
+                    for logp in [*chance.sample(values, 3), logr]:
                         yield name, sign, logp, logr, hyper
 
 
