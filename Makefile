@@ -55,6 +55,18 @@ figures: .venv/small ## draw tutorials/figures anew
 	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json --figures runs/figures > /dev/null
 	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 
+.PHONY: explore explore-still
+explore: ## serve tutorials/explore.html, and beside it weights/tiny answering before and after `make train-small`
+	@echo "open http://127.0.0.1:8000/tutorials/explore.html or .../explore_model.html; Ctrl-C ends"
+	@$(PYTHON) -m http.server --bind 127.0.0.1 8000
+
+explore-still: .venv/small ## draw the still of tutorials/explore.html anew (needs chromium)
+	@mkdir -p runs
+	chromium --headless --no-sandbox --hide-scrollbars --force-prefers-reduced-motion --window-size=1180,976 \
+		--screenshot=runs/explore.png "file://$(CURDIR)/tutorials/explore.html#3b"
+	$(BIN)/python -c "from PIL import Image; \
+		Image.open('runs/explore.png').convert('RGB').quantize(32, method=1, kmeans=3).save('tutorials/figures/explore.png', optimize=True)"
+
 parity: .venv/parity $(SMOL)/config.json ## independent judges: transformers, TRL, Liger, lm-eval (three minutes, after downloads)
 	$(BIN)/python -m pytest -q tests/parity
 
