@@ -15,7 +15,7 @@ from minibnf.responses import Responses
 # ---------------------------------------------------------------- losses whose tokens do not couple
 
 
-def ratio_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+def ratio_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor | None = None) -> Tensor:
     """The truncated importance ratio on both kinds of tokens: Φ = log p above r and, below it,
 
         Φ = log r + p/r - 1        so from r to 0 it falls by 1 nat, whatever r is
@@ -26,7 +26,7 @@ def ratio_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tens
     return torch.where(d == 0, logps, ref_logps + torch.expm1(d))
 
 
-def ratio_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
+def ratio_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor | None = None) -> Tensor:
     """min(1, p/r): below r, d(p/r)/dlog p = p/r.
 
     BNF's o(p)/o(r) is this times (1-r)/(1-p), so the two meet as r goes to 0, and odds let go
@@ -43,12 +43,12 @@ def topr_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tenso
     policy and under the model that sampled them; here p and r are of one token, and r is the
     reference's. The paper sums over tokens, so "batch" is the default length.
     """
-    return torch.where(preferred, logps, ratio_potential(logps, ref_logps, preferred))
+    return torch.where(preferred, logps, ratio_potential(logps, ref_logps))
 
 
 def topr_weight(logps: Tensor, ref_logps: Tensor, preferred: Tensor) -> Tensor:
     """1 if preferred, else min(1, p/r)."""
-    return torch.where(preferred, 1.0, ratio_weight(logps, ref_logps, preferred))
+    return torch.where(preferred, 1.0, ratio_weight(logps, ref_logps))
 
 
 def tnpo_potential(logps: Tensor, ref_logps: Tensor, preferred: Tensor, beta: float) -> Tensor:
