@@ -166,7 +166,8 @@ def test_blocks_of_the_vocabulary_add_up():
     most=st.integers(1, 60),
     chunk=st.integers(1, 60),
 )
-@example(sizes=[40, 3], V=5, most=7, chunk=43)  # in pieces of 16, 16 and 11
+@example(sizes=[40, 3], V=5, most=7, chunk=43)  # in three pieces
+@example(sizes=[20, 3], V=5, most=7, chunk=23)  # in two
 def test_a_loss_that_couples_the_tokens_of_a_row_gets_its_gradient_in_the_same_sweep(
     sizes, V, most, chunk
 ):
