@@ -40,7 +40,7 @@ def parser() -> ArgumentParser:
     a("--data", metavar="FILE", help="preference rows: JSON Lines, a JSON array or Parquet")
     a("--eval-data", metavar="FILE", help="held-out rows, measured before and after training")
     a("--eval-every", type=int, default=0, metavar="N", help="measure them every N steps too")
-    a("--out", metavar="DIR", help="the folder that the run writes into")
+    a("--out", metavar="DIR", help="folder that the run writes into")
     a("--overlong", choices=["error", "truncate", "skip"], default="error",
       help="what to do with rows longer than the model's context; default error")
     a = p.add_argument_group("the loss").add_argument
@@ -64,9 +64,9 @@ def parser() -> ArgumentParser:
       help="share of the steps over which it falls; default 0.9")
     a("--optimizer", choices=["adamw", "muon"], default="adamw",
       help="muon: for the layers' matrices, adamw for the rest; default adamw")
-    a("--weight-decay", type=float, default=0.0, metavar="X", help="of matrices only; default 0")
-    a("--grad-clip", type=float, default=1.0, metavar="X", help="gradient norm at most; default 1")
-    a("--seed", type=int, default=0, help="of the order of data and of random weights; default 0")
+    a("--weight-decay", type=float, default=0.0, metavar="X", help="on matrices only; default 0")
+    a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
+    a("--seed", type=int, default=0, help="for the data's order and for random weights; default 0")
     a = p.add_argument_group("the machine").add_argument
     add_machine(a)
     a("--compile", choices=["auto", "off"], default="auto",
