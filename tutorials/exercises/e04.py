@@ -22,7 +22,8 @@ def adamw_step(
 
 
 def pair_metrics(batch: Responses, beta: float) -> dict[str, float]:
-    """{"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}: the reward of
-    a response is beta times the shift of its log-likelihood against the reference; the first two
-    are means over responses, the others over pairs; a tie counts as wrong."""
+    """{"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}.
+
+    The reward of a response is beta times the shift of its log-likelihood against the reference.
+    The first two are means over responses, the others over pairs. A tie counts as wrong."""
     raise NotImplementedError

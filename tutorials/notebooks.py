@@ -1,0 +1,46 @@
+"""The pages as Jupyter notebooks, outputs included: python -m tutorials.notebooks DIR
+
+`make notebooks` calls it. Needs jupytext, nbclient and ipykernel. What a page says that it prints
+is left out of its cells, since the outputs follow them.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import jupytext
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+LINK = re.compile(r"\]\((?!https?:|#|\.\./)([^)#]+)")  # relative to this folder
+
+
+def moved(link: re.Match) -> str:
+    """A link as it must be in DIR, a folder beside this one; pages are notebooks there."""
+    if page := re.fullmatch(r"(\d\d_\w+)\.md", link[1]):
+        return f"]({page[1]}.ipynb"
+    return f"](../{HERE.name}/{link[1]}"
+
+
+def write(page: Path, folder: Path) -> Path:
+    """Run a page's blocks at the repository's root, and write its notebook."""
+    text = re.sub(r"^ *#> ?.*\n", "", page.read_text(encoding="utf-8"), flags=re.M)
+    notebook = jupytext.reads(LINK.sub(moved, text), "md")
+    root = {"metadata": {"path": str(HERE.parent)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=root).execute()
+    out = folder / f"{page.stem}.ipynb"
+    jupytext.write(notebook, out)
+    return out
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    # another matplotlib may place text otherwise than in the committed figures
+    drawn = {file: file.read_bytes() for file in (HERE / "figures").glob("*.svg")}
+    try:
+        for page in sorted(HERE.glob("[0-9][0-9]_*.md")):
+            print(write(page, folder), flush=True)
+    finally:
+        for file, data in drawn.items():
+            file.write_bytes(data)
