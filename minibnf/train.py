@@ -142,7 +142,7 @@ def read_sets(args, loss: Loss, tokenizer: Tokenizer, context: int) -> tuple[dic
         sets[split], counts = read_examples(file, tokenizer, context, args.overlong, notes)
         lone = [e.place for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
-            why = f"loss '{loss.name}' needs pairs, and this row is not one (of {len(lone)} such)"
+            why = f"loss '{loss.name}' needs pairs, and this row is no pair (one of {len(lone)})"
             raise ValueError(f"{file}, {lone[0]}: {why}; --loss bnf takes both kinds")
         if "kl" in loss.defaults:
             sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
