@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jupytext
 from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
 
 HERE = Path(__file__).resolve().parent
 LINK = re.compile(r"\]\((?!https?:|#|\.\./)([^)#]+)")  # relative to this folder
@@ -23,11 +24,12 @@ def moved(link: re.Match) -> str:
 
 
 def write(page: Path, folder: Path) -> Path:
-    """Run a page's blocks at the repository's root, and write its notebook."""
+    """Run a page's blocks and write its notebook."""
     text = re.sub(r"^ *#> ?.*\n", "", page.read_text(encoding="utf-8"), flags=re.M)
     notebook = jupytext.reads(LINK.sub(moved, text), "md")
-    root = {"metadata": {"path": str(HERE.parent)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=root).execute()
+    notebook.cells.insert(0, new_code_cell("%cd -q ..\n# the blocks run at the repository's root"))
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     out = folder / f"{page.stem}.ipynb"
     jupytext.write(notebook, out)
     return out
