@@ -26,7 +26,10 @@ def moved(link: re.Match) -> str:
 def write(page: Path, folder: Path) -> Path:
     """Run a page's blocks and write its notebook."""
     text = re.sub(r"^ *#> ?.*\n", "", page.read_text(encoding="utf-8"), flags=re.M)
-    notebook = jupytext.reads(LINK.sub(moved, text), "md")
+    notebook = jupytext.reads(text, "md")
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(moved, cell.source)
     notebook.cells.insert(0, new_code_cell("%cd -q ..\n# the blocks run at the repository's root"))
     where = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
