@@ -21,7 +21,7 @@ ROWS = {  # family: (model_type, what is particular)
     "Qwen2, 2.5": ("qwen2", "biases on q, k and v; a window in the upper layers"),
     "Qwen3": ("qwen3", "norms of each head's query and key; a window in the upper layers"),
     "SmolLM3": ("smollm3", "layers that know no positions"),
-    "Gemma-2": ("gemma2", "soft caps, four norms a layer, a window in every other layer"),
+    "Gemma-2": ("gemma2", "soft caps, four norms per layer, a window in every other layer"),
     "Gemma-3": (
         "gemma3_text",
         "windowed layers with a rotary base of their own, norms of queries and keys",
