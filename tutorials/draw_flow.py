@@ -1,7 +1,7 @@
-"""The diagrams of pages 04, 07 and 10, as SVG: python -m tutorials.draw_flow tutorials/figures
+"""The figures of pages 04, 07, 08 and 10, as SVG: python -m tutorials.draw_flow tutorials/figures
 
-Pale boxes with dark text and grey lines can be read on white and on black. Nothing but text is
-written, so the files are the same on every machine.
+Diagrams are pale boxes with dark text and grey lines, which can be read on white and on black. They
+are written as text, so they are the same on every machine; the curve is drawn by matplotlib.
 """
 
 import sys
@@ -188,7 +188,34 @@ def block(file: Path) -> Path:
     return d.save(file)
 
 
+def logits_memory(file) -> Path:
+    """The memory of logits against the number of response tokens, for SmolLM2's vocabulary."""
+    from matplotlib import pyplot as plt
+
+    from minibnf.lab.figures import BAD, GOOD
+
+    style = {"svg.hashsalt": "minibnf", "savefig.transparent": True, "font.size": 9}
+    style |= dict.fromkeys(["text.color", "xtick.color", "ytick.color"], GREY)
+    style |= dict.fromkeys(["axes.edgecolor", "axes.labelcolor"], GREY)
+    style |= dict.fromkeys(["axes.spines.top", "axes.spines.right"], False)
+    n = torch.arange(0, 8193, 64)
+    with plt.rc_context(style):
+        figure, axis = plt.subplots(figsize=(6, 2.9), layout="constrained")
+        table = 4 * n * 49152 / 2**30  # of one (N, V) tensor in float32, GiB
+        axis.plot(n, 3 * table, color=BAD, label="textbook: three tables (N, V)")
+        buffer = table.clamp(max=64 / 1024)
+        axis.plot(n, buffer, color=GOOD, linewidth=2.2, label="token_logps: a buffer of 64 MiB")
+        hidden = 4 * n * 576 / 2**30
+        axis.plot(n, hidden, color=GREY, linestyle=":", label="the hidden states (N, D)")
+        axis.set(xlabel="response tokens N", ylabel="GiB in float32")
+        axis.legend(frameon=False)
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
+    return Path(file)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name, draw in {"strip": strip, "step": step, "block": block}.items():
+    drawings = {"strip": strip, "step": step, "block": block, "logits-memory": logits_memory}
+    for name, draw in drawings.items():
         print(draw(Path(sys.argv[1]) / f"{name}.svg"))
