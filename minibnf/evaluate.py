@@ -83,7 +83,7 @@ def task_of(row: dict, where) -> str:
     if {"question", "answer"} <= set(row) or {"prompt", "completion"} <= set(row):
         return "likelihood"
     fields = ", ".join(map(repr, row))
-    raise ValueError(f"{where}: its fields {fields} belong to no task; --help says which do")
+    raise ValueError(f"{where}: its fields {fields} fit no task; --help lists those that do")
 
 
 def record_for(task: str, row: dict, where, tokenizer: Tokenizer) -> Record:
@@ -140,7 +140,8 @@ def measure(model, examples: list[Example], max_tokens: int | None = None) -> Me
         size = len(e.prompt) + max(map(len, e.responses))
         if size > context:
             raise ValueError(
-                f"{e.place} of the data has {size} tokens, and the model reads {context}"
+                f"{e.place} of the data has {size} tokens, and the model reads {context} at most: "
+                "shorten the row or leave it out"
             )
     if not max_tokens:
         enough = 2048 if model.unembed.device.type == "cpu" else 16384
@@ -267,7 +268,9 @@ def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
         if digest(examples) != digest(tokenised(scanned, tokenizer_of_base, task)):
             both = f"{args.base} and {args.model}"
-            raise ValueError(f"the tokenizers of {both} make different tokens of {args.data}")
+            raise ValueError(
+                f"the tokenizers of {both} make different tokens of {args.data}: measure each alone"
+            )
     return task, examples
 
 

@@ -269,7 +269,8 @@ def run(args: argparse.Namespace) -> None:
         before = settings
     for name, now in settings.items():
         if (was := before.get(name)) != now:
-            raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
+            changed = f"{name} was {was!r} and is {now!r} now"
+            raise ValueError(f"{out}: cannot go on, {changed}; --overwrite starts anew")
     done = keep_batches(out, args.batch_size)
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     write_completions(args, model, tokenizer, wanted, done)
