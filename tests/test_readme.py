@@ -149,6 +149,44 @@ def test_the_verdicts_in_short_are_those_of_the_committed_results():
         assert set(numbers_in.findall(short)) <= set(numbers_in.findall(numbers)), short
 
 
+def cells_after(head: str) -> list[list[str]]:
+    """The rows of the evidence page's table that begins with this line."""
+    _, _, rest = EVIDENCE.partition(head + "\n")
+    return [line.strip("| ").split(" | ") for line in rest.split("\n\n")[0].splitlines()[1:]]
+
+
+def test_the_small_tables_are_the_committed_runs_rounded():
+    runs = {
+        (r["set"], r["method"], r["setting"]["lr"], r["setting"].get("beta", 0.1)): r["result"]
+        for r in results_of("small")["runs"]
+        if r["split"] == "validation"
+    }
+
+    def close(cell, *run, what="accuracy"):
+        assert abs(float(cell) - runs[run][what][0]) <= 0.0051, (run, cell)
+
+    methods = ["nll", "rbnf", "bnf", "dpo", "kto"]
+    rates = cells_after(f"| learning rate | {' | '.join(methods)} |")
+    assert len(rates) == 3
+    for rate, *cells in rates:
+        for method, cell in zip(methods, cells, strict=True):
+            close(cell, "math", method, float(rate), 0.1)
+    untuned = cells_after("| at 1e-4 | win rate | reasoning |")
+    assert len(untuned) == 4
+    for name, win, kept in untuned:
+        beta = float(name.partition("= ")[2] or 0.1)
+        close(win, "qa", name.split(",")[0], 1e-4, beta, what="win_rate")
+        close(kept, "qa", name.split(",")[0], 1e-4, beta)
+    lengths = {"qa": 9, "math": 31}
+    for product, *cells in cells_after(
+        "| β × tokens | reasoning, QA (9 tokens per response) | reasoning, math (31) |"
+    ):
+        for (name, tokens), cell in zip(lengths.items(), cells, strict=True):
+            tried = [0.03, 0.1, 0.3, 1, 3, 10]
+            beta = min(tried, key=lambda b: abs(b * tokens - float(product)))
+            close(cell, name, "dpo lr 1e-4", 1e-4, beta)
+
+
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
     results = results_of("real")
     assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
