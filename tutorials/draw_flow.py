@@ -1,10 +1,13 @@
-"""The figures of pages 04, 07, 08 and 10, as SVG: python -m tutorials.draw_flow tutorials/figures
+"""Figures of pages 04, 06, 07, 08 and 10, as SVG: python -m tutorials.draw_flow tutorials/figures
 
 Diagrams are pale boxes with dark text and grey lines, which can be read on white and on black. They
-are written as text, so they are the same on every machine; the curve is drawn by matplotlib.
+are written as text, so they are the same on every machine; curves are drawn by matplotlib.
 """
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 
 from minibnf.data import pack, pair
 from minibnf.files.tokenizer import load_tokenizer
+from minibnf.run import BAD, GOOD
 
 PROMPT, CHOSEN, REJECTED, MODEL, DATA = "#d0d7de", "#9bd3cf", "#eeb49f", "#b9cdf0", "#ece3c4"
 INK, GREY = "#1f2328", "#808080"
@@ -188,19 +192,28 @@ def block(file: Path) -> Path:
     return d.save(file)
 
 
-def logits_memory(file) -> Path:
-    """The memory of logits against the number of response tokens, for SmolLM2's vocabulary."""
+@contextmanager
+def curves(file, rows: int, columns: int, size: tuple[float, float]) -> Iterator:
+    """Grey axes on no background, an array (rows, columns); written when the block ends."""
     from matplotlib import pyplot as plt
-
-    from minibnf.lab.figures import BAD, GOOD
 
     style = {"svg.hashsalt": "minibnf", "savefig.transparent": True, "font.size": 9}
     style |= dict.fromkeys(["text.color", "xtick.color", "ytick.color"], GREY)
     style |= dict.fromkeys(["axes.edgecolor", "axes.labelcolor"], GREY)
     style |= dict.fromkeys(["axes.spines.top", "axes.spines.right"], False)
-    n = torch.arange(0, 8193, 64)
     with plt.rc_context(style):
-        figure, axis = plt.subplots(figsize=(6, 2.9), layout="constrained")
+        figure, axes = plt.subplots(
+            rows, columns, figsize=size, layout="constrained", squeeze=False
+        )
+        yield axes
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
+
+
+def logits_memory(file) -> Path:
+    """The memory of logits against the number of response tokens, for SmolLM2's vocabulary."""
+    n = torch.arange(0, 8193, 64)
+    with curves(file, 1, 1, (6, 2.9)) as ((axis,),):
         table = 4 * n * 49152 / 2**30  # of one (N, V) tensor in float32, GiB
         axis.plot(n, 3 * table, color=BAD, label="textbook: three tables (N, V)")
         buffer = table.clamp(max=64 / 1024)
@@ -209,13 +222,30 @@ def logits_memory(file) -> Path:
         axis.plot(n, hidden, color=GREY, linestyle=":", label="the hidden states (N, D)")
         axis.set(xlabel="response tokens N", ylabel="GiB in float32")
         axis.legend(frameon=False)
-        figure.savefig(file, metadata={"Date": None})
-        plt.close(figure)
+    return Path(file)
+
+
+def bad_runs(file) -> Path:
+    """Held-out log-likelihoods of chosen and rejected answers in page 06's six runs."""
+    names = ("sound", "rate", "swapped", "few", "one-sided", "beta")
+    with curves(file, 2, 3, (8, 4)) as axes:
+        for name, axis in zip(names, axes.flat, strict=True):
+            lines = Path(f"tutorials/evidence/bad-runs/{name}.jsonl").read_text().splitlines()
+            rows = [row for row in map(json.loads, lines) if "eval_loss" in row]
+            for side, colour in (("chosen", GOOD), ("rejected", BAD)):
+                y = [row[f"eval_logps/{side}"] for row in rows]
+                axis.plot([row["step"] for row in rows], y, ".-", color=colour, label=side)
+            axis.set_title(name, fontsize=10)
+            axis.set_ylim(min(-8, min(y) * 1.05), 0)
+        axes[0, 0].legend(frameon=False)
+        axes[1, 1].set_xlabel("step")
+        axes[1, 0].set_ylabel("held-out log-likelihood, nats", y=1.1)
     return Path(file)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     drawings = {"strip": strip, "step": step, "block": block, "logits-memory": logits_memory}
+    drawings["bad-runs"] = bad_runs
     for name, draw in drawings.items():
         print(draw(Path(sys.argv[1]) / f"{name}.svg"))
