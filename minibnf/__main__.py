@@ -9,11 +9,11 @@ from minibnf.files.terminal import ArgumentParser, show
 
 COMMANDS = {
     "train": "align a checkpoint on preference data",
-    "generate": "completions of the prompts in a file",
+    "generate": "answer every prompt of a file",
     "chat": "talk with a model, or with two: before and after",
-    "compare": "methods x settings x seeds: a table, verdicts, figures",
-    "evaluate": "what a model makes of held-out rows, and what alignment changed",
-    "check": "what a checkpoint is, and the memory to train it",
+    "compare": "run many methods, settings and seeds: tables, verdicts, figures",
+    "evaluate": "measure a model on held-out rows, and what alignment changed",
+    "check": "say what a checkpoint is, and what memory training it takes",
 }
 MODULES = {"compare": "lab.compare"}  # where a command's module has another name
 

@@ -36,19 +36,19 @@ def parser() -> ArgumentParser:
     # fmt: off
     a = p.add_argument_group("what to train").add_argument
     a("--model", metavar="DIR", help="checkpoint in Hugging Face layout: start and reference")
-    a("--from-scratch", action="store_true", help="random weights; DIR needs none")
+    a("--from-scratch", action="store_true", help="start with random weights; DIR needs none")
     a("--data", metavar="FILE", help="preference rows: JSON Lines, a JSON array or Parquet")
-    a("--eval-data", metavar="FILE", help="held-out rows, evaluated before and after training")
-    a("--eval-every", type=int, default=0, metavar="N", help="also evaluate every N steps")
-    a("--out", metavar="DIR", help="folder of the run")
+    a("--eval-data", metavar="FILE", help="held-out rows, measured before and after training")
+    a("--eval-every", type=int, default=0, metavar="N", help="measure them every N steps too")
+    a("--out", metavar="DIR", help="folder that the run writes into")
     a("--overlong", choices=["error", "truncate", "skip"], default="error",
-      help="rows longer than the model's context; default error")
+      help="what to do with rows longer than the model's context; default error")
     a = p.add_argument_group("the loss").add_argument
     a("--loss", type=loss_name, default="bnf",
-      help=f"{', '.join(LOSSES)}; or two that are token-local, such as bnf/topr: the first for "
-           "preferred responses, the second for dispreferred ones; default bnf")
+      help=f"{', '.join(LOSSES)}; or two token-local ones, such as bnf/topr: the first for "
+           "preferred responses, the second for rejected ones; default bnf")
     a("--loss-args", nargs="*", default=[], metavar="NAME=X",
-      help=f"hyper-parameters of the loss, by default {hypers}")
+      help=f"hyper-parameters of the loss; defaults: {hypers}")
     group = p.add_argument_group("how long and how fast")
     a = group.add_mutually_exclusive_group().add_argument
     a("--epochs", type=int, metavar="N", help="passes over the data; default 1")
@@ -56,32 +56,33 @@ def parser() -> ArgumentParser:
     a = group.add_argument
     a("--batch-size", type=int, default=32, metavar="N", help="examples per step; default 32")
     a("--lr", type=float,
-      help=f"peak learning rate; default {WIDTH}/hidden_size times the loss's own, which was found "
-           f"by trying on SmolLM2-135M (hidden_size {WIDTH}) and the small world: {rates}")
-    a("--warmup", type=float, default=0.1, metavar="X", help="share of steps it rises; default 0.1")
-    a("--decay", type=float, default=0.9, metavar="X", help="share of steps it falls; default 0.9")
+      help=f"peak learning rate; default: the loss's own times {WIDTH}/hidden_size. These were "
+           f"found by trying on SmolLM2-135M (hidden_size {WIDTH}) and the small world: {rates}")
+    a("--warmup", type=float, default=0.1, metavar="X",
+      help="share of the steps over which the learning rate rises; default 0.1")
+    a("--decay", type=float, default=0.9, metavar="X",
+      help="share of the steps over which it falls; default 0.9")
     a("--optimizer", choices=["adamw", "muon"], default="adamw",
-      help="muon: for matrices, with adamw for the rest; default adamw")
-    a("--weight-decay", type=float, default=0.0, metavar="X", help="of matrices alone; default 0")
+      help="muon: for the layers' matrices, adamw for the rest; default adamw")
+    a("--weight-decay", type=float, default=0.0, metavar="X", help="on matrices only; default 0")
     a("--grad-clip", type=float, default=1.0, metavar="X", help="largest gradient norm; default 1")
-    a("--seed", type=int, default=0, help="of the data's order and of fresh weights; default 0")
+    a("--seed", type=int, default=0, help="for the data's order and for random weights; default 0")
     a = p.add_argument_group("the machine").add_argument
     add_machine(a)
     a("--compile", choices=["auto", "off"], default="auto",
-      help="auto: on CUDA, the layers by torch.compile where that works; the same result but for "
-           "rounding")
+      help="auto: compile the layers on CUDA, where that works; results differ only by rounding")
     a("--max-tokens", type=int, metavar="N",
-      help="tokens per micro-batch: bounds memory, changes no result; default 2048 on a CPU, 16384 "
-           "on CUDA, and at least the longest example")
+      help="tokens per micro-batch: bounds memory, changes results only by rounding; default 2048 "
+           "on a CPU, 16384 on CUDA, and at least the longest example")
     a("--gradient-checkpointing", action="store_true",
-      help="run each layer again in backward: less memory, a third more work, the same result")
+      help="compute each layer twice instead of keeping it: less memory, a third more work")
     a("--save-every", type=int, default=200, metavar="N", help="save every N steps; default 200")
     a("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of OUT/model")
-    group = p.add_argument_group("a folder that holds a run")
+    group = p.add_argument_group("an --out that already holds a run")
     a = group.add_mutually_exclusive_group().add_argument
     a("--resume", action="store_true", help="go on from its newest checkpoint")
     a("--overwrite", action="store_true",
-      help="delete that run, with all that lies in its model/ and checkpoints/, and start anew")
+      help="delete that run, with everything in its model/ and checkpoints/, and start anew")
     group.add_argument("--config", metavar="FILE",
       help="take arguments from the config.json of an earlier run; flags override it")
     # fmt: on
@@ -128,7 +129,7 @@ def check_arguments(p: ArgumentParser, args: argparse.Namespace) -> None:
         if x is not None and not 0 < x < math.inf:
             p.error(f"--{name.replace('_', '-')} must be a number above 0, not {x}")
     if not (0 <= args.warmup <= 1 and 0 <= args.decay <= 1):
-        p.error("--warmup and --decay must lie in 0..1")
+        p.error("--warmup and --decay must lie between 0 and 1")
     if args.weight_decay < 0 or args.eval_every < 0:
         p.error("--weight-decay and --eval-every must be 0 or more")
     if args.eval_every and not args.eval_data:
@@ -148,7 +149,7 @@ def loss_hyper(loss: Loss, texts: list[str]) -> dict:
         try:
             given[name] = value if value.isalpha() else float(value)
         except ValueError:
-            raise ValueError(f"--loss-args {text}: {value!r} is no number") from None
+            raise ValueError(f"--loss-args {text}: {value!r} is not a number") from None
     return loss.hyper(given)
 
 

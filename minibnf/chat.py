@@ -143,9 +143,9 @@ def converse(sides: list[Side]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = ArgumentParser("minibnf chat", epilog=HELP, allow_abbrev=False)
     p.description = "Talk with a model, or with two: before and after alignment."
-    folder = "checkpoint in Hugging Face layout, with a chat template"
+    folder = "the model, in Hugging Face layout, with a chat template"
     p.add_argument("--model", required=True, metavar="DIR", help=folder)
-    p.add_argument("--compare", metavar="DIR", help="a second one, which answers after it")
+    p.add_argument("--compare", metavar="DIR", help="a second model, which answers after the first")
     p.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     add_sampling(p.add_argument, 512, temperature=0.7, top_p=0.9)
     return p.parse_args(argv)

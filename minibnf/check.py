@@ -21,7 +21,7 @@ from minibnf.model import Transformer, tensors_stored
 def memory(
     c: Config, parameters: int, tokens: int, dtype: str, recompute: bool = False
 ) -> dict[str, float]:
-    """{what: bytes} of a training step; tokens of a micro-batch, dtype of the products.
+    """{what: bytes} of a training step; tokens per micro-batch, dtype of the products.
 
     recompute: gradient checkpointing, which keeps every layer's input and one layer's insides.
     The sum is low. It leaves out Python and PyTorch (0.3 GB) and what the allocator cannot use
@@ -115,7 +115,7 @@ def memory_table(c: Config, parameters: int, max_tokens: int, recompute: bool) -
     for table in (wide, half):
         table["together, at least"] = sum(table.values())
     unit, size = ("GB", 1e9) if wide["together, at least"] >= 1e9 else ("MB", 1e6)
-    title = f"{unit} to train on a CPU, {max_tokens} tokens a micro-batch"
+    title = f"{unit} to train on a CPU at --max-tokens {max_tokens}"
     lines = [f"  {name:46}{wide[name] / size:8.2f}{half[name] / size:10.2f}" for name in wide]
     return [f"{title:48}{'float32':>8}{'bfloat16':>10}", *lines]
 
@@ -123,14 +123,16 @@ def memory_table(c: Config, parameters: int, max_tokens: int, recompute: bool) -
 @in_one_line
 def main(argv: list[str] | None = None) -> None:
     p = ArgumentParser("minibnf check", allow_abbrev=False)
-    p.description = "What a checkpoint is, and the memory to train it."
+    p.description = (
+        "Say what a checkpoint is, whether it is whole, and what memory training it takes."
+    )
     add = p.add_argument
     # fmt: off
     add("directory", type=Path, metavar="DIR", help="a checkpoint in Hugging Face layout")
     add("--max-tokens", type=positive, default=2048, metavar="N",
-        help="tokens a micro-batch, as in train; default 2048, as on a CPU")
+        help="tokens per micro-batch, as in train; default 2048, as on a CPU")
     add("--gradient-checkpointing", action="store_true", help="as in train")
-    add("--values", action="store_true", help="read every weight and see that it is finite")
+    add("--values", action="store_true", help="read every weight and check that it is finite")
     # fmt: on
     args = p.parse_args(argv)
     inner = args.directory / "model"  # of a run's folder

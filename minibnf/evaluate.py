@@ -1,4 +1,4 @@
-"""What a model makes of held-out data, and what alignment changed.
+"""Measure a model on held-out data, and what alignment changed.
 
     minibnf evaluate --model runs/first/model --base weights/tiny --data held-out.jsonl
 
@@ -17,10 +17,10 @@ next line "Answer: ...", after the token with which the tokenizer begins a text,
 "system", "tools" and "chat_template_kwargs" beside messages or a question reach the template
 (files/rows.py).
 
-The intervals are of 95 %: Wilson's for a share, 1.96 standard errors for a mean (rows are what was
-drawn, tokens are not). With --base, its value and the difference over the same rows follow. The
-difference of two shares is Agresti and Min's, who add half a row to each outcome: having seen no
-difference does not prove that there is none.
+Each interval is a 95 % interval: Wilson's for a share, 1.96 standard errors for a mean, over rows
+and not over tokens. With --base, the base's value and the difference over the same rows follow. The
+interval of a difference of two shares is Agresti and Min's, who add half a row to each outcome:
+having seen no difference does not prove that there is none.
 
 Multiple choice, GSM8K and other benchmarks are lm-eval's, which loads OUT/model as it is. A task
 can be a file of your own, and then it needs no network (tests/parity/test_lm_eval.py runs this):
@@ -83,7 +83,7 @@ def task_of(row: dict, where) -> str:
     if {"question", "answer"} <= set(row) or {"prompt", "completion"} <= set(row):
         return "likelihood"
     fields = ", ".join(map(repr, row))
-    raise ValueError(f"{where}: its fields {fields} belong to no task; --help says which do")
+    raise ValueError(f"{where}: its fields {fields} fit no task; --help lists those that do")
 
 
 def record_for(task: str, row: dict, where, tokenizer: Tokenizer) -> Record:
@@ -140,7 +140,8 @@ def measure(model, examples: list[Example], max_tokens: int | None = None) -> Me
         size = len(e.prompt) + max(map(len, e.responses))
         if size > context:
             raise ValueError(
-                f"{e.place} of the data has {size} tokens, and the model reads {context}"
+                f"{e.place} of the data has {size} tokens, and the model reads {context} at most: "
+                "shorten the row or leave it out"
             )
     if not max_tokens:
         enough = 2048 if model.unembed.device.type == "cpu" else 16384
@@ -267,7 +268,9 @@ def read_rows(args: argparse.Namespace) -> tuple[str, list[Example]]:
         tokenizer_of_base.now = tokenizer.now  # a template may tell the time
         if digest(examples) != digest(tokenised(scanned, tokenizer_of_base, task)):
             both = f"{args.base} and {args.model}"
-            raise ValueError(f"the tokenizers of {both} make different tokens of {args.data}")
+            raise ValueError(
+                f"the tokenizers of {both} make different tokens of {args.data}: measure each alone"
+            )
     return task, examples
 
 
@@ -324,12 +327,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # fmt: off
     add("--model", required=True, metavar="DIR", help="the model, in Hugging Face layout")
     add("--base", metavar="DIR", help="the model before alignment, to compare with")
-    add("--data", required=True, metavar="FILE", help="rows, see above")
+    add("--data", required=True, metavar="FILE", help="rows to measure on; see above")
     add("--task", choices=["auto", "preference", "likelihood"], default="auto",
-        help="auto: what the fields of the first row say")
-    add("--limit", type=positive, metavar="N", help="the first N rows alone")
-    add("--out", metavar="FILE", help="write all figures and settings as JSON")
-    add("--overwrite", action="store_true", help="replace an --out that exists")
+        help="auto: decided by the fields of the first row")
+    add("--limit", type=positive, metavar="N", help="measure the first N rows only")
+    add("--out", metavar="FILE", help="also write all figures and settings to this JSON file")
+    add("--overwrite", action="store_true", help="replace --out where it exists")
     add_machine(add)
     add("--max-tokens", type=positive, metavar="N",
         help="tokens read at once: bounds memory; default 2048 on a CPU, 16384 on CUDA")

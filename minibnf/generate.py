@@ -204,26 +204,25 @@ def room_for(wanted: int | None, prompts: list[tuple], context: int) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = ArgumentParser("minibnf generate", allow_abbrev=False)
-    p.description = "Completions of the prompts in a file."
+    p.description = "Answer every prompt of a file."
     a = p.add_argument
     # fmt: off
-    a("--model", required=True, metavar="DIR", help="checkpoint in Hugging Face layout")
+    a("--model", required=True, metavar="DIR", help="the model, in Hugging Face layout")
     a("--data", required=True, metavar="FILE",
       help='rows, each with a "prompt", a text or messages: JSON Lines, a JSON array, '
            "Parquet")
-    a("--out", required=True, metavar="FILE", help=".jsonl to write, one row a completion")
+    a("--out", required=True, metavar="FILE", help=".jsonl file to write, one row per completion")
     a("--chat", action="store_true",
-      help="a prompt that is a text is asked as a user's message, not continued as it "
-           "stands")
+      help="ask a text prompt as a user's message instead of continuing it as it stands")
     a("--samples", type=positive, default=1, metavar="N",
-      help="completions of each prompt; default 1")
+      help="completions per prompt; default 1")
     a("--batch-size", type=positive, default=64, metavar="N",
       help="completions made together and then written; default 64")
     add_sampling(a, None)
-    group = p.add_argument_group("an --out that exists")
+    group = p.add_argument_group("an --out that already exists")
     a = group.add_mutually_exclusive_group().add_argument
     a("--resume", action="store_true", help="go on where an interrupted run stopped")
-    a("--overwrite", action="store_true", help="start anew")
+    a("--overwrite", action="store_true", help="delete it and start anew")
     # fmt: on
     args = p.parse_args(argv)
     if args.samples > 1 and args.temperature == 0:
@@ -270,7 +269,8 @@ def run(args: argparse.Namespace) -> None:
         before = settings
     for name, now in settings.items():
         if (was := before.get(name)) != now:
-            raise ValueError(f"{out}: cannot go on, {name} was {was!r} and is {now!r} now")
+            changed = f"{name} was {was!r} and is {now!r} now"
+            raise ValueError(f"{out}: cannot go on, {changed}; --overwrite starts anew")
     done = keep_batches(out, args.batch_size)
     wanted = [(*p, k) for p in prompts for k in range(args.samples)]
     write_completions(args, model, tokenizer, wanted, done)

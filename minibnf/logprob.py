@@ -1,6 +1,6 @@
 """Token log-probabilities from hidden states, chunk by chunk: what touches the vocabulary.
 
-Shapes: N tokens, D width, V vocabulary, C tokens a chunk. A (C, V) buffer of logits is made, used
+Shapes: N tokens, D width, V vocabulary, C tokens per chunk. A (C, V) buffer of logits is made, used
 and overwritten chunk by chunk; nothing of size (N, V) ever exists.
 
     sweep         log-probabilities, loss, dhidden and dunembed in a single pass, for a trainer

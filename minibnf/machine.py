@@ -13,10 +13,10 @@ def add_machine(a) -> None:
     """The options --device and --dtype; a: an ArgumentParser's add_argument."""
     # fmt: off
     a("--device", choices=["auto", "cpu", "cuda"], default="auto",
-      help="auto: CUDA when present, for models of more than 5 M parameters")
+      help="auto: CUDA where there is a card and the model has more than 5 M parameters")
     a("--dtype", choices=["auto", *DTYPES], default="auto",
-      help="to compute in; weights that are trained stay float32. auto: bfloat16 where the device "
-           "has matrix units for it and the model more than 20 M parameters")
+      help="number format to compute in; trained weights stay float32. auto: bfloat16 where the "
+           "device has matrix units for it and the model has more than 20 M parameters")
     # fmt: on
 
 

@@ -19,17 +19,17 @@ def add_sampling(
     a, max_new_tokens: int | None, temperature: float = 1.0, top_p: float = 1.0
 ) -> None:
     """The options of sampling, and their defaults; a: an ArgumentParser's add_argument."""
-    share = "of the most probable tokens that together reach P (1: all)"
+    share = "draw from the most probable tokens that together reach probability P (1: all)"
     default = max_new_tokens or f"{MAX_NEW_TOKENS}, less where the longest prompt leaves less room"
     # fmt: off
     a("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
-      help=f"at most; default {default}")
+      help=f"at most so many new tokens; default {default}")
     a("--temperature", type=float, default=temperature, metavar="T",
       help=f"0: always the most probable token; default {temperature:g}")
     a("--top-p", type=float, default=top_p, metavar="P", help=f"{share}; default {top_p:g}")
     a("--top-k", type=int, default=0, metavar="K",
-      help="of the K most probable tokens; default 0: all")
-    a("--seed", type=int, default=0, help="default 0")
+      help="draw from the K most probable tokens; default 0: all")
+    a("--seed", type=int, default=0, help="of the draws; default 0")
     add_machine(a)
     # fmt: on
 

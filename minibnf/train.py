@@ -80,7 +80,9 @@ def setup(args: argparse.Namespace) -> Run | None:
     longest = max(e.tokens for some in sets.values() for e in some)
     max_tokens = args.max_tokens or max(2048 if device.type == "cpu" else 16384, longest)
     if longest > max_tokens:
-        raise ValueError(f"--max-tokens {max_tokens}: the longest example has {longest} tokens")
+        raise ValueError(
+            f"--max-tokens {max_tokens}: the longest example has {longest} tokens: raise it"
+        )
     pairs = sum(len(e.pairs) for e in examples)
     facts = argparse.Namespace(
         device=str(device),
@@ -140,8 +142,8 @@ def read_sets(args, loss: Loss, tokenizer: Tokenizer, context: int) -> tuple[dic
         sets[split], counts = read_examples(file, tokenizer, context, args.overlong, notes)
         lone = [e.place for e in sets[split] if e.count > len(e.pairs)]
         if loss.needs_pairs and lone:
-            why = f"loss '{loss.name}' needs pairs, and this row is none (one of {len(lone)})"
-            raise ValueError(f"{file}, {lone[0]}: {why}; --loss bnf needs none")
+            why = f"loss '{loss.name}' needs pairs, and this row is no pair (one of {len(lone)})"
+            raise ValueError(f"{file}, {lone[0]}: {why}; --loss bnf takes both kinds")
         if "kl" in loss.defaults:
             sets[f"{split}-kl"], equals = mismatched(sets[split], context, file)
             counts["for which other prompts have only equal responses"] = equals
@@ -162,7 +164,7 @@ def train(run: Run) -> None:
     begin_folder(run)
     show("\n".join(summary(run, args.model, args.data)))
     size = 24 * run.facts.parameters / 1e6  # weights and two moments in float32, twice
-    show(f"disk     two checkpoints of at most {size:,.1f} MB together; while one is saved, three")
+    show(f"disk     at most {size:,.1f} MB of checkpoints, half as much again while one is saved")
     read_references(run)
     optims = optimizers(model, args, run.facts.lr)
     step, tokens = load_training(run.out, model, optims)
@@ -326,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     with memory_advice(less_memory(args)), locked(Path(args.out, ".lock")):
         run = setup(args)
         if run is None:
-            show(f"{args.out} holds this run, finished: its model lies in {args.out}/model")
+            show(f"{args.out} holds this run, and it is finished: its model is {args.out}/model")
             return
         try:
             train(run)

@@ -41,7 +41,7 @@ def test_what_it_says_of_a_checkpoint(directory, capsys):
         "256 tokens\n",
         "672, 672 of them in tokenizer.model",
         "a template; a turn ends at <|end|> (2)",
-        "MB to train on a CPU, 2048 tokens a micro-batch",
+        "MB to train on a CPU at --max-tokens 2048",
         f"  weights, float32                              {4 * n / 1e6:8.2f}{4 * n / 1e6:10.2f}\n",
     ):
         assert part in said, part
@@ -69,7 +69,7 @@ def test_another_checkpoint_untied_in_two_dtypes_and_shards_with_windows(
         "in 4 files",
         "256 tokens; 4 layers see 64 tokens back",
         "no template",
-        "100 tokens a micro-batch",
+        "--max-tokens 100",
     ):
         assert part in said, part
 

@@ -277,7 +277,7 @@ def test_weights_too_large_for_a_number_are_an_error_and_no_figure(model, tmp_pa
 @pytest.mark.parametrize(
     "row, task, says",
     [
-        ({"text": "a"}, "auto", "'text' belong to no task"),
+        ({"text": "a"}, "auto", "'text' fit no task"),
         (CHOICE, "auto", "lm-eval measures multiple choice"),
         (QUESTION | {"question": ""}, "auto", "'question'"),
         (QUESTION | {"answer": 42}, "auto", "'answer'"),

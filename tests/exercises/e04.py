@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from minibnf.responses import Responses
+
 
 def adamw_step(
     p: Tensor,
@@ -20,5 +22,13 @@ def adamw_step(
     return p * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + epsilon), m, v
 
 
-def micro_batch_weights(examples: list[int]) -> list[float]:
-    return [n / sum(examples) for n in examples]
+def pair_metrics(batch: Responses, beta: float) -> dict[str, float]:
+    rewards = beta * batch.sums(batch.logps - batch.ref_logps)
+    w, l = batch.pairs.T  # noqa: E741
+    margins = rewards[w] - rewards[l]
+    return {
+        "rewards/chosen": rewards[batch.preferred].mean().item(),
+        "rewards/rejected": rewards[~batch.preferred].mean().item(),
+        "rewards/margins": margins.mean().item(),
+        "rewards/accuracies": (margins > 0).double().mean().item(),
+    }

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from torch import Tensor
-
 
 def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
     by_question: dict[str, list[tuple[str, float]]] = {}
@@ -20,7 +18,17 @@ def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
     return made
 
 
-def response_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    # of the next token at each place
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return logps.masked_fill(~mask[:, 1:], 0.0), mask[:, 1:]
+def diagnose(rows: list[dict]) -> str:
+    steps = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval_loss" in row]
+    first, last = held_out[0], held_out[-1]
+    if "logps/chosen" not in steps[-1] or "logps/rejected" not in steps[-1]:
+        return "one-sided"
+    if last["eval_rewards/accuracies"] < 0.5:
+        return "swapped"
+    moved = last["eval_logps/chosen"] - first["eval_logps/chosen"]  # nats
+    if abs(last["eval_rewards/chosen"]) < 0.05 * abs(moved):  # rewards are beta times the shift
+        return "beta"
+    if steps[-1]["rewards/margins"] > 5 * last["eval_rewards/margins"]:
+        return "few"
+    return "rate" if moved < -2 else "sound"

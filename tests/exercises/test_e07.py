@@ -9,8 +9,16 @@ def test_flatten_is_a_group_as_pack_makes_it(exercise, responses):
     examples = [Example((1, 3, 3), (tuple(r),), (True,), 1) for r in responses]
     (batch,) = pack(examples, list(range(len(examples))), 64)
     wanted = batch.tokens[0], batch.positions[0], batch.predictors, batch.targets
-    assert [list(x) for x in exercise.flatten(prompt, responses)] == [x.tolist() for x in wanted]
-    assert prompt == [1, 3, 3], "the prompt was changed"
+    found = exercise.flatten(prompt, responses)
+    slips = {
+        "tokens": "is each response's last token left out? it is predicted and not read",
+        "positions": "does every response go on from the prompt's end, not from the one before it?",
+        "predictors": "is the prompt's last token the predictor of every response's first?",
+        "targets": "are all tokens of a response predicted, its last one too?",
+    }
+    for (name, slip), mine, theirs in zip(slips.items(), found, wanted, strict=True):
+        assert list(mine) == theirs.tolist(), f"{name}: {slip}"
+    assert prompt == [1, 3, 3], "the prompt was changed in place: copy it first"
 
 
 def says(*words):
@@ -21,12 +29,18 @@ def says(*words):
 def test_split_takes_the_longest_beginning(exercise):
     chosen = says("Hi", "Hello", "Bye", "See you")
     rejected = says("Hi", "Hello", "Bye", "No", "What?")
-    assert exercise.split(chosen, rejected) == (chosen[:3], chosen[3:], rejected[3:])
+    prompt, *rests = exercise.split(chosen, rejected)
+    assert prompt == chosen[:3], "the longest common beginning, of whole messages"
+    assert rests == [chosen[3:], rejected[3:]], "what is left of chosen, then of rejected"
 
 
 @pytest.mark.parametrize(
     "chosen, rejected", [(["a", "b"], ["c", "b"]), (["a", "b"], ["a"]), (["a"], ["a", "b"])]
 )
 def test_split_refuses_what_cannot_be_told(exercise, chosen, rejected):
-    with pytest.raises(ValueError):
-        exercise.split(says(*chosen), says(*rejected))
+    try:
+        found = exercise.split(says(*chosen), says(*rejected))
+    except ValueError:
+        return
+    slip = "they share no first message, or nothing is left of one: raise ValueError"
+    pytest.fail(f"{chosen} and {rejected} gave {found}: {slip}")

@@ -21,8 +21,12 @@ def test_entropies_in_chunks(exercise):
     with Largest() as largest:
         found = exercise.entropies(hidden, unembed, 7)  # 50 is no multiple of 7
     logits = hidden @ unembed.T
-    assert torch.allclose(found, torch.distributions.Categorical(logits=logits).entropy())
-    assert largest.elements <= 7 * 40, "a tensor larger than a chunk's logits"
+    assert found.shape == (50,), "one entropy per token, those of the last, shorter chunk too"
+    wanted = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(found, wanted), (
+        "-Σ p log p over the vocabulary, in nats: is the sign right?"
+    )
+    assert largest.elements <= 7 * 40, "a tensor larger than a chunk's logits was made"
 
 
 def test_dlogits_capped(exercise):
@@ -31,4 +35,7 @@ def test_dlogits_capped(exercise):
     targets, dlogps = torch.randint(9, (6,)), torch.randn(6).double()
     logps = token_logps(x, torch.eye(9).double(), targets, softcap=30.0)
     (wanted,) = torch.autograd.grad((dlogps * logps).sum(), x)
-    assert torch.allclose(exercise.dlogits_capped(x.detach(), targets, dlogps, 30.0), wanted)
+    found = exercise.dlogits_capped(x.detach(), targets, dlogps, 30.0)
+    no_cap = wanted / (1 - torch.tanh(x.detach() / 30).square())
+    assert not torch.allclose(found, no_cap), "dz/dx = 1 - tanh²(x / cap) is missing"
+    assert torch.allclose(found, wanted), "is the softmax that of z, and not of x?"

@@ -56,7 +56,8 @@ WRONG = {
 
 
 def test_the_right_gradient_has_no_counterexample(exercise):
-    assert exercise.counterexample(right) is None
+    found = exercise.counterexample(right)
+    assert found is None, "this gradient is right: is rounding taken for a difference?"
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -64,13 +65,13 @@ def test_a_wrong_gradient_has_one(exercise, what):
     batch = exercise.counterexample(WRONG[what])
     assert isinstance(batch, Responses), f"no counterexample to: {what}"
     same = torch.allclose(WRONG[what](batch), right(batch), rtol=1e-6)
-    assert not same, "on this batch both gradients agree"
+    assert not same, "on this batch both gradients agree: return the batch that `find` found"
 
 
 def test_the_search_calls_the_gradient_many_times(exercise):
     calls = []
     exercise.counterexample(lambda batch: calls.append(batch) or right(batch))
-    assert len(calls) >= 100
+    assert len(calls) >= 100, "few batches were tried: is the search stopped early?"
     assert {len(batch.pairs) for batch in calls} - {1}, "only single pairs were drawn"
     unequal = [batch for batch in calls if batch.lengths().unique().numel() > 1]
     assert unequal, "responses of one length only were drawn"

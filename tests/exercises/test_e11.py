@@ -17,8 +17,9 @@ def entry(dtype, shape, begin, end):
 
 def test_files_of_the_library_are_sound(exercise):
     tensors = {"b": torch.ones(2, 3), "a": torch.ones(5).bfloat16(), "c": torch.ones(()).double()}
-    assert exercise.is_sound(save(tensors | {"none": torch.ones(0, 4)}, {"format": "pt"}))
-    assert exercise.is_sound(save({}))
+    empty = save(tensors | {"none": torch.ones(0, 4)}, {"format": "pt"})
+    assert exercise.is_sound(empty), "is __metadata__ skipped, may a shape be () or hold a 0?"
+    assert exercise.is_sound(save({})), "a file without tensors is sound: the table is {}"
 
 
 TWO = entry("F32", [2], 0, 8)
@@ -37,16 +38,16 @@ UNSOUND = {
 
 @pytest.mark.parametrize("what", UNSOUND)
 def test_unsound_files_are_told(exercise, what):
-    assert exercise.is_sound(UNSOUND[what]) is False
+    assert exercise.is_sound(UNSOUND[what]) is False, f"taken for sound: {what}"
 
 
 def test_order_in_the_table_is_free(exercise):
     table = {"a": entry("F32", [1], 4, 8), "b": entry("F32", [1], 0, 4)}
-    assert exercise.is_sound(file_of(table, b"\0" * 8))
+    assert exercise.is_sound(file_of(table, b"\0" * 8)), "sort by offset before you compare"
 
 
 def test_bfloat16(exercise):
     x = torch.tensor([0.0, 1.0, -2.5, 3.14159, 1e-30, -1e30, float("inf")]).bfloat16()
     found = exercise.from_bfloat16(x.view(torch.uint8).numpy().tobytes())
-    assert found.dtype == torch.float32
-    assert torch.equal(found, x.float())
+    assert found.dtype == torch.float32, "the result is float32"
+    assert torch.equal(found, x.float()), "bfloat16 is the *upper* half: shift by 16, little-endian"

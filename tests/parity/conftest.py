@@ -1,5 +1,5 @@
-"""What the parity tests find against transformers: held to the README's table of families, and
-printed as that table."""
+"""What the parity tests find against transformers: held to the table of families in
+tutorials/reference/verification.md, and printed as that table."""
 
 import math
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).parents[2] / "tutorials/reference/verification.md"
+TEXT = PAGE.read_text(encoding="utf-8")
 HEAD = (
     "| family | `model_type` | what is particular | models | logits | greedy tokens "
     "| saved and loaded | BNF's gradients |"
@@ -20,7 +21,7 @@ ROWS = {  # family: (model_type, what is particular)
     "Qwen2, 2.5": ("qwen2", "biases on q, k and v; a window in the upper layers"),
     "Qwen3": ("qwen3", "norms of each head's query and key; a window in the upper layers"),
     "SmolLM3": ("smollm3", "layers that know no positions"),
-    "Gemma-2": ("gemma2", "soft caps, four norms a layer, a window in every other layer"),
+    "Gemma-2": ("gemma2", "soft caps, four norms per layer, a window in every other layer"),
     "Gemma-3": (
         "gemma3_text",
         "windowed layers with a rotary base of their own, norms of queries and keys",
@@ -49,18 +50,18 @@ def row(family: str, models: int, tokens: int, logits, saved, gradients) -> list
 
 
 def promised(family: str) -> list[str]:
-    """The cells of a family's row in the README."""
-    _, _, rows = README.partition(HEAD + "\n")
+    """The cells of a family's row in the page."""
+    _, _, rows = TEXT.partition(HEAD + "\n")
     cells = [line.strip("| ").split(" | ") for line in rows.split("\n\n")[0].splitlines()]
     (mine,) = [c for c in cells if c[0] == family] or [None]
-    assert mine, f"the README's table of families has no row {family}"
+    assert mine, f"the page's table of families has no row {family}"
     return mine
 
 
 @pytest.fixture
 def measured():
     """measured(family, tokens, logits, saved, gradients) of a model: kept for the table, and no
-    more than the README says.
+    more than the page says.
 
     tokens: how many were generated alike. logits, saved: the largest differences of logits, of the
     model here and of what it saved and transformers loaded. gradients: the largest, over
@@ -74,7 +75,7 @@ def measured():
         for name, column in (("logits", 4), ("saved", 6), ("gradients", 7)):
             mine[name] = max(mine[name], differences[name])
             limit = float(limits[column])
-            said = f"differ by {differences[name]:.2g}, the README says {limit:g}"
+            said = f"differ by {differences[name]:.2g}, the page says {limit:g}"
             assert differences[name] <= limit, f"{family}: {name} {said}"
 
     return keep
@@ -83,12 +84,12 @@ def measured():
 @pytest.fixture
 def measured_nats():
     """measured_nats(x): keep the largest difference of texts' log-likelihoods, no larger than the
-    README says."""
+    page says."""
 
     def keep(x: float):
         nats.append(x)
-        limit = float(re.search(re.escape(NATS) + " (1e-[0-9]+) nats", " ".join(README.split()))[1])
-        assert x <= limit, f"log-likelihoods differ by {x:.2g} nats, the README says {limit:g}"
+        limit = float(re.search(re.escape(NATS) + " (1e-[0-9]+) nats", " ".join(TEXT.split()))[1])
+        assert x <= limit, f"log-likelihoods differ by {x:.2g} nats, the page says {limit:g}"
 
     return keep
 

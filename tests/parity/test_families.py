@@ -289,7 +289,7 @@ def test_a_field_that_transformers_class_lacks_does_nothing_or_is_refused(tmp_pa
 
 
 def test_the_readme_names_each_family_and_what_was_compared():
-    """The figures themselves are held to the README as they are measured."""
+    """The figures themselves are held to the page as they are measured."""
     assert {model_type for model_type, _ in ROWS.values()} == set(READS)
     for family, (model_type, what) in ROWS.items():
         models, tokens = (1, 3 * 32) if family == REAL else (SEEDS, SEEDS * PROMPTS * NEW)

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from minibnf.responses import Responses
+
 
 def adamw_step(
     p: Tensor,
@@ -19,7 +21,9 @@ def adamw_step(
     raise NotImplementedError
 
 
-def micro_batch_weights(examples: list[int]) -> list[float]:
-    """The weights with which micro-batches' mean losses add up to the mean over all their
-    examples."""
+def pair_metrics(batch: Responses, beta: float) -> dict[str, float]:
+    """{"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}.
+
+    The reward of a response is beta times the shift of its log-likelihood against the reference.
+    The first two are means over responses, the others over pairs. A tie counts as wrong."""
     raise NotImplementedError

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-from torch import Tensor
-
 
 def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
     """(question, answer, score) -> rows of text that the trainer takes, questions in order of first
@@ -15,7 +13,7 @@ def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
     raise NotImplementedError
 
 
-def response_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, T, V), tokens and mask (B, T) -> log-probabilities (B, T - 1), 0 outside the mask;
-    the shifted mask."""
+def diagnose(rows: list[dict]) -> str:
+    """The rows of a metrics.jsonl -> what is wrong with the run: "rate" (too high), "swapped"
+    (labels), "few" (rows, too many epochs), "one-sided" (data), "beta" (too small), or "sound"."""
     raise NotImplementedError
