@@ -13,9 +13,9 @@ which set:
                          "customary": {"beta": 0.1}}},
      "on": {"qa": ["dpo"]}}
 
-A grid may also be a list of settings; on a set with "lr" these rates are tried, at customary
-hyper-parameters, instead. "beta|y|" stands for β times the mean length of a response: the set says
-how many "tokens" that is.
+A grid may also be a list of settings. "beta|y|" stands for β times the mean length of a response:
+the set says how many "tokens" that is. On a set with "test_lr" nothing is chosen: the customary
+settings are tested at these rates; where it has "lr" too, these are run on validation prompts.
 
 First every setting is run with seed 0 and examined on validation prompts. Then some are run with
 each of the seeds and examined on test prompts: on a set with "test_lr" those at these rates, else
@@ -54,7 +54,7 @@ from minibnf.step import fingerprint
 
 FIELDS = {  # of a spec, a method and a set: what each must have, and what it may have
     "spec": ({"base", "sets", "methods", "on", "seeds"}, {"train", "threads", "exam", "note"}),
-    "method": ({"loss", "grid"}, {"fixed", "customary", "extra"}),
+    "method": ({"loss"}, {"grid", "fixed", "customary", "extra"}),
     "set of the small world": (
         {"kind", "count"},
         {"unpaired", "train", "seed", "tokens", "lr", "test_lr"},
@@ -80,15 +80,18 @@ def check(spec: dict) -> None:
             raise ValueError(f"set '{name}': its 'kind' must be one of {', '.join(KINDS)}")
     for name, given in spec["methods"].items():
         check_fields(given, "method", f" '{name}'")
-        usual = customary(spec, name)
-        if not any("lr" in x and usual.items() <= x.items() for x in combinations(given)):
+        usual, tried = customary(spec, name), combinations(given) if "grid" in given else []
+        if tried and not any("lr" in x and usual.items() <= x.items() for x in tried):
             raise ValueError(
                 f"method '{name}': its grid must hold an 'lr', and the customary {usual}"
             )
     for name, methods in spec["on"].items():
         if unknown := {name, *methods} - {*spec["sets"], *spec["methods"]}:
             raise ValueError(f"spec: 'on' names '{min(unknown)}', no set or method of it")
-    for job in sweep(spec):
+        rates = {"lr", "test_lr"} & set(spec["sets"][name])
+        if lacking := [m for m in methods if not rates and "grid" not in spec["methods"][m]]:
+            raise ValueError(f"method '{lacking[0]}': field 'grid' is missing")
+    for job in sweep(spec) or finals(spec, []):
         words = trials.arguments(spec, job, "data", "out")
         try:
             args = arguments.parse(words)
@@ -135,14 +138,18 @@ def compare(spec: dict, folder: Path, workers: int, known: dict | None = None) -
     return results
 
 
+DATA = ("kind", "count", "unpaired", "seed", "tokens", "rows", "train")
+
+
 def take(known: dict, spec: dict, base: str, folder: Path) -> None:
-    """Write the runs of `known` whose base, set, flags and loss are this spec's into the folder."""
+    """Write the runs of `known` whose base, data, flags and loss are this spec's to the folder."""
     theirs = known["spec"]
     if known["facts"]["base_sha256"] != base or theirs.get("train") != spec.get("train"):
         return
     for run in known["runs"]:
         name, method = run["set"], run["method"]
-        same_set = theirs["sets"][name] == spec["sets"].get(name)
+        sets = theirs["sets"][name], spec["sets"].get(name, {})
+        same_set = len({json.dumps([s.get(field) for field in DATA]) for s in sets}) == 1
         one, other = (x["methods"].get(method, {}) for x in (theirs, spec))
         if same_set and all(one.get(field) == other.get(field) for field in ("loss", "fixed")):
             write_json(folder / "results" / f"{trials.slug(run)}.json", run)

@@ -23,17 +23,19 @@ def combinations(method: dict) -> list[dict]:
 
 
 def settings(spec: dict, name: str, method: str) -> list[dict]:
-    """What is tried of a method on a set; one with "lr" tries customary ones at these rates."""
-    if rates := spec["sets"][name].get("lr"):
+    """What is run of a method on a set; on one that names its rates, customary settings there."""
+    given = spec["sets"][name]
+    if rates := given.get("lr", given.get("test_lr")):
         return [{"lr": lr} | customary(spec, method) for lr in rates]
     return combinations(spec["methods"][method])
 
 
 def sweep(spec: dict) -> list[dict]:
-    """The jobs of the first stage."""
+    """The jobs of the first stage; a set with "test_lr" and without "lr" has none."""
     return [
         {"set": name, "method": method, "setting": setting, "seed": 0, "split": "validation"}
         for name, methods in spec["on"].items()
+        if "lr" in spec["sets"][name] or "test_lr" not in spec["sets"][name]
         for method in methods
         for setting in settings(spec, name, method)
     ]
@@ -60,11 +62,7 @@ def final_settings(spec: dict, runs: list[dict], name: str, method: str) -> list
     if spec["methods"][method].get("extra") == "sweep":
         return []
     if rates := spec["sets"][name].get("test_lr"):
-        return [
-            setting
-            for setting in settings(spec, name, method)
-            if setting["lr"] in rates and customary(spec, method).items() <= setting.items()
-        ]
+        return [x for x in settings(spec, name, method) if x["lr"] in rates]
     tried = select(runs, set=name, method=method, split="validation", seed=0)
     usual = with_setting(tried, customary(spec, method))
     kept = [*chosen_settings(spec, runs, name, method).values()]

@@ -190,6 +190,8 @@ def revision() -> str:
 
 def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[dict]:
     """The results of the jobs, in their order; those that are there already are not run again."""
+    if not jobs:
+        return []
     files = [folder / "results" / f"{slug(job)}.json" for job in jobs]
     todo = [job for job, file in zip(jobs, files, strict=True) if not file.exists()]
     for name in {job["set"] for job in todo}:
