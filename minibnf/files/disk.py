@@ -116,6 +116,14 @@ def put(temporary: Path, path: Path) -> None:
     flush(path.parent)
 
 
+def make(folder: Path) -> None:
+    """Make a folder, and those it lies in, whose names a power cut does not lose."""
+    if not folder.is_dir():
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
+
+
 @contextmanager
 def replacing(directory) -> Iterator[Path]:
     """A temporary folder that takes the directory's place when the block ends without an error.
@@ -125,7 +133,7 @@ def replacing(directory) -> Iterator[Path]:
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make(temporary)
     try:
         yield temporary
         for path in temporary.rglob("*"):
@@ -162,7 +170,7 @@ def locked(file: Path) -> Iterator[None]:
     empty at the end.
     """
     made = not file.parent.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make(file.parent)
     with open(file, "a+", encoding="utf-8") as held:
         try:
             import fcntl  # Windows has none

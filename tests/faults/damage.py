@@ -1,0 +1,5 @@
+CAMPAIGNS = []
+
+
+def make_world(folder):
+    pass
