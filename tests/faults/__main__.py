@@ -87,16 +87,17 @@ def main() -> int:
     p.add_argument("--shown", type=int, default=5, help="how many that did not hold are printed")
     args = p.parse_args()
     with_shim()
-    from tests.faults import damage, inputs, runs  # after the shim, since they take seconds
+    from tests.faults import damage, inputs, numbers, runs  # after the shim, since they take seconds
 
     if os.access("/dev/shm", os.W_OK):  # what is flushed there costs no time
         tempfile.tempdir = "/dev/shm"
     began, table = time.perf_counter(), []
     folder = Path(tempfile.mkdtemp(prefix="minibnf-faults-"))
     try:
-        for module in (runs, damage, inputs):
+        modules = runs, damage, inputs, numbers
+        for module in modules:
             module.make_world(folder)
-        every = [*runs.CAMPAIGNS, *damage.CAMPAIGNS, *inputs.CAMPAIGNS]
+        every = [c for module in modules for c in module.CAMPAIGNS]
         CAMPAIGNS.update({c.name: c for c in every if args.only in c.name})
         for campaign in CAMPAIGNS.values():
             if campaign.needs_shim and shim() is None:
