@@ -1,13 +1,11 @@
 """The trainer's command line: what can be asked, and what cannot be asked together."""
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 from pathlib import Path
 
-from minibnf.files.disk import optional
+from minibnf.files.disk import optional, seal
 from minibnf.files.terminal import ArgumentParser, show
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import add_machine
@@ -134,15 +132,9 @@ def config_of(file: Path, sealed: bool = False) -> dict | None:
         return None
     if not all(isinstance(found.get(part), dict) for part in ("arguments", "facts")):
         return None
-    if sealed and found.get("sha256") != seal(found):
+    if sealed and found.pop("sha256", None) != seal(found):
         raise ValueError(f"{file}: edited or damaged, its hash is another; --overwrite starts anew")
     return found
-
-
-def seal(config: dict) -> str:
-    """sha256 of the arguments and facts in a run's config.json."""
-    text = json.dumps([config["arguments"], config["facts"]])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_arguments(p: ArgumentParser, args: argparse.Namespace) -> None:

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minibnf.arguments import config_of, seal
+from minibnf.arguments import config_of
 from minibnf.data import Batch, Example
-from minibnf.files.disk import delete, inside, optional, replacing, set_aside, write_json
-from minibnf.files.disk import write_text, writing
+from minibnf.files.disk import delete, inside, optional, replacing, seal, set_aside
+from minibnf.files.disk import write_json, write_text, writing
 from minibnf.files.safetensors import check_finite, write_tensors
 from minibnf.files.terminal import counted, show
 from minibnf.files.tokenizer import Tokenizer
@@ -116,7 +116,6 @@ def begin_folder(run: Run) -> None:
         for path in written(run.out):
             if path.name != "config.json":
                 delete(path)
-    run.out.mkdir(parents=True, exist_ok=True)
     passing = ("resume", "overwrite", "config")
     arguments = {k: v for k, v in vars(run.args).items() if k not in passing}
     config = {"arguments": arguments, "facts": vars(run.facts)}

@@ -102,7 +102,7 @@ class SentencePiece:
         check_size(path, VOCABULARY)
         self.path, model, at = path, path.read_bytes(), 0
         try:
-            self.first = Processor(model_proto=model or b"empty")
+            self.first = Processor(model_proto=model or b"-")  # no bytes would stand for no file
         except RuntimeError as error:
             raise ValueError(f"{path} cannot be read as a sentencepiece model: {error}") from error
         # The dummy prefix, a space before the text, belongs at its beginning only. The bytes add

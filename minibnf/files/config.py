@@ -177,8 +177,14 @@ def parse_config(raw: dict, path) -> Config:
     heads, gemma = given["num_attention_heads"], family.startswith("gemma")
     given["head_dim"] = given["head_dim"] or given["hidden_size"] // heads
     given["num_key_value_heads"] = given["num_key_value_heads"] or heads
+    odd = given["head_dim"] % 2 or not given["head_dim"]
+    if heads % given["num_key_value_heads"] or odd:
+        raise ValueError(
+            f"{path}: num_attention_heads must be a multiple of num_key_value_heads, "
+            "and head_dim even"
+        )
     bias = bool(given.get("attention_bias"))
-    config = Config(
+    return Config(
         **{field.name: given[field.name] for field in fields(Config) if field.name in given},
         layers=_layers(given, path),
         family=family,
@@ -190,13 +196,6 @@ def parse_config(raw: dict, path) -> Config:
         attention_softcap=given.get("attn_logit_softcapping"),
         final_softcap=given.get("final_logit_softcapping"),
     )
-    even = config.head_dim and config.head_dim % 2 == 0
-    if config.num_attention_heads % config.num_key_value_heads or not even:
-        raise ValueError(
-            f"{path}: num_attention_heads must be a multiple of num_key_value_heads, "
-            "and head_dim even"
-        )
-    return config
 
 
 def _check_fields(given: dict, path) -> None:

@@ -1,6 +1,7 @@
 """JSON, and writes that are whole or absent."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -71,6 +72,11 @@ def optional(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
+
+
+def seal(value) -> str:
+    """sha256 of what JSON makes of a value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def write_json(path: Path, value) -> None:

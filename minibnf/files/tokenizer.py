@@ -64,6 +64,13 @@ class Tokenizer:
         config = directory / "tokenizer_config.json"
         mapped, self.config = optional(directory / "special_tokens_map.json"), optional(config)
         check_types(config, self.config, TYPES)
+        self.source = self.config.get("chat_template")
+        if isinstance(self.source, list):
+            named = [t for t in self.source if isinstance(t, dict) and t.get("name") == "default"]
+            self.source = named[-1].get("template") if named else None
+            check_types(f"{config}, chat_template", {"template": self.source}, {"template": (str,)})
+        if (directory / "chat_template.jinja").is_file():
+            self.source = read_text(directory / "chat_template.jinja")
         self.special = {}  # {"eos_token": "</s>", ...}; templates may read these
         for key, value in [*backend.special.items(), *mapped.items(), *self.config.items()]:
             if key.endswith("_token") and isinstance(_text(value), str):
@@ -94,13 +101,6 @@ class Tokenizer:
         # names none it takes config.json's, and at last the tokenizer's own.
         generation, config = self._ends_of("generation_config.json"), self._ends_of("config.json")
         self._listed, self._ends = generation or config or [self.eos_id], generation + config
-        self.source = self.config.get("chat_template")
-        if isinstance(self.source, list):
-            named = [t for t in self.source if isinstance(t, dict) and t.get("name") == "default"]
-            self.source = named[-1].get("template") if named else None
-            check_types(f"{config}, chat_template", {"template": self.source}, {"template": (str,)})
-        if (directory / "chat_template.jinja").is_file():
-            self.source = read_text(directory / "chat_template.jinja")
 
     def encode(self, text, continuation=False):
         """The ids of a text as it stands; control tokens in it are read, and none is added.

@@ -87,7 +87,12 @@ def main() -> int:
     p.add_argument("--shown", type=int, default=5, help="how many that did not hold are printed")
     args = p.parse_args()
     with_shim()
-    from tests.faults import damage, inputs, numbers, runs  # after the shim, since they take seconds
+    from tests.faults import (
+        damage,
+        inputs,
+        numbers,
+        runs,
+    )  # after the shim, since they take seconds
 
     if os.access("/dev/shm", os.W_OK):  # what is flushed there costs no time
         tempfile.tempdir = "/dev/shm"

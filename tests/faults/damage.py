@@ -133,7 +133,7 @@ def tensors_changed(k: int, random: Random, folder: Path):
     yield from judged(model, folder)
 
 
-FIELDS = sorted({*config.SHAPE, *config.HARMLESS, *config.ONLY, *sum(map(list, config.READS.values()), [])})
+FIELDS = sorted(set().union(config.SHAPE, config.HARMLESS, config.ONLY, *config.READS.values()))
 
 
 def config_changed(k: int, random: Random, folder: Path):
@@ -168,7 +168,7 @@ def tokenizer_changed(k: int, random: Random, folder: Path):
     yield from judged(model, folder)
 
 
-# ------------------------------------------------------------ small files that could cost everything
+# ----------------------------------------------------------- small files that could cost everything
 
 
 def bomb(line: bytes, before: bytes = b"") -> bytes:

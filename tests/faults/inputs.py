@@ -13,7 +13,7 @@ from minibnf.data import read_examples
 from minibnf.evaluate import main as evaluate
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.train import main as train
-from tests.faults.damage import STRANGE, changed, copied, used, with_fields
+from tests.faults.damage import changed, copied, used, with_fields
 from tests.faults.runs import WORLD, message, words
 from tests.faults.trials import Campaign, fine_or_one_line, flip, in_a_child, run
 from tests.test_tokenizer import ROLES, SPECIAL, TEMPLATES, WRITERS, write_config
@@ -43,7 +43,8 @@ def make_world(folder: Path) -> None:
         {"prompt": pair["prompt"], "completion": pair["chosen"], "label": False},
         {k: pair["prompt"] + pair[k] for k in ("chosen", "rejected")},
         pair | {"system": "Be kind.", "tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}},
-        pair | {"tools": "[]", "other": None, "chosen": pair["chosen"] * 2}, said | {"rejected": said},
+        pair | {"tools": "[]", "other": None, "chosen": pair["chosen"] * 2},
+        said | {"rejected": said},
     ]  # fmt: skip
     read(io_file(folder / "warm.jsonl", [text]))
 
@@ -157,10 +158,19 @@ def tokens_forged(k: int, random: Random, folder: Path):
     yield from in_a_child(tries, folder, memory=10**9, seconds=120)
 
 
-# -------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------ what is shown
 
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-HOSTILE = ["\x1b[31mred", "\x1b]0;title\x07", "\x9b2J", "a\rb", "\x08\x08", "\u202etxt", "\u2066", "\x85"]
+HOSTILE = [
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "\x9b2J",
+    "a\rb",
+    "\x08\x08",
+    "\u202etxt",
+    "\u2066",
+    "\x85",
+]
 
 
 def shown(k: int, random: Random, folder: Path):
@@ -177,10 +187,15 @@ def shown(k: int, random: Random, folder: Path):
     elif how == 2:
         file = folder / f"{bad[:100]}.jsonl"
     elif how == 3:
-        with_fields(model / "config.json", **{random.choice(["x", "model_type", "hidden_act", bad]): bad})
+        with_fields(
+            model / "config.json", **{random.choice(["x", "model_type", "hidden_act", bad]): bad}
+        )
     elif how == 4:
-        template = "{{ raise_exception(%r) }}" % bad
-        with_fields(model / "tokenizer_config.json", chat_template=random.choice([template, bad, "{%" + bad]))
+        template = f"{{{{ raise_exception({bad!r}) }}}}"
+        with_fields(
+            model / "tokenizer_config.json",
+            chat_template=random.choice([template, bad, "{%" + bad]),
+        )
         (model / "chat_template.jinja").unlink(missing_ok=True)
     elif how == 5:
         token = random.choice(["eos_token", "bos_token", "pad_token"])

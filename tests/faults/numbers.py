@@ -93,13 +93,21 @@ def batch_split(k: int, random: Random, folder: Path):
             if loss.needs_pairs:
                 found = [e for e in found if e.pairs]
             sizes = sum(len(r) for e in found for r in e.responses)
-            found = referred(found, torch.tensor([random.uniform(-9, -0.1) for _ in range(sizes)]).double())
+            found = referred(
+                found, torch.tensor([random.uniform(-9, -0.1) for _ in range(sizes)]).double()
+            )
             rows = random.sample(range(len(found)), len(found))
             whole, split = list(range(len(rows))), {}
             for i in whole:
                 split.setdefault(random.randrange(4), []).append(i)
-            (value, gradients), (other, others) = step(found, whole, [whole]), step(found, rows, split.values())
-            off = [(a - b).abs().max().item() / (1e-12 + a.abs().max().item()) for a, b in zip(gradients, others, strict=True)]
+            (value, gradients), (other, others) = (
+                step(found, whole, [whole]),
+                step(found, rows, split.values()),
+            )
+            off = [
+                (a - b).abs().max().item() / (1e-12 + a.abs().max().item())
+                for a, b in zip(gradients, others, strict=True)
+            ]
             same = torch.allclose(value, other, rtol=1e-9, atol=1e-12) and max(off) < 1e-7
             yield "" if same else f"{name}: {value} and {other}, gradients {max(off):.1e} apart"
 

@@ -39,7 +39,9 @@ def make_world(folder: Path) -> None:
     save(fresh(model, seed=0), model)
     rows = []
     for question, about in list(QUESTIONS.items())[:24]:
-        chosen, rejected = (message("assistant", grammar(*about)[k][0]) for k in ("helpful", "rude"))
+        chosen, rejected = (
+            message("assistant", grammar(*about)[k][0]) for k in ("helpful", "rude")
+        )
         rows.append({"prompt": message("user", question), "chosen": chosen, "rejected": rejected})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     WORLD.update(folder=folder, model=model, pairs=folder / "pairs.jsonl", rows=rows)
@@ -108,7 +110,7 @@ def begin(name: str, folder: Path, fault=(), store="", wait=True) -> Ended | int
 
 
 def goes_on(folder: Path, out: Path, seeds: list[int]) -> str:
-    """ "" where --resume comes to the end of one of the seeds, and --overwrite to that of seed 1."""
+    """ "" where --resume comes to the end of one of the seeds, --overwrite to that of seed 1."""
     ended = run(train, words(out, "--resume"), folder)
     if ended.status and "seed was 1" in ended.err:
         ended = run(train, words(out, "--resume", "--seed", 1), folder)
@@ -225,7 +227,9 @@ def survive(work: Path, store: Path, left: Path, way: int, random: Random) -> No
 
     def names(inode: int) -> dict[str, int]:
         file, path = store / f"d{inode}", there.get(inode)
-        pairs = (line.split(" ", 1) for line in file.read_text().splitlines()) if file.exists() else ()
+        pairs = (
+            (line.split(" ", 1) for line in file.read_text().splitlines()) if file.exists() else ()
+        )
         flushed = {name: int(number) for number, name in pairs}
         now = {x.name: x.lstat().st_ino for x in path.iterdir()} if path else flushed
         if way < 2:

@@ -81,7 +81,7 @@ def start(main, words, folder: Path, *, fault=(), memory=2 * 10**9, seconds=60) 
     try:
         for fd, name in enumerate(("out", "err"), 1):
             os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), fd)
-        sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8") for fd in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8") for fd in (1, 2))
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + memory,) * 2)
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
@@ -117,7 +117,7 @@ def run(main, words, folder: Path, **how) -> Ended:
 
 
 def in_a_child(tries: Callable[[], Iterator[str]], folder: Path, **how) -> Iterator[str]:
-    """What tries() yields, in one child; one more, that did not hold, where the child breaks off."""
+    """What tries() yields, in one child; and one more try where the child breaks off."""
 
     def main(_):
         for found in tries():
