@@ -133,7 +133,7 @@ def config_of(file: Path, sealed: bool = False) -> dict | None:
     if not all(isinstance(found.get(part), dict) for part in ("arguments", "facts")):
         return None
     if sealed and found.pop("sha256", None) != seal(found):
-        raise ValueError(f"{file}: edited or damaged, its hash is another; --overwrite starts anew")
+        raise ValueError(f"{file}: edited, damaged or of another version; --overwrite starts anew")
     return found
 
 

@@ -116,9 +116,8 @@ def begin_folder(run: Run) -> None:
         for path in written(run.out):
             if path.name != "config.json":
                 delete(path)
-    passing = ("resume", "overwrite", "config")
-    arguments = {k: v for k, v in vars(run.args).items() if k not in passing}
-    config = {"arguments": arguments, "facts": vars(run.facts)}
+    given = {k: v for k, v in vars(run.args).items() if k not in ("resume", "overwrite", "config")}
+    config = {"arguments": given, "facts": vars(run.facts)}
     write_json(run.out / "config.json", config | {"sha256": seal(config)})
 
 

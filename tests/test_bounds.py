@@ -209,7 +209,7 @@ def test_an_edited_config_json_is_not_resumed_and_can_begin_another_run(world, t
     found["arguments"]["seed"] = 1
     (out / "config.json").write_text(json.dumps(found))
     capsys.readouterr()
-    refused(resumed(out), capsys, f"{out}/config.json: edited or damaged, its hash is another")
+    refused(resumed(out), capsys, f"{out}/config.json: edited, damaged or of another version")
     assert trained(world, tmp_path / "new", f"--config {out}/config.json") == 0
     assert json.loads((tmp_path / "new" / "config.json").read_text())["arguments"]["seed"] == 1
 
