@@ -40,7 +40,9 @@ def read_json(path: Path):
     """
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=without_twins)
+        found = json.loads(text, object_pairs_hook=without_twins)
+        json.dumps(found, ensure_ascii=False).encode()  # half an emoji is no text
+        return found
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 

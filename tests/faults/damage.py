@@ -17,10 +17,19 @@ from minibnf.generate import main as generate
 from minibnf.model import load
 from minibnf.train import main as train
 from tests.faults.runs import WORLD, message, words
-from tests.faults.trials import Campaign, fine_or_one_line, flip, one_line, run
+from tests.faults.trials import (
+    Campaign,
+    fine_or_one_line,
+    flip,
+    in_a_child,
+    one_line,
+    run,
+    run_here,
+)
 from tests.test_tokenizer import CHATML, byte_level
 
 BOUNDS = {"memory": 10**9, "seconds": 20}
+TRIES = 20  # of a trial, which is one child
 DEEP = "[" * 200 + "]" * 200
 STRANGE = [
     None, True, False, 0, 1, -1, 2, 2**31, 2**63, 10**400, 1e-300, 1e300, float("nan"),
@@ -60,9 +69,18 @@ def used(given: list) -> int:
     return check([folder, "--values"]) or generate(command)
 
 
-def judged(model: Path, folder: Path):
-    ended = run(used, [model, folder / "out.jsonl"], folder, **BOUNDS)
-    yield fine_or_one_line(ended)
+def each(change, random: Random, folder: Path):
+    """What becomes of TRIES folders, each changed by change(random, folder) -> the model's."""
+
+    def tries():
+        for number in range(TRIES):
+            place = folder / str(number)
+            place.mkdir()
+            model = change(random, place)
+            yield fine_or_one_line(run_here(used, [model, place / "out.jsonl"], folder))
+            shutil.rmtree(place)
+
+    yield from in_a_child(tries, folder, **BOUNDS)
 
 
 def copied(name: str, folder: Path) -> Path:
@@ -111,7 +129,7 @@ def change_file(file: Path, random: Random, fields=()) -> None:
         file.write_bytes(flip(data, random))
 
 
-def tensors_changed(k: int, random: Random, folder: Path):
+def tensors_changed(random: Random, folder: Path) -> Path:
     model = copied("model", folder)
     file = model / "model.safetensors"
     data = file.read_bytes()
@@ -130,26 +148,26 @@ def tensors_changed(k: int, random: Random, folder: Path):
         data = len(text.encode()).to_bytes(8, "little") + text.encode() + rest
     file.unlink()
     file.write_bytes(data)
-    yield from judged(model, folder)
+    return model
 
 
 FIELDS = sorted(set().union(config.SHAPE, config.HARMLESS, config.ONLY, *config.READS.values()))
 
 
-def config_changed(k: int, random: Random, folder: Path):
+def config_changed(random: Random, folder: Path) -> Path:
     model = copied("model", folder)
     if random.random() < 0.5:
         raw = json.loads((model / "config.json").read_text())
         raw["model_type"] = random.choice(list(config.READS))
         (model / "config.json").write_text(json.dumps(raw))
     change_file(model / "config.json", random, FIELDS)
-    yield from judged(model, folder)
+    return model
 
 
-def index_changed(k: int, random: Random, folder: Path):
+def index_changed(random: Random, folder: Path) -> Path:
     model = copied("parts", folder)
     change_file(model / "model.safetensors.index.json", random, ["weight_map", "metadata"])
-    yield from judged(model, folder)
+    return model
 
 
 TOKENIZER_FIELDS = (
@@ -159,13 +177,13 @@ TOKENIZER_FIELDS = (
 ).split()
 
 
-def tokenizer_changed(k: int, random: Random, folder: Path):
+def tokenizer_changed(random: Random, folder: Path) -> Path:
     model = copied(random.choice(["fast", "model"]), folder)
     names = "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json"
     names += " generation_config.json chat_template.jinja"
     file = random.choice([model / name for name in names.split() if (model / name).exists()])
     change_file(file, random, TOKENIZER_FIELDS)
-    yield from judged(model, folder)
+    return model
 
 
 # ----------------------------------------------------------- small files that could cost everything
@@ -256,11 +274,21 @@ def costs_everything(k: int, random: Random, folder: Path):
 
 
 HOLDS = "check and generate end well, or with one line, within 1 GB and 20 s"
+CHANGES = {
+    "safetensors files": tensors_changed,
+    "config.json": config_changed,
+    "model.safetensors.index.json": index_changed,
+    "files of tokenizers": tokenizer_changed,
+}
 CAMPAIGNS = [
-    Campaign("changed safetensors files", HOLDS, tensors_changed, lambda: 5000, 30),
-    Campaign("changed config.json", HOLDS, config_changed, lambda: 5000, 60),
-    Campaign("changed model.safetensors.index.json", HOLDS, index_changed, lambda: 5000, 30),
-    Campaign("changed files of tokenizers", HOLDS, tokenizer_changed, lambda: 5000, 60),
+    *(
+        Campaign(
+            f"changed {name}", HOLDS,
+            lambda k, random, folder, change=change: each(change, random, folder),
+            lambda: 5000 // TRIES, 3,
+        )
+        for name, change in CHANGES.items()
+    ),
     Campaign(
         "small files that could cost everything",
         "one line, within 1 GB and 20 s",

@@ -187,8 +187,8 @@ def failing_call(k: int, random: Random, folder: Path):
 
 
 def power_cut(k: int, random: Random, folder: Path):
-    """Before a call; a third lose all that was not flushed, a third only what files hold."""
-    name, at = call_of(k // 3)
+    """Before a call; what was not flushed is lost in one of three ways."""
+    (name, at), way = call_of(k), random.randrange(3)
     if name == "resume":  # it makes the calls of a new run
         return
     work, store, left = (folder / x for x in ("work", "store", "left"))
@@ -204,13 +204,13 @@ def power_cut(k: int, random: Random, folder: Path):
         else:
             shutil.copyfile(path, store / f"c{inode}")
     begin(name, folder, fault=(trials.KILL, at), store=store)
-    survive(work, store, left, k % 3, random)
+    survive(work, store, left, way, random)
     had, has = saved(work / "run"), saved(left / "run")
     if len(had) > 1 and max(has, default="") < had[-2]:
         yield f"before call {at} of {name}: {had} were saved, and {has} are left"
         return
     wrong = goes_on(folder, left / "run", SCENARIOS[name][2])
-    yield f"before call {at} of {name}, way {k % 3}: {wrong}" if wrong else ""
+    yield f"before call {at} of {name}, way {way}: {wrong}" if wrong else ""
 
 
 def saved(out: Path) -> list[str]:
@@ -307,7 +307,7 @@ CAMPAIGNS = [
     Campaign(
         "power cuts before each call",
         f"no more than the newest checkpoint is lost; {RESUMES}",
-        power_cut, lambda: 3 * calls(), 8, True,
+        power_cut, calls, 8, True,
     ),
     Campaign(
         "a flipped bit, a lost end of a run's file",

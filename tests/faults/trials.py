@@ -90,9 +90,7 @@ def start(main, words, folder: Path, *, fault=(), memory=2 * 10**9, seconds=60) 
         if fault:
             below, mode, at, store = fault
             shim().fault_arm(os.fsencode(below), mode, ctypes.c_long(at), os.fsencode(store))
-        status = main([str(word) for word in words])
-    except SystemExit as stop:
-        status = stop.code or 0
+        status = status_of(main, words)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -103,6 +101,16 @@ def start(main, words, folder: Path, *, fault=(), memory=2 * 10**9, seconds=60) 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def status_of(main, words) -> int:
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return BUG
 
 
 def end(pid: int, folder: Path) -> Ended:
@@ -116,16 +124,31 @@ def run(main, words, folder: Path, **how) -> Ended:
     return end(start(main, words, folder, **how), folder)
 
 
+def run_here(main, words, folder: Path) -> Ended:
+    """The same without another child, in one that was started with this folder."""
+    for fd in (1, 2):
+        os.ftruncate(fd, 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+    status = status_of(main, words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return Ended(status, *((folder / x).read_text(errors="replace") for x in ("out", "err")))
+
+
 def in_a_child(tries: Callable[[], Iterator[str]], folder: Path, **how) -> Iterator[str]:
     """What tries() yields, in one child; and one more try where the child breaks off."""
 
+    results = folder / "results"
+
     def main(_):
-        for found in tries():
-            print(found.replace("\n", " | "), flush=True)
+        with open(results, "w", encoding="utf-8", errors="replace") as lines:
+            for found in tries():
+                lines.write(found.replace("\n", " | ") + "\n")
+                lines.flush()
         return 0
 
     ended = run(main, [], folder, **how)
-    yield from ended.out.splitlines()
+    yield from results.read_text(encoding="utf-8").split("\n")[:-1]
     if ended.status:
         yield f"broke off: {ended}"
 
