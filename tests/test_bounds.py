@@ -80,7 +80,7 @@ def test_as_many_control_tokens_as_published_models_have_are_read(fast):
     "name, data, says",
     [
         ("a.jsonl.gz", bomb(b"a"), "line 1: a line has more than 16,777,216 bytes"),
-        ("a.jsonl.gz", bomb(b"\n"), "blank lines of more than 16,777,216 bytes"),
+        ("a.jsonl.gz", bomb(b"\n"), "line 1048577: blank lines have 1,048,577 bytes"),
         ("a.jsonl.gz", bomb(b"0\n"), "1000 bad rows"),
         ("a.json.gz", bomb(b"{},", b"["), "may have 268,435,456 bytes; write one row per line"),
     ],

@@ -42,7 +42,8 @@ FORMS = (
     "with 'role' and 'content'"
 )
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
-LINE, ARRAY = 2**24, 2**28  # the most bytes of a line, and of a file that is read at once
+# the most bytes of a line, of blank lines in a row, and of a file that is read at once
+LINE, BLANKS, ARRAY = 2**24, 2**20, 2**28
 DEPTH = 100  # how deeply a row's lists and objects may be nested; later code recurses too
 SHOWN, BAD = 10, 1000  # bad rows that an error lists, and after which reading stops
 
@@ -85,7 +86,7 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
     """The rows of a file of JSON, whose first line that is not blank tells its form.
 
     Those of JSON Lines are bytes, so that one broken line is one bad row. ValueError for a line of
-    more than LINE bytes, as many blank ones, and an array of more than ARRAY.
+    more than LINE bytes, blank lines of more than BLANKS, and an array of more than ARRAY.
     """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         begun, blank = False, 0
@@ -101,9 +102,9 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
                 yield from _values(path, data, number)
                 return
             blank = 0 if text else blank + len(line)
-            if long or blank > LINE:
-                what = "blank lines of" if blank else "a line has"
-                raise ValueError(f"{path}, line {number}: {what} more than {LINE:,} bytes")
+            if long or blank > BLANKS:
+                what = f"a line has more than {LINE:,}" if long else f"blank lines have {blank:,}"
+                raise ValueError(f"{path}, line {number}: {what} bytes")
             if text:
                 begun = True
                 yield Place(path, "line", number), line
