@@ -71,9 +71,9 @@ def conduct(campaign: Campaign, args) -> tuple[int, int]:
                     print(f"\n  number {k} did not hold: {why}", flush=True)
             share, seconds = done / len(todo), time.perf_counter() - began
             line = f"{campaign.name}: {counts['tried']:,} tried, {counts['held']:,} held"
-            if sys.stdout.isatty() or done == len(todo):
-                print(f"\r{line}, {share:.0%}, {seconds:.0f} s", end="", flush=True)
-    print(flush=True)
+            if sys.stdout.isatty() or done % (len(todo) // 4 + 1) == 0 or done == len(todo):
+                end = "" if sys.stdout.isatty() and done < len(todo) else "\n"
+                print(f"\r{line}, {share:.0%}, {seconds:.0f} s", end=end, flush=True)
     return counts["tried"], counts["held"]
 
 

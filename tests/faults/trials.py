@@ -114,10 +114,13 @@ def status_of(main, words) -> int:
 
 
 def end(pid: int, folder: Path) -> Ended:
+    """What became of the child; it may have been killed before it said anything."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    out, err = ((folder / name).read_text(errors="replace") for name in ("out", "err"))
-    calls = int((folder / "calls").read_text()) if (folder / "calls").exists() else 0
-    return Ended(status, out, err, calls)
+    out, err, calls = (
+        (folder / name).read_text(errors="replace") if (folder / name).exists() else ""
+        for name in ("out", "err", "calls")
+    )
+    return Ended(status, out, err, int(calls or 0))
 
 
 def run(main, words, folder: Path, **how) -> Ended:
