@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from threading import RLock
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 HERE = Path(__file__).parent
+tqdm.set_lock(RLock())  # forks share its own lock, and one that is killed never lets go of it
 NONE, KILL, ONCE, FULL, HALF_THEN_FULL, HALF = range(6)  # the modes of shim.c
 BUG = 99  # the status of a child that ended with a traceback
 
