@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from minibnf.files.disk import optional, seal
-from minibnf.files.terminal import ArgumentParser, show
+from minibnf.files.terminal import ArgumentParser, as_words, show
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import add_machine
 
@@ -107,18 +107,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.resume and not earlier:
         show(f"{args.out} holds no run to go on with: starting one")
     return args
-
-
-def as_words(arguments: dict) -> list[str]:
-    """The words of a command line that say the same, so that they are checked as those are."""
-    words = []
-    for name, value in arguments.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            words.append(flag if value is True else f"{flag}={value}")
-    return words
 
 
 def config_of(file: Path, sealed: bool = False) -> dict | None:
