@@ -289,7 +289,8 @@ def two_at_once(k: int, random: Random, folder: Path):
         if ended.status not in (0, -9) and (wrong := one_line(ended)):
             yield wrong
             return
-    ended = run(train, ["--resume", "--out", out], folder)
+    begun = (out / "config.json").exists()  # else the first was killed before, the second refused
+    ended = run(train, ["--resume", "--out", out] if begun else words(out), folder)
     seed = json.loads((out / "config.json").read_text())["arguments"]["seed"]
     same = weights(out) == WORLD["end", seed]
     yield "" if same and not ended.status else f"seed {seed}: {ended}"
