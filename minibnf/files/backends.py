@@ -6,8 +6,10 @@ They are tokenizer.json, which the package tokenizers reads, and sentencepiece's
 import re
 import struct
 import warnings
+from contextlib import contextmanager
 from itertools import groupby
 
+from minibnf.files.disk import VOCABULARY, check_size
 from minibnf.files.spelling import any_of
 
 # Control tokens are the special tokens, and the other added tokens with markup in them, such as
@@ -26,14 +28,13 @@ class HuggingFace:
         except ImportError:
             raise ImportError(f"{path} needs tokenizers: pip install 'minibnf[hf]'") from None
         self.path, self.special = path, {}
-        try:
+        check_size(path, VOCABULARY)
+        with self.reading():
             self.fast = Fast.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
         self.fast.no_truncation()  # the file may ask for either
         self.fast.no_padding()
         vocabulary, added = self.fast.get_vocab(), self.fast.get_added_tokens_decoder()
-        self.id, self.vocab_size = self.fast.token_to_id, max(vocabulary.values()) + 1
+        self.id, self.vocab_size = self.fast.token_to_id, max(vocabulary.values(), default=-1) + 1
         self.control = {
             token.content: i
             for i, token in added.items()
@@ -43,7 +44,8 @@ class HuggingFace:
         # A continuation is encoded behind some token that takes nothing of what follows it.
         simple = (t for t in added.values() if not (t.rstrip or t.single_word or t.normalized))
         self.before = next((t.content for t in simple), "")
-        self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
+        with self.reading():
+            self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
         fallback = "ByteFallback" in repr(self.fast.decoder)  # it spells bytes by <0x00> to <0xFF>
         self.byte_tokens = {
             i for t, i in vocabulary.items() if fallback and re.fullmatch("<0x[0-9A-F]{2}>", t)
@@ -55,9 +57,23 @@ class HuggingFace:
         byte_level = "ByteLevel" in repr(self.fast.pre_tokenizer) and unknown is None
         self.unspelt = set(ByteLevel.alphabet()).difference(vocabulary) if byte_level else set()
 
+    @contextmanager
+    def reading(self):
+        """What the library raises becomes a ValueError; it knows nothing narrower than Exception.
+
+        Where it panics, what it raises is no Exception either.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self.path} cannot be read as a tokenizer: {error}") from error
+
     def begin(self, config, bos_id):
         """The ids that the file's post-processor puts before a text."""
-        encoded = self.fast.encode("a")
+        with self.reading():
+            encoded = self.fast.encode("a")
         return encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]
 
     def encode(self, text, continuation):
@@ -65,14 +81,16 @@ class HuggingFace:
         if lost := sorted(filter(self._is_lost, set(text) if self.unspelt else ())):
             warnings.warn(f"{self.path} has no token for {lost}: left out of a text", stacklevel=3)
         before = self.before if continuation else ""
-        return self.fast.encode(before + text, add_special_tokens=False).ids[bool(before) :]
+        with self.reading():
+            return self.fast.encode(before + text, add_special_tokens=False).ids[bool(before) :]
 
     def _is_lost(self, character):
         words = self.fast.pre_tokenizer.pre_tokenize_str(character)
         return any(self.unspelt.intersection(word) for word, _ in words)
 
     def decode(self, ids, skip_special):
-        return self.fast.decode(ids, skip_special_tokens=skip_special)
+        with self.reading():
+            return self.fast.decode(ids, skip_special_tokens=skip_special)
 
 
 class SentencePiece:
@@ -81,9 +99,10 @@ class SentencePiece:
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor as Processor
 
+        check_size(path, VOCABULARY)
         self.path, model, at = path, path.read_bytes(), 0
         try:
-            self.first = Processor(model_proto=model)
+            self.first = Processor(model_proto=model or b"-")  # no bytes would stand for no file
         except RuntimeError as error:
             raise ValueError(f"{path} cannot be read as a sentencepiece model: {error}") from error
         # The dummy prefix, a space before the text, belongs at its beginning only. The bytes add

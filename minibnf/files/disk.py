@@ -1,6 +1,7 @@
 """JSON, and writes that are whole or absent."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -12,20 +13,53 @@ from pathlib import Path
 from minibnf.files.terminal import show
 
 
+SETTINGS, VOCABULARY = 2**25, 2**28  # the most bytes of a file of settings, and of a tokenizer's
+
+
+def check_size(path: Path, most: int) -> None:
+    """Raise FileNotFoundError, or ValueError where a file has more bytes than that."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes, where {most:,} are the most that is read")
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file. Raises as check_size does, or ValueError where it is no UTF-8."""
+    check_size(path, SETTINGS)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
 def read_json(path: Path):
     """The JSON of a file.
 
     Raises FileNotFoundError, or ValueError that says where the file is broken.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        found = json.loads(text, object_pairs_hook=without_twins)
+        json.dumps(found, ensure_ascii=False).encode()  # half an emoji is no text
+        return found
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
-def _without_twins(pairs: list[tuple]) -> dict:
+TYPES = {bool: "true or false", int: "a whole number", str: "text", list: "a list"}
+TYPES |= {dict: "an object"}
+
+
+def check_types(where, found: dict, types: dict[str, tuple]) -> None:
+    """Raise ValueError where a field that is there, and not null, has none of its types."""
+    for field, kinds in types.items():
+        if not isinstance(value := found.get(field), (*kinds, type(None))):
+            must = " or ".join(TYPES[kind] for kind in kinds)
+            raise ValueError(f"{where}: field '{field}' must be {must}, not {value!r}")
+
+
+def without_twins(pairs: list[tuple]) -> dict:
     """A JSON object; ValueError where a key stands twice, since programs differ in what counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -40,6 +74,11 @@ def optional(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
+
+
+def seal(value) -> str:
+    """sha256 of what JSON makes of a value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def write_json(path: Path, value) -> None:
@@ -85,6 +124,14 @@ def put(temporary: Path, path: Path) -> None:
     flush(path.parent)
 
 
+def make(folder: Path) -> None:
+    """Make a folder, and those it lies in, whose names a power cut does not lose."""
+    if not folder.is_dir():
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
+
+
 @contextmanager
 def replacing(directory) -> Iterator[Path]:
     """A temporary folder that takes the directory's place when the block ends without an error.
@@ -94,7 +141,7 @@ def replacing(directory) -> Iterator[Path]:
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make(temporary)
     try:
         yield temporary
         for path in temporary.rglob("*"):
@@ -131,7 +178,7 @@ def locked(file: Path) -> Iterator[None]:
     empty at the end.
     """
     made = not file.parent.exists()
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make(file.parent)
     with open(file, "a+", encoding="utf-8") as held:
         try:
             import fcntl  # Windows has none

@@ -23,12 +23,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minibnf.files.disk import without_twins
 from minibnf.files.messages import COMPARED, text_or_messages, without_prompt
 
 PAIRED = ("chosen", "rejected")
@@ -40,8 +42,10 @@ FORMS = (
     "with 'role' and 'content'"
 )
 BLANK = b"\xef\xbb\xbf \t\r\n"  # may stand before the first row: a byte order mark, white space
+# the most bytes of a line, of blank lines in a row, and of a file that is read at once
+LINE, BLANKS, ARRAY = 2**24, 2**20, 2**28
 DEPTH = 100  # how deeply a row's lists and objects may be nested; later code recurses too
-SHOWN = 10  # bad rows that an error lists
+SHOWN, BAD = 10, 1000  # bad rows that an error lists, and after which reading stops
 
 
 class Place(NamedTuple):
@@ -81,38 +85,56 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
 def _json(path: Path) -> Iterator[tuple[Place, object]]:
     """The rows of a file of JSON, whose first line that is not blank tells its form.
 
-    Those of JSON Lines are bytes, so that one broken line is one bad row.
+    Those of JSON Lines are bytes, so that one broken line is one bad row. ValueError for a line of
+    more than LINE bytes, blank lines of more than BLANKS, and an array of more than ARRAY.
     """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-        first = []
-        for line in stream:
-            first.append(line)
-            if line.strip(BLANK):
-                break
-        opening = b"".join(first).strip(BLANK)
-        if opening.startswith(b"[") or (opening.startswith(b"{") and not opening.endswith(b"}")):
-            yield from _values(path, b"".join([*first, *stream]))
-        else:
-            for number, line in enumerate(chain(first, stream), 1):
-                if line.strip(BLANK):
-                    yield Place(path, "line", number), line
+        begun, blank = False, 0
+        for number, line in enumerate(iter(partial(stream.readline, LINE + 1), b""), 1):
+            text, long = line.strip(BLANK), len(line) > LINE
+            if not begun and (
+                text.startswith(b"[") or (text.startswith(b"{") and text[-1:] != b"}" and not long)
+            ):
+                data = line + stream.read(ARRAY)
+                if len(data) > ARRAY:
+                    most = f"JSON over several lines, or an array, may have {ARRAY:,} bytes"
+                    raise ValueError(f"{path}: {most}; write one row per line instead")
+                yield from _values(path, data, number)
+                return
+            blank = 0 if text else blank + len(line)
+            if long or blank > BLANKS:
+                what = f"a line has more than {LINE:,}" if long else f"blank lines have {blank:,}"
+                raise ValueError(f"{path}, line {number}: {what} bytes")
+            if text:
+                begun = True
+                yield Place(path, "line", number), line
 
 
-def _values(path: Path, data: bytes) -> Iterator[tuple[Place, object]]:
-    """The rows in objects over any number of lines, placed by their first; or in an array."""
-    with _json_errors(path):
-        text = data.decode("utf-8-sig")
-    space, decode = re.compile(r"\s*"), json.JSONDecoder().raw_decode
-    number, end = 1, 0
-    while (start := space.match(text, end).end()) < len(text):
-        number += text.count("\n", end, start)
-        with _json_errors(path):
-            value, end = decode(text, start)
-        if isinstance(value, list):
-            yield from ((Place(path, "row", n), row) for n, row in enumerate(value, 1))
-        else:
-            yield Place(path, "line", number), value
-        number += text.count("\n", start, end)
+def _values(path: Path, data: bytes, number: int) -> Iterator[tuple[Place, object]]:
+    """The rows in objects over any number of lines, placed by their first; or in an array.
+
+    number: the line that the data begins with.
+    """
+    decode = json.JSONDecoder(object_pairs_hook=without_twins).raw_decode
+    space, empty, mark = map(re.compile, (r"\s*", r"\[\s*\]", r"\s*([,\]])"))
+    with _json_errors(path, number):
+        text, end = data.decode("utf-8-sig"), 0
+        while (start := space.match(text, end).end()) < len(text):
+            number += text.count("\n", end, start)
+            if found := empty.match(text, start):
+                end = found.end()
+            elif text[start] == "[":
+                row, end, found = 0, start + 1, [","] * 2
+                while found[1] == ",":
+                    value, end = decode(text, space.match(text, end).end())
+                    yield Place(path, "row", row := row + 1), value
+                    if not (found := mark.match(text, end)):
+                        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+                    end = found.end()
+            else:
+                value, end = decode(text, start)
+                yield Place(path, "line", number), value
+            number += text.count("\n", start, end)
 
 
 def _parquet(path: Path) -> Iterator[tuple[Place, object]]:
@@ -132,12 +154,15 @@ def _parquet(path: Path) -> Iterator[tuple[Place, object]]:
 
 
 @contextmanager
-def _json_errors(where):
-    """Errors of reading JSON as ValueError that says where, the column and, of a file, the line."""
+def _json_errors(where, first: int = 0):
+    """Errors of reading JSON as ValueError that says where, the column and, of a file, the line.
+
+    first: the line of the file that the JSON begins with.
+    """
     try:
         yield
     except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if isinstance(where, Path) else ""
+        line = f", line {first + error.lineno - 1}" if first else ""
         at = f"{where}{line}, column {error.colno}"
         raise ValueError(f"{at}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, thousands of digits, deep brackets
@@ -149,7 +174,8 @@ def _row(value, place: Place) -> dict | ValueError:
     try:
         if isinstance(value, bytes):
             with _json_errors(place):
-                value = json.loads(value.decode("utf-8-sig").strip())
+                value = value.decode("utf-8-sig").strip()
+                value = json.loads(value, object_pairs_hook=without_twins)
         if not isinstance(value, dict):
             raise ValueError(f"{place}: a row must be a JSON object, not {type(value).__name__}")
         return present(value, place)
@@ -176,21 +202,24 @@ def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) ->
 
     A row is bad if it is a ValueError or read raises one. A ValueError lists the first ten.
     """
-    results, errors = [], []
+    results, errors, bad = [], [], 0
     for place, row in tqdm(rows, desc="reading", unit="row", disable=None, leave=False):
         try:
             if isinstance(row, ValueError):
                 raise row
             results.append(read(row, place))
         except ValueError as error:
-            errors.append(str(error))
-    if len(errors) == 1:
+            errors, bad = [*errors, str(error)][:SHOWN], bad + 1
+            if bad == BAD:
+                break
+    if bad == 1:
         raise ValueError(errors[0])
-    if errors:
-        lines = [f"  {error.removeprefix(f'{place.path}, ')}" for error in errors[:SHOWN]]
-        if len(errors) > SHOWN:
-            lines.append(f"  ... and {len(errors) - SHOWN} more")
-        raise ValueError("\n".join([f"{place.path}: {len(errors)} bad rows", *lines]))
+    if bad:
+        lines = [f"  {error.removeprefix(f'{place.path}, ')}" for error in errors]
+        if bad > SHOWN:
+            rest = "where reading stopped" if bad == BAD else f"and {bad - SHOWN} more"
+            lines.append(f"  ... {rest}")
+        raise ValueError("\n".join([f"{place.path}: {bad} bad rows", *lines]))
     return results
 
 
@@ -316,7 +345,7 @@ def _from_json(row: dict, name: str, where):
     if not isinstance(value, str):
         return value
     with _json_errors(f"{where}: field '{name}'"):
-        return present(json.loads(value), where)
+        return present(json.loads(value, object_pairs_hook=without_twins), where)
 
 
 # --------------------------------------------------------------------------------------- notes

@@ -73,9 +73,10 @@ def _weight_files(directory: Path) -> list[Path]:
     index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         weight_map = optional(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: 'weight_map', the file of each tensor, is missing")
-        names = sorted(set(weight_map.values()))
+        files = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(file, str) for file in files):
+            raise ValueError(f"{index}: 'weight_map' must name the file of each tensor")
+        names = sorted(set(files))
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise FileNotFoundError(f"{directory}: the file of weights '{name}' does not lie there")

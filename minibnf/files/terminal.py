@@ -101,6 +101,18 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, printable(f"error: {message} ({self.prog} --help lists the options)\n"))
 
 
+def as_words(arguments: dict) -> list[str]:
+    """The words of a command line that say the same, so that they are checked as those are."""
+    words = []
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
+    return words
+
+
 def counted(n: int | str, noun: str) -> str:
     """1, "epoch" -> "1 epoch"; 3, "epoch" -> "3 epochs"."""
     return f"{n} {noun}" if str(n) == "1" else f"{n} {noun}s"

@@ -19,13 +19,18 @@ from pathlib import Path
 
 from minibnf.files.backends import HuggingFace, SentencePiece
 from minibnf.files.config import no_model
-from minibnf.files.disk import optional
+from minibnf.files.disk import check_types, optional, read_text
 from minibnf.files.spelling import MARK, Spelling, any_of
 
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+TYPES = {  # of what tokenizer_config.json may hold
+    "add_bos_token": (bool,), "added_tokens_decoder": (dict,), "chat_template": (str, list),
+    "additional_special_tokens": (list, dict),
+}  # fmt: skip
+LONGEST = 10**7  # the squared lengths of all control tokens; no published tokenizer has 10**6
 
 
 def load_tokenizer(directory):
@@ -58,6 +63,14 @@ class Tokenizer:
         self.now = datetime.now().replace(microsecond=0)
         config = directory / "tokenizer_config.json"
         mapped, self.config = optional(directory / "special_tokens_map.json"), optional(config)
+        check_types(config, self.config, TYPES)
+        self.source = self.config.get("chat_template")
+        if isinstance(self.source, list):
+            named = [t for t in self.source if isinstance(t, dict) and t.get("name") == "default"]
+            self.source = named[-1].get("template") if named else None
+            check_types(f"{config}, chat_template", {"template": self.source}, {"template": (str,)})
+        if (directory / "chat_template.jinja").is_file():
+            self.source = read_text(directory / "chat_template.jinja")
         self.special = {}  # {"eos_token": "</s>", ...}; templates may read these
         for key, value in [*backend.special.items(), *mapped.items(), *self.config.items()]:
             if key.endswith("_token") and isinstance(_text(value), str):
@@ -67,10 +80,19 @@ class Tokenizer:
             raise ValueError(f"{config}: {missing}")
         self.eos_id, self.bos_id = self._id_of("eos_token"), self._id_of("bos_token")
         self.pad_id, file = self._id_of("pad_token"), backend.path.name
-        for i, entry in self.config.get("added_tokens_decoder", {}).items():
-            text, found = entry["content"], backend.id(entry["content"])
-            if found != int(i):
+        self.added = self.config.get("added_tokens_decoder") or {}
+        for i, entry in self.added.items():
+            text = _text(entry)
+            if not isinstance(entry, dict) or not isinstance(text, str):
+                raise ValueError(f"{config}: added_tokens_decoder {i} needs 'content', a text")
+            if (found := backend.id(text)) is None or str(found) != i:
                 raise ValueError(f"{config}: {text!r} is to have id {i}, in {file} it has {found}")
+        if sum(len(text) ** 2 for text in self.control) > LONGEST:
+            longest = max(map(len, self.control))
+            raise ValueError(
+                f"{backend.path}: its {len(self.control)} control tokens are too many or too long "
+                f"to be told from what messages say (the longest has {longest} characters)"
+            )
         self.begin = backend.begin(self.config, self.bos_id)
         rows = optional(directory / "config.json").get("vocab_size")
         self.limit = rows if type(rows) is int else self.vocab_size
@@ -79,11 +101,6 @@ class Tokenizer:
         # names none it takes config.json's, and at last the tokenizer's own.
         generation, config = self._ends_of("generation_config.json"), self._ends_of("config.json")
         self._listed, self._ends = generation or config or [self.eos_id], generation + config
-        self.source = self.config.get("chat_template")
-        if isinstance(self.source, list):
-            self.source = {t["name"]: t["template"] for t in self.source}.get("default")
-        if (directory / "chat_template.jinja").is_file():
-            self.source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
 
     def encode(self, text, continuation=False):
         """The ids of a text as it stands; control tokens in it are read, and none is added.
@@ -293,9 +310,9 @@ class Tokenizer:
     @cached_property
     def _spelling(self):
         special = {*self.backend.special_texts, *self.special.values()}
-        special |= set(map(_text, self.config.get("additional_special_tokens") or []))
-        added = self.config.get("added_tokens_decoder", {}).values()
-        special |= {token["content"] for token in added if token.get("special")}
+        more = map(_text, self.config.get("additional_special_tokens") or [])
+        special |= {text for text in more if isinstance(text, str)}
+        special |= {token["content"] for token in self.added.values() if token.get("special")}
         markup = [t for t, i in self.control.items() if t not in special and i not in self.end_ids]
         ends = self.end_ids | {self.bos_id, self.pad_id}
         words = {re.sub(r"\W", "", text) for text, i in self.control.items() if i in ends}
