@@ -22,7 +22,7 @@ WHAT = {
     "power": "p^alpha: DFT on preferred tokens, WGA on rejected ones",
     "apo_zero": "anchored: each response by itself",
     "lndpo": "length-normalised DPO (Tülu 3)",
-    "bdpo": "DPO, its rejected response bounded",
+    "bdpo": "DPO with a bounded rejected term",
 }
 # Autograd and finite differences check every loss. Besides: whose code gives the same loss and
 # gradients (make parity).
