@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minibnf.files.config import READS
+from minibnf.lab.frontiers import questions, weight_table
 from minibnf.lab.tables import table
 from minibnf.lab.verdicts import verdict_table, verdicts
 from minibnf.losses import bnf_loss
@@ -135,6 +136,11 @@ def test_the_verdicts_are_drawn_from_the_committed_results():
     results = results_of("small")
     assert verdict_table(results) in EVIDENCE
     assert table(results, "qa") in EVIDENCE
+
+
+def test_the_maps_tables_are_drawn_from_the_committed_results():
+    results = results_of("map")
+    assert weight_table(results) in EVIDENCE and questions(results) in EVIDENCE
 
 
 def test_the_verdicts_in_short_are_those_of_the_committed_results():
