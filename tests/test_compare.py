@@ -186,6 +186,8 @@ REFUSED = [
     (changed("methods", "dpo", customery={}), "method 'dpo': field 'customery' is unknown"),
     (changed("methods", "bnf", "grid", beta=[1]), "no hyper-parameter 'beta'"),
     (changed("methods", "bnf", "grid", lr=None), "its grid must hold an 'lr'"),
+    (changed("sets", "qa", lr=[1e-4], test_lr=[1e-3]), "'test_lr' must be among its 'lr'"),
+    (changed("methods", "dpo", grid=[{"lr": 1, "beta|y|": 3, "beta": 0.1}]), "needs its 'tokens'"),
     (changed("methods", "bnf", grid=None), "method 'bnf': field 'grid' is missing"),
     (changed("methods", "dpo", customary={"beta": 1}), "and the customary {'beta': 1}"),
 ]
@@ -249,7 +251,7 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
     assert "aligns as well as the best method" in shown
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"win_rate", "accuracy"} == set(results["runs"][0]["each"])
-    assert set(results["facts"]["base"]["qa"]) == {"validation", "test"}
+    assert set(results["facts"]["base"]["qa"]) == {"test"}
     assert len(results["runs"]) == 4 and results["spec"] == spec and results["facts"]["revision"]
     assert {figure.suffix for figure in (tmp_path / "out" / "figures").iterdir()} == {".svg"}
     assert not list((tmp_path / "out" / "runs").iterdir())  # models are not kept
@@ -325,6 +327,26 @@ def test_the_numbers_of_a_frontier_by_hand():
     assert len(points(made, "qa", "bnf", usual=False)) == 2
     found = {name: x[0] for name, x in measures(made, "qa", "bnf").items()}
     assert found == pytest.approx({"at 5": 0.085, "at 10": 0.11, "mean": 0.073})
+
+
+def test_a_setting_that_loses_nothing_counts_from_the_start():
+    """Reasoning gained is none lost: all of .1 is gained at 0, and so everywhere."""
+    made = results(bnf={"accuracy": 0.92, "win": 0.6})
+    found = {name: x[0] for name, x in measures(made, "qa", "bnf").items()}
+    assert found == pytest.approx({"at 5": 0.1, "at 10": 0.1, "mean": 0.1}, abs=1e-3)
+
+
+def test_many_comparisons_share_their_level_and_seeds_are_drawn():
+    """2.4 standard errors are a difference to one rival, and none to one of twenty."""
+    rng = np.random.default_rng(0)
+    mine = 2.4 + np.concatenate([[0.0], rng.standard_normal(2000)])
+    alone, many = {"a": np.zeros(2001)}, {str(k): np.zeros(2001) for k in range(20)}
+    assert against(mine, alone) == (["a"], []) and against(mine, many) == ([], [])
+    assert against(mine, alone, others=19) == ([], [])
+    made = results(BOTH)
+    for r in select(made["runs"], set="math", split="test"):  # prompts alike, seeds not
+        r["each"]["accuracy"] = [0.8 + 0.05 * r["seed"]] * 8
+    assert at_rates(made, "math", "bnf", "accuracy")[1:].std() > 0.01
 
 
 def test_beyond_its_last_point_a_frontier_is_level():
@@ -469,7 +491,7 @@ def test_the_maps_questions_are_differences_with_intervals():
     lines = questions(made).splitlines()
     (both,) = [line for line in lines if "bnf/bnf less ratio/ratio" in line]
     assert "| +0.000 (+0.000 to +0.000) | **+0.050 (+0.050 to +0.050)** |" in both
-    assert report(made).startswith("## The map")  # nothing was chosen: there is no other table
+    assert "## The map" in report(made) and "| nll/tnpo | 0.0001 |" in report(made)
 
 
 def test_numbers_are_rounded_and_whole_ones_are_integers():

@@ -88,7 +88,10 @@ def check(spec: dict) -> None:
     for name, methods in spec["on"].items():
         if unknown := {name, *methods} - {*spec["sets"], *spec["methods"]}:
             raise ValueError(f"spec: 'on' names '{min(unknown)}', no set or method of it")
-        rates = {"lr", "test_lr"} & set(spec["sets"][name])
+        given = spec["sets"][name]
+        if "lr" in given and not set(given.get("test_lr", [])) <= set(given["lr"]):
+            raise ValueError(f"set '{name}': its 'test_lr' must be among its 'lr'")
+        rates = {"lr", "test_lr"} & set(given)
         if lacking := [m for m in methods if not rates and "grid" not in spec["methods"][m]]:
             raise ValueError(f"method '{lacking[0]}': field 'grid' is missing")
     for job in sweep(spec) or finals(spec, []):
@@ -144,7 +147,8 @@ DATA = ("kind", "count", "unpaired", "seed", "tokens", "rows", "train")
 def take(known: dict, spec: dict, base: str, folder: Path) -> None:
     """Write the runs of `known` whose base, data, flags and loss are this spec's to the folder."""
     theirs = known["spec"]
-    if known["facts"]["base_sha256"] != base or theirs.get("train") != spec.get("train"):
+    same = all(theirs.get(field) == spec.get(field) for field in ("train", "exam"))
+    if known["facts"]["base_sha256"] != base or not same:
         return
     for run in known["runs"]:
         name, method = run["set"], run["method"]

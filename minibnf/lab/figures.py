@@ -130,7 +130,7 @@ LINES = {  # method: (colour, marker)
     "bdpo": ("#ff8a65", "4"), "bnf batch": ("#7fc8bd", "o"),
 }  # fmt: skip
 SERIES = 8  # of one figure at most: these first, then in the spec's order
-FIRST = ("bnf", "rbnf", "nll", "unlikelihood", "dpo", "kto", "ipo", "simpo", "orpo")
+FIRST = ("bnf", "rbnf", "nll", "dpo", "kto", "ipo", "simpo", "orpo")
 BESIDE = {"frameon": False, "fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
 
@@ -174,7 +174,7 @@ def _axes_of(run: dict) -> tuple[str, str, str, str]:
         return "accuracy", "reasoning accuracy", "win_rate", "QA win rate against the base"
     kept = ("shift/chosen", "shift of chosen responses (nats)")
     if "solutions" in run["result"]:
-        kept = ("solutions", "log-likelihood of solutions (nats a token)")
+        kept = ("solutions", "log-likelihood of solutions (nats per token)")
     return *kept, "preference", "share of held-out pairs told right"
 
 
@@ -198,6 +198,8 @@ def _frontier(file: Path, name: str, tried: dict[str, list[dict]], spec: dict) -
         axis.plot(*base, "k+", markersize=12, label="base")
         axis.set(xlabel=f"{x_label}, validation prompts", ylabel=y_label)
         axis.set(title=f"{name}: gained against kept; faint: settings that another one beats")
+        if (count := len(spec["on"][name])) > SERIES:
+            axis.text(1.02, 0.02, f"{SERIES} of {count}", transform=axis.transAxes, fontsize=8)
         axis.legend(**BESIDE)
 
 

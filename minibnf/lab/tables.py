@@ -109,6 +109,19 @@ def table(results: dict, name: str) -> str:
     return "\n".join([*lines[:2], f"| base | | | {own} | |", *lines[2:]])
 
 
+def rate_table(results: dict, name: str) -> str:
+    """Markdown: every method at the rates that a set names, "test_lr", on test prompts."""
+    spec, base = results["spec"], plan.select(results["runs"], set=name, split="test")[0]["base"]
+    columns, rows = [c for c in NAMES if c in base], []
+    for method in spec["on"][name]:
+        for lr in spec["sets"][name]["test_lr"]:
+            figures = {c: at(results, method, name, c, lr) for c in columns}
+            shown = [show(x, 2 if c.startswith("shift") else 3) for c, x in figures.items()]
+            rows.append([method, f"{lr:g}", *shown])
+    own = ["base", "", *(f"{base[c][0]:.3f}" for c in columns)]
+    return markdown(["method", "rate", *(NAMES[c] for c in columns)], [own, *rows])
+
+
 # ---- Learning rates ----
 
 
@@ -160,7 +173,7 @@ def beta_and_length(results: dict) -> str:
 
     On validation prompts, with seed 0.
     """
-    head, rows = ["set", "tokens a response", "β", "β × tokens", "win rate", "reasoning"], []
+    head, rows = ["set", "tokens per response", "β", "β × tokens", "win rate", "reasoning"], []
     for name in results["spec"]["on"]:
         tokens = results["facts"]["response_tokens"][name]
         for run in plan.select(results["runs"], set=name, method="dpo lr 1e-4"):

@@ -85,6 +85,8 @@ def arguments(spec: dict, job: dict, data, out) -> list[str]:
     flags |= {"loss": method["loss"], "lr": job["setting"]["lr"], "seed": job["seed"]}
     hyper = method.get("fixed", {}) | job["setting"]
     if (product := hyper.pop("beta|y|", None)) is not None:
+        if "tokens" not in given:
+            raise ValueError(f"set '{job['set']}': 'beta|y|' needs its 'tokens'")
         hyper["beta"] = product / given["tokens"]
     words = ["--overwrite", "--loss-args", *(f"{k}={v}" for k, v in hyper.items() if k != "lr")]
     for name, value in flags.items():
@@ -111,7 +113,7 @@ def run_job(folder: Path, job: dict) -> None:
     """Train and examine; the results are written to folder/results.
 
     A run on files has two results, one for each half of the held-out rows. "each" holds what was
-    measured of each prompt, which bootstraps of verdicts.py draw from.
+    measured of each prompt, which the bootstrap of frontiers.py draws from.
     """
     spec = read_json(folder / "spec.json")
     torch.set_num_threads(spec.get("threads", 1))
@@ -132,11 +134,11 @@ def run_job(folder: Path, job: dict) -> None:
 
 
 def each_of_base(folder: Path, name: str) -> dict[str, dict]:
-    """{split: what was measured of each prompt with the base}."""
-    return {split: examination(folder, name, split)[1][1] for split in ("validation", "test")}
+    """{"test": what was measured of each prompt with the base}."""
+    return {"test": examination(folder, name, "test")[1][1]}
 
 
-EACH = ("win_rate", "accuracy", "preference", "solutions")
+EACH = ("win_rate", "accuracy")
 
 
 def rounded(numbers: Iterable) -> list[float | int | None]:

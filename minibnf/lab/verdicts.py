@@ -180,14 +180,15 @@ def verdict_table(results: dict) -> str:
 def report(results: dict) -> str:
     """Markdown: every table, then the verdicts."""
     parts, spec = [], results["spec"]
-    tried = [x for x in spec["on"] if select(results["runs"], set=x, split="validation")]
-    for name in tried:
-        parts += [f"## {name}", tables.table(results, name)]
+    for name in spec["on"]:
+        given = tables.rate_table if "test_lr" in spec["sets"][name] else tables.table
+        parts += [f"## {name}", given(results, name)]
     for name, methods in spec["on"].items():
         if {"bnf", "bnf own"} <= set(methods):
             parts += [f"## What BNF is divided by, {name}", tables.lengths(results, name)]
     if any("dpo lr 1e-4" in methods for methods in spec["on"].values()):
         parts += ["## DPO's β and the length of responses", tables.beta_and_length(results)]
+    tried = [x for x in spec["on"] if select(results["runs"], set=x, split="validation")]
     if small := [name for name in tried if "kind" in spec["sets"][name]]:
         parts.append("## Is a low Gini good?")
         for name in small:
