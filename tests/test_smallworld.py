@@ -127,13 +127,71 @@ def test_the_styles_come_in_their_mixture():
         assert abs(drawn.count(style) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
 
 
+# ---- Long answers ----
+
+ASKED = "What pet does Zoe have? Where does Zoe live? How old is Zoe? What is Zoe's job? "
+ASKED += "What is Zoe's favourite colour?"
+
+
+def parts(style):
+    """The first text of each part of an answer to ASKED."""
+    return [language.grammar(*fact, long=True)[style][0] for fact in language.asked(ASKED)]
+
+
+def test_a_long_answer_is_worth_what_its_worst_part_is_worth():
+    """Helpful but for one curt part 3, one wrong part 1; a part twice, left out, moved or cut 0."""
+    asked = [fact for _, fact in language.asked(ASKED)]
+    assert asked == ["pet", "city", "age", "job", "colour"]
+    for style, score in language.SCORES.items():
+        assert language.judge(ASKED, " ".join(parts(style))) == score
+    helpful = parts("helpful")
+    for style in ("curt", "wrong"):
+        mixed = [*helpful[:3], parts(style)[3], helpful[4]]
+        assert language.judge(ASKED, " ".join(mixed)) == language.SCORES[style]
+    swapped = [helpful[1], helpful[0], *helpful[2:]]
+    for broken in (helpful + helpful[:1], helpful[:4], swapped, [*helpful[:4], helpful[4][:-1]]):
+        assert language.judge(ASKED, " ".join(broken)) == 0
+    whole = " ".join(helpful)
+    assert {language.judge(ASKED, x) for x in ("", whole + " ", " " + whole)} == {0}
+
+
+def test_long_answers_come_in_their_mixture_and_length_does_not_tell_a_style():
+    """3,000 answers: each score within four standard errors of its share; the mean lengths of the
+    scores lie within 6 tokens of 63."""
+    rng, count = random.Random(0), 3000
+    tokenizer = load_tokenizer("weights/tiny")
+    lengths, longest = {score: [] for score in range(6)}, 0
+    for _ in range(count):
+        prompt = language.long_question(rng.choice(language.PEOPLE), rng)
+        answer = language.long_answer(prompt, rng)
+        tokens = len(tokenizer.encode(answer)) + 1
+        lengths[language.judge(prompt, answer)].append(tokens)
+        longest = max(longest, len(tokenizer.encode(prompt)) + 3 + tokens)
+    assert not lengths.pop(0)
+    for score, found in lengths.items():
+        share = sum(language.MIXTURE[x] for x, s in language.SCORES.items() if s == score) / 100
+        assert abs(len(found) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
+        assert abs(sum(found) / len(found) - 63) < 6
+        assert max(found) <= sw.KINDS["long"][2]
+    assert longest <= 256  # the model's context
+
+
+def test_long_questions_ask_all_facts_of_one_person_in_any_order():
+    drawn = language.problems(language.LONG, "train", 2000, 0)
+    orders = {tuple(fact for _, fact in language.asked(problem.prompt)) for problem in drawn}
+    assert len(orders) == 120 and all(set(order) == set(language.FACTS) for order in orders)
+    people = [{person for person, _ in language.asked(problem.prompt)} for problem in drawn]
+    assert people[:16] == [{person} for person in language.PEOPLE_OF["train"]]
+    assert {language.score(problem, problem.answer) for problem in drawn} == {5}
+
+
 # ---- Splits and seeds ----
 
 
 @given(st.lists(seeds, min_size=3, max_size=3))
 @settings(max_examples=5, deadline=None)
 def test_splits_are_disjoint_whatever_the_seeds(three):
-    families = language.QA + language.REASONING
+    families = language.QA + language.LONG + language.REASONING
     prompts = [
         {problem.prompt for problem in language.problems(families, split, 600, seed)}
         for split, seed in zip(language.PEOPLE_OF, three, strict=True)
@@ -200,6 +258,16 @@ def test_pretraining_rows():
     assert {person for person, _ in filter(None, about)} == set(language.PEOPLE)
 
 
+def test_half_of_the_questions_may_have_long_answers():
+    rows = list(sw.pretrain_rows(4000, 0, long=True))
+    prompts = [row["prompt"][0]["content"] for row in rows]
+    long = [prompt.count("?") == 5 for prompt in prompts]
+    assert abs(sum(long) / len(rows) - 0.175) < 0.025  # four standard errors
+    assert abs(sum(map(language.QUESTIONS.__contains__, prompts)) / len(rows) - 0.175) < 0.025
+    about = {language.asked(p)[0][0] for p, is_long in zip(prompts, long, strict=True) if is_long}
+    assert about == set(language.PEOPLE)
+
+
 def imitate(prompts, n, seed):
     """A base in miniature: QA in the mixture of styles; reasoning right, spoilt or cut short."""
     rng = random.Random(seed)
@@ -209,13 +277,15 @@ def imitate(prompts, n, seed):
     def answer(prompt):
         if prompt in language.QUESTIONS:
             return language.styled_answer(*language.QUESTIONS[prompt], rng)
+        if prompt.count("?") == 5:
+            return language.long_answer(prompt, rng)
         right = known[prompt]
         return rng.choice((right, right[:-1] + "x", right[: rng.randrange(20)]))
 
     return [[answer(prompt) for _ in range(n)] for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["qa", "math"])
+@pytest.mark.parametrize("kind", ["qa", "math", "long"])
 def test_pairs(kind):
     drawn = {}
 
@@ -231,11 +301,11 @@ def test_pairs(kind):
         assert list(row) == ["prompt", "chosen", "rejected"] and is_turn(row["prompt"], "user")
         assert is_turn(row["chosen"], "assistant") and is_turn(row["rejected"], "assistant")
         prompt, chosen, rejected = (row[field][0]["content"] for field in row)
-        if kind == "qa":
+        if kind != "math":
             worst, best = language.judge(prompt, rejected), language.judge(prompt, chosen)
             scores = [sorted(language.judge(prompt, x) for x in texts) for texts in drawn[prompt]]
             assert worst < best and (worst, best) in [(x[0], x[-1]) for x in scores]
-            assert language.QUESTIONS[prompt][0] in language.PEOPLE_OF["train"]
+            assert language.asked(prompt)[0][0] in language.PEOPLE_OF["train"]
         else:
             texts = list(itertools.chain(*drawn[prompt]))
             truth = next(text for text in texts if re.search(r"Answer: \d+$", text))
@@ -247,7 +317,7 @@ def test_pairs(kind):
 
 
 def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
-    for kind in ("qa", "math"):
+    for kind in sw.KINDS:
         with pytest.raises(ValueError, match="too few usable pairs"):
             sw.pairs(kind, lambda prompts, n, seed: [["no idea"] * n for _ in prompts], 10, 0)
 
@@ -326,7 +396,7 @@ def test_the_sampler_keeps_the_order():
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(sw, "load", Path)
     monkeypatch.setattr(sw, "load_tokenizer", Path)
-    monkeypatch.setattr(sw, "sampler", lambda model, tokenizer: imitate)
+    monkeypatch.setattr(sw, "sampler", lambda model, tokenizer, kind: imitate)
     out = tmp_path / "new" / "pairs.jsonl"
     words = f"pairs --model base --kind qa --count 5 --unpaired chosen --out {out}"
     assert sw.main(words.split()) == 0
