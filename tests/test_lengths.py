@@ -38,15 +38,13 @@ def test_what_bnf_gains_more_by_beta_times_length(made):
     """Straight from (0, 0) to 10 points lost: half of the gain at 5. Short answers at β = .1, whose
     β|y| is .9: bnf gains .16, dpo .06."""
     rows = [line.split(" | ") for line in lengths.table(made).splitlines()[2:]]
-    assert [(row[0][2:], row[1]) for row in rows[:2]] == [
-        ("short, 9 tokens", "bnf"),
-        ("long, 60 tokens", "bnf"),
-    ] or [row[1] for row in rows[:2]] == ["bnf", "bnf"]
-    products = [float(row[3]) for row in rows[2:]]
-    assert products == [0.9, 2.7, 3, 6, 18]
-    first = rows[2]
-    assert first[1:6] == ["dpo .1", "0.1", "0.9", "+0.030", "+0.060"]
-    assert first[6].startswith("**+0.050 (") and first[7].startswith("**+0.100 (")
+    assert [row[:2] for row in rows[:2]] == [
+        ["| short, 9 tokens", "bnf"],
+        ["| long, 60 tokens", "bnf"],
+    ]
+    assert [float(row[3]) for row in rows[2:]] == [0.9, 2.7, 3, 6, 18]
+    assert rows[2][1:6] == ["dpo .1", "0.1", "0.9", "+0.030", "+0.060"]
+    assert rows[2][6].startswith("**+0.050 (") and rows[2][7].startswith("**+0.100 (")
 
 
 def test_how_much_larger_the_advantage_is_on_short_answers(made):

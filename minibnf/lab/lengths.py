@@ -71,7 +71,7 @@ def change(results: dict) -> str:
     longest."""
     short, *_, long = sets_by_length(results)
     betas = [fixed_betas(results, name) for name in (short, long)]
-    both = [method for method in betas[0] if method in betas[1]]
+    both = sorted(set(betas[0]) & set(betas[1]), key=betas[0].get)
     rows = []
     for method in both:
         more, less = (advantages(results, name, method) for name in (short, long))
