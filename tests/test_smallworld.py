@@ -129,8 +129,8 @@ def test_the_styles_come_in_their_mixture():
 
 # ---- Long answers ----
 
-ASKED = "What pet does Zoe have? Where does Zoe live? How old is Zoe? What is Zoe's job? "
-ASKED += "What is Zoe's favourite colour?"
+ASKED = "Where does Zoe live? Which animal lives with Zoe? What is Zoe's job? "
+ASKED += "What is Zoe's favourite colour? How old is Zoe?"
 
 
 def parts(style):
@@ -139,12 +139,18 @@ def parts(style):
 
 
 def test_a_long_answer_is_worth_what_its_worst_part_is_worth():
-    """Helpful but for one curt part 3, one wrong part 1; a part twice, left out, moved or cut 0."""
-    asked = [fact for _, fact in language.asked(ASKED)]
-    assert asked == ["pet", "city", "age", "job", "colour"]
+    """Helpful but for one curt part 3, one wrong part 1; a part twice, left out, moved or cut 0.
+
+    Refusing is worth 1, however often it is done, and 0 among answers.
+    """
+    assert language.asked(ASKED) == [("Zoe", fact) for fact in language.FACTS]
     for style, score in language.SCORES.items():
-        assert language.judge(ASKED, " ".join(parts(style))) == score
+        if style != "refusing":
+            assert language.judge(ASKED, " ".join(parts(style))) == score
+    for sentences in (language.REFUSING, language.REFUSING * 4):
+        assert language.judge(ASKED, " ".join(sentences)) == 1
     helpful = parts("helpful")
+    assert language.judge(ASKED, " ".join([*helpful[:4], *language.REFUSING[:2]])) == 0
     for style in ("curt", "wrong"):
         mixed = [*helpful[:3], parts(style)[3], helpful[4]]
         assert language.judge(ASKED, " ".join(mixed)) == language.SCORES[style]
@@ -157,7 +163,7 @@ def test_a_long_answer_is_worth_what_its_worst_part_is_worth():
 
 def test_long_answers_come_in_their_mixture_and_length_does_not_tell_a_style():
     """3,000 answers: each score within four standard errors of its share; the mean lengths of the
-    scores lie within 6 tokens of 63."""
+    scores lie within 2 tokens of 65."""
     rng, count = random.Random(0), 3000
     tokenizer = load_tokenizer("weights/tiny")
     lengths, longest = {score: [] for score in range(6)}, 0
@@ -171,17 +177,16 @@ def test_long_answers_come_in_their_mixture_and_length_does_not_tell_a_style():
     for score, found in lengths.items():
         share = sum(language.MIXTURE[x] for x, s in language.SCORES.items() if s == score) / 100
         assert abs(len(found) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
-        assert abs(sum(found) / len(found) - 63) < 6
+        assert abs(sum(found) / len(found) - 65) < 2
         assert max(found) <= sw.KINDS["long"][2]
     assert longest <= 256  # the model's context
 
 
-def test_long_questions_ask_all_facts_of_one_person_in_any_order():
-    drawn = language.problems(language.LONG, "train", 2000, 0)
-    orders = {tuple(fact for _, fact in language.asked(problem.prompt)) for problem in drawn}
-    assert len(orders) == 120 and all(set(order) == set(language.FACTS) for order in orders)
-    people = [{person for person, _ in language.asked(problem.prompt)} for problem in drawn]
-    assert people[:16] == [{person} for person in language.PEOPLE_OF["train"]]
+def test_long_questions_ask_all_facts_of_one_person():
+    drawn = language.problems(language.LONG, "train", 4000, 0)
+    assert len({problem.prompt for problem in drawn}) == 16 * 2**5
+    for problem, person in zip(drawn, itertools.cycle(language.PEOPLE_OF["train"]), strict=False):
+        assert language.asked(problem.prompt) == [(person, fact) for fact in language.FACTS]
     assert {language.score(problem, problem.answer) for problem in drawn} == {5}
 
 
@@ -258,12 +263,12 @@ def test_pretraining_rows():
     assert {person for person, _ in filter(None, about)} == set(language.PEOPLE)
 
 
-def test_half_of_the_questions_may_have_long_answers():
+def test_two_thirds_of_the_questions_may_have_long_answers():
     rows = list(sw.pretrain_rows(4000, 0, long=True))
     prompts = [row["prompt"][0]["content"] for row in rows]
     long = [prompt.count("?") == 5 for prompt in prompts]
-    assert abs(sum(long) / len(rows) - 0.175) < 0.025  # four standard errors
-    assert abs(sum(map(language.QUESTIONS.__contains__, prompts)) / len(rows) - 0.175) < 0.025
+    assert abs(sum(long) / len(rows) - 0.233) < 0.027  # four standard errors
+    assert abs(sum(map(language.QUESTIONS.__contains__, prompts)) / len(rows) - 0.117) < 0.021
     about = {language.asked(p)[0][0] for p, is_long in zip(prompts, long, strict=True) if is_long}
     assert about == set(language.PEOPLE)
 

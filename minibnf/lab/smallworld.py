@@ -62,7 +62,7 @@ def _row(prompt: str, **answers: str) -> dict:
 def pretrain_rows(count: int, seed: int, long: bool = False) -> Iterator[dict]:
     """Unpaired rows, all labelled true: 35% QA, 65% reasoning (train split).
 
-    QA is about all 24 people, in MIXTURE's styles. long: half of it has long answers.
+    QA is about all 24 people, in MIXTURE's styles. long: two thirds of it has long answers.
     """
     rng = random.Random(f"pretrain/{seed}")
     questions = list(QUESTIONS)
@@ -70,7 +70,7 @@ def pretrain_rows(count: int, seed: int, long: bool = False) -> Iterator[dict]:
     families = [endless(family, "train", f"pretrain/{seed}") for family in REASONING]
     for _ in range(count):
         if rng.random() < 0.35:
-            if long and rng.random() < 0.5:
+            if long and rng.random() < 2 / 3:
                 prompt = long_question(rng.choice(PEOPLE), rng)
                 answer = long_answer(prompt, rng)
             else:
@@ -243,7 +243,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                              help="another seed, another draw; default 0")
     for command in (rows, pairs):
         command.add_argument("--count", type=positive, required=True, help="how many rows")
-    rows.add_argument("--long", action="store_true", help="half of QA with long answers")
+    rows.add_argument("--long", action="store_true", help="two thirds of QA with long answers")
     pairs.add_argument("--model", required=True, help="folder of the base model")
     pairs.add_argument("--kind", choices=KINDS, required=True,
                        help="answers by style, or right against wrong")
