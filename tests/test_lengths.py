@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from minibnf.lab import lengths
+from minibnf.lab import lengths, plan
 from minibnf.lab.compare import check
+from minibnf.lab.figures import comparison
 from minibnf.lab.plan import sweep
 from minibnf.lab.verdicts import report
 from tests.test_compare import BASE_EACH, run
@@ -59,3 +60,15 @@ def test_how_much_larger_the_advantage_is_on_short_answers(made):
 def test_without_two_lengths_there_is_nothing_to_say(made):
     del made["spec"]["on"]["short"]
     assert "## Length" not in report(made)
+
+
+def test_long_answers_are_judged_by_frontiers(made, tmp_path):
+    """The more cautious rate keeps more, the bolder one wins more; the others are worse."""
+    tried = plan.select(made["runs"], set="long", method="bnf", split="validation")
+    scores = [(0.55, 0.88), (0.6, 0.82), (0.5, 0.8), (0.5, 0.8)]
+    for one, (win, kept) in zip(tried, scores, strict=True):
+        one["result"] |= {"win_rate": [win, 0.01], "accuracy": [kept, 0.01]}
+    settings = [one["setting"] for one in tried[:2]]
+    assert plan.final_settings(made["spec"], tried, "long", "bnf") == settings
+    names = [file.stem for file in comparison(made, tmp_path)]
+    assert names == ["long-frontier", "short-frontier"]

@@ -398,6 +398,19 @@ def test_the_sampler_keeps_the_order():
     assert len(set(alone)) == 3 and not any("<" in answer for answer in alone)
 
 
+def test_samples_of_long_answers_may_be_longer(monkeypatch):
+    limits = []
+
+    def generated(model, prompts, *, max_new_tokens, **how):
+        limits.append(max_new_tokens)
+        return [[2] for _ in prompts]  # the end of the turn alone
+
+    monkeypatch.setattr(sw, "generate", generated)
+    for kind in ("qa", "long"):
+        assert sw.sampler(None, load_tokenizer("weights/tiny"), kind)(["?"], 2, 0) == [["", ""]]
+    assert limits == [64, 128]
+
+
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(sw, "load", Path)
     monkeypatch.setattr(sw, "load_tokenizer", Path)
