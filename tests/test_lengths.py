@@ -7,7 +7,6 @@ import pytest
 
 from minibnf.lab import lengths, plan
 from minibnf.lab.compare import check
-from minibnf.lab.figures import comparison
 from minibnf.lab.plan import sweep
 from minibnf.lab.verdicts import report
 from tests.test_compare import BASE_EACH, run
@@ -62,7 +61,7 @@ def test_without_two_lengths_there_is_nothing_to_say(made):
     assert "## Length" not in report(made)
 
 
-def test_long_answers_are_judged_by_frontiers(made, tmp_path):
+def test_long_answers_are_judged_by_frontiers(made):
     """The more cautious rate keeps more, the bolder one wins more; the others are worse."""
     tried = plan.select(made["runs"], set="long", method="bnf", split="validation")
     scores = [(0.55, 0.88), (0.6, 0.82), (0.5, 0.8), (0.5, 0.8)]
@@ -70,5 +69,3 @@ def test_long_answers_are_judged_by_frontiers(made, tmp_path):
         one["result"] |= {"win_rate": [win, 0.01], "accuracy": [kept, 0.01]}
     settings = [one["setting"] for one in tried[:2]]
     assert plan.final_settings(made["spec"], tried, "long", "bnf") == settings
-    names = [file.stem for file in comparison(made, tmp_path)]
-    assert names == ["long-frontier", "short-frontier"]
