@@ -46,7 +46,7 @@ from minibnf.model import load
 # (prompts, n, seed) -> n answers for each prompt
 Sample = Callable[[list[str], int, int], list[list[str]]]
 
-# Of pairs: the families, the samples per prompt, the longest sample in tokens.
+# Of pairs: the families, the samples per prompt, the tokens that a sample may have.
 KINDS = {"qa": (QA, 4, 64), "math": (REASONING, 6, 64), "long": (LONG, 4, 128)}
 
 # ---- Rows for the trainer, in TRL's formats ----
@@ -155,7 +155,7 @@ def unpaired(rows: Iterable[dict], keep: str) -> list[dict]:
 def sampler(model, tokenizer, kind: str = "qa", *, temperature: float = 1.0) -> Sample:
     """sample(prompts, n, seed) -> n answers of the model to each user prompt, no end of turn.
 
-    They end where a sample for pairs of this kind does at the latest. Temperature 0 is greedy.
+    KINDS says how many tokens an answer may have. Temperature 0 is greedy.
     """
     how = {"max_new_tokens": KINDS[kind][2], "temperature": temperature}
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
