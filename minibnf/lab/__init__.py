@@ -2,5 +2,5 @@
 
 Each room imports only those before it: language (questions and their judge), smallworld (files),
 exam (what models score), plan (what is run), trials (one run), tables, frontiers,
-verdicts, figures, compare.
+lengths, verdicts, figures, compare.
 """

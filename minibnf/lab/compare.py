@@ -24,9 +24,9 @@ file of its own, so an interrupted comparison goes on where it stopped. --worker
 method with "extra" is no rival but answers a question of its own; "extra": "sweep" leaves out its
 second stage.
 
-A set is of the small world (smallworld.py: "kind" qa or math, "count", "unpaired") or of files:
-"rows" is a .jsonl of preference rows, "count" of them to train on, "held_out" of them to examine,
-half validation and half test; "solutions" is a .jsonl of question and answer whose likelihood is
+A set is of the small world (a "kind" of smallworld.py, "count", "unpaired") or of files: "rows" is
+a .jsonl of preference rows, "count" of them to train on, "held_out" of them to examine, half
+validation and half test; "solutions" is a .jsonl of question and answer whose likelihood is
 measured. On files a run is examined on both halves, and seeds may be [0].
 """
 

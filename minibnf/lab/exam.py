@@ -31,7 +31,7 @@ from minibnf.feedback import gini, target_logits
 from minibnf.files.config import announce_ignored
 from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.files.tokenizer import load_tokenizer
-from minibnf.lab.language import QA, REASONING, Problem, problems, score
+from minibnf.lab.language import LONG, QA, REASONING, Problem, problems, score
 from minibnf.lab.smallworld import Sample, sampler
 from minibnf.logprob import token_logps
 from minibnf.machine import memory_advice
@@ -115,16 +115,19 @@ def on_files(
 class Exam:
     """What models are asked in the small world, and what the base made of it.
 
-    40 questions of a split ("test", "validation") and `count` problems per reasoning family. Each
-    model draws `samples` answers to each question. The shifts are measured on the preference
-    examples, a list of data.Example.
+    40 questions of a split ("test", "validation"), of kind "long" long ones, and `count` problems
+    per reasoning family. Each model draws `samples` answers to each question. The shifts are
+    measured on the preference examples, a list of data.Example.
     """
 
-    def __init__(self, base, tokenizer, examples, *, split="test", samples=16, count=100, seed=0):
-        self.tokenizer, self.samples, self.seed = tokenizer, samples, seed
-        self.questions = problems(QA, split, 40, seed)
+    def __init__(
+        self, base, tokenizer, examples, *, kind="qa", split="test", samples=16, count=100, seed=0
+    ):
+        self.tokenizer, self.kind, self.samples, self.seed = tokenizer, kind, samples, seed
+        self.questions = problems(LONG if kind == "long" else QA, split, 40, seed)
         self.chains = problems(REASONING, split, count * len(REASONING), seed)
-        self.base_scores = scores_of(sampler(base, tokenizer), self.questions, samples, seed)
+        drawn = sampler(base, tokenizer, kind)
+        self.base_scores = scores_of(drawn, self.questions, samples, seed)
         self.examples, self.held = examples, held_out(base, examples)
 
     def grade(self, model: Transformer) -> Figures:
@@ -138,7 +141,9 @@ class Exam:
         shift/chosen and shift/rejected: nats, one number per response. gini: one number.
         """
         # From the base's seed, a model equal to it would answer as it did and tie always.
-        drawn, greedy = (sampler(model, self.tokenizer, temperature=t) for t in (1.0, 0.0))
+        drawn, greedy = (
+            sampler(model, self.tokenizer, self.kind, temperature=t) for t in (1.0, 0.0)
+        )
         scores = scores_of(drawn, self.questions, self.samples, self.seed + 1)
         right = scores_of(greedy, self.chains, 1, self.seed)[:, 0]
         found = {

@@ -8,6 +8,7 @@ it broke off, and the "base"'s.
 import math
 from itertools import product
 
+JUDGED = ("qa", "long")  # by frontiers: these kinds of sets
 FAR = 0.1  # of reasoning lost: how far frontiers are compared
 
 
@@ -66,7 +67,7 @@ def final_settings(spec: dict, runs: list[dict], name: str, method: str) -> list
     tried = select(runs, set=name, method=method, split="validation", seed=0)
     usual = with_setting(tried, customary(spec, method))
     kept = [*chosen_settings(spec, runs, name, method).values()]
-    if spec["sets"][name].get("kind") == "qa":
+    if spec["sets"][name].get("kind") in JUDGED:
         kept += frontier(tried) + frontier(usual)
     return [r["setting"] for r in tried if r["setting"] in kept]
 

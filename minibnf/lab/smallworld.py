@@ -27,6 +27,8 @@ from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.generate import generate, text_of
 from minibnf.lab.language import (
+    LONG,
+    PEOPLE,
     PEOPLE_OF,
     QA,
     QUESTIONS,
@@ -34,6 +36,8 @@ from minibnf.lab.language import (
     Problem,
     endless,
     endless_in_turn,
+    long_answer,
+    long_question,
     score,
     styled_answer,
 )
@@ -42,7 +46,8 @@ from minibnf.model import load
 # (prompts, n, seed) -> n answers for each prompt
 Sample = Callable[[list[str], int, int], list[list[str]]]
 
-KINDS = {"qa": (QA, 4), "math": (REASONING, 6)}  # of pairs: the families, the samples per prompt
+# Of pairs: the families, the samples per prompt, the tokens that a sample may have.
+KINDS = {"qa": (QA, 4, 64), "math": (REASONING, 6, 64), "long": (LONG, 4, 128)}
 
 # ---- Rows for the trainer, in TRL's formats ----
 
@@ -54,10 +59,10 @@ def _row(prompt: str, **answers: str) -> dict:
     return row
 
 
-def pretrain_rows(count: int, seed: int) -> Iterator[dict]:
+def pretrain_rows(count: int, seed: int, long: bool = False) -> Iterator[dict]:
     """Unpaired rows, all labelled true: 35% QA, 65% reasoning (train split).
 
-    QA is about all 24 people, in MIXTURE's styles.
+    QA is about all 24 people, in MIXTURE's styles. long: two thirds of it has long answers.
     """
     rng = random.Random(f"pretrain/{seed}")
     questions = list(QUESTIONS)
@@ -65,8 +70,12 @@ def pretrain_rows(count: int, seed: int) -> Iterator[dict]:
     families = [endless(family, "train", f"pretrain/{seed}") for family in REASONING]
     for _ in range(count):
         if rng.random() < 0.35:
-            prompt = rng.choice(questions)
-            answer = styled_answer(*QUESTIONS[prompt], rng)
+            if long and rng.random() < 2 / 3:
+                prompt = long_question(rng.choice(PEOPLE), rng)
+                answer = long_answer(prompt, rng)
+            else:
+                prompt = rng.choice(questions)
+                answer = styled_answer(*QUESTIONS[prompt], rng)
         else:
             problem = next(rng.choice(families))
             prompt, answer = problem.prompt, problem.answer
@@ -98,21 +107,21 @@ def choose(problem: Problem, answers: list[str]) -> tuple[str, str] | None:
         return None
     best = [a for a in scores if scores[a] == max(scores.values())]
     worst = [a for a in scores if scores[a] == min(scores.values())]
-    if problem.family in QA:
-        return best[0], worst[0]
-    return min(itertools.product(best, worst), key=lambda pair: edit_distance(*pair))
+    if problem.family in REASONING:
+        return min(itertools.product(best, worst), key=lambda pair: edit_distance(*pair))
+    return best[0], worst[0]
 
 
 def pairs(kind: str, sample: Sample, count: int, seed: int, split: str = "train") -> list[dict]:
     """`count` pairs {"prompt", "chosen", "rejected"}: both answers are the base's own samples.
 
-    kind "qa": the best against the worst of 4 samples by the judge. kind "math": of 6 samples, the
-    right and the wrong one that are nearest to each other. Prompts are of the split. Where samples
-    give no pair, the prompt is left out and another is drawn; QA prompts recur with new samples.
-    sample(prompts, n, seed) draws n answers for each prompt, as sampler() does. Raises ValueError
-    if fewer than about one prompt in 500 gives a pair.
+    kind "qa", "long": the best against the worst of 4 samples by the judge. "math": of 6 samples,
+    the right and the wrong one that are nearest to each other. Prompts are of the split. Where
+    samples give no pair, the prompt is left out and another is drawn; QA prompts recur with new
+    samples. sample(prompts, n, seed) draws n answers for each prompt, as sampler() does. Raises
+    ValueError if fewer than about one prompt in 500 gives a pair.
     """
-    families, n = KINDS[kind]
+    families, n, _ = KINDS[kind]
     source = endless_in_turn(families, split, seed)
     rng = random.Random(f"pairs/{kind}/{seed}")
     rows, asked = [], 0
@@ -143,12 +152,12 @@ def unpaired(rows: Iterable[dict], keep: str) -> list[dict]:
     ]
 
 
-def sampler(model, tokenizer, *, temperature: float = 1.0) -> Sample:
+def sampler(model, tokenizer, kind: str = "qa", *, temperature: float = 1.0) -> Sample:
     """sample(prompts, n, seed) -> n answers of the model to each user prompt, no end of turn.
 
-    Temperature 0 is greedy.
+    KINDS says how many tokens an answer may have. Temperature 0 is greedy.
     """
-    how = {"max_new_tokens": 64, "temperature": temperature}
+    how = {"max_new_tokens": KINDS[kind][2], "temperature": temperature}
     how |= {"stop_ids": tokenizer.end_ids, "vocab_size": tokenizer.vocab_size}
 
     def sample(prompts: list[str], n: int, seed: int) -> list[list[str]]:
@@ -234,6 +243,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                              help="another seed, another draw; default 0")
     for command in (rows, pairs):
         command.add_argument("--count", type=positive, required=True, help="how many rows")
+    rows.add_argument("--long", action="store_true", help="two thirds of QA with long answers")
     pairs.add_argument("--model", required=True, help="folder of the base model")
     pairs.add_argument("--kind", choices=KINDS, required=True,
                        help="answers by style, or right against wrong")
@@ -254,11 +264,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--out {args.out} is not empty; name another folder")
         write_base(args.out, args.seed)
     elif args.command == "rows":
-        write_rows(args.out, pretrain_rows(args.count, args.seed))
+        write_rows(args.out, pretrain_rows(args.count, args.seed, args.long))
     else:
         if inside(args.out, Path(args.model)):
             raise ValueError(f"--out {args.out} lies in --model {args.model}; name another file")
-        sample = sampler(load(args.model), load_tokenizer(args.model))
+        sample = sampler(load(args.model), load_tokenizer(args.model), args.kind)
         rows = pairs(args.kind, sample, args.count, args.seed, args.split)
         write_rows(args.out, unpaired(rows, args.unpaired) if args.unpaired else rows)
     show(f"wrote {args.out}")

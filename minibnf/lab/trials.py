@@ -59,11 +59,12 @@ def parts_of_a_file(given: dict) -> list[list[dict]]:
 
 def drawn_parts(base: str, given: dict) -> list[list[dict]]:
     """Small-world rows to train on, then 256 pairs each for validation and test."""
-    sample, seed = sampler(load(base), load_tokenizer(base)), given.get("seed", 0)
-    rows = pairs(given["kind"], sample, given["count"], seed, "train")
+    kind, seed = given["kind"], given.get("seed", 0)
+    sample = sampler(load(base), load_tokenizer(base), kind)
+    rows = pairs(kind, sample, given["count"], seed, "train")
     if given.get("unpaired"):
         rows = unpaired(rows, given["unpaired"])
-    held = [pairs(given["kind"], sample, 256, seed, split) for split in ("validation", "test")]
+    held = [pairs(kind, sample, 256, seed, split) for split in ("validation", "test")]
     return [rows, *held]
 
 
@@ -160,7 +161,8 @@ def examination(folder: Path, name: str, split: str) -> tuple[Callable, tuple[di
     given, base, tokenizer = spec["sets"][name], load(spec["base"]), load_tokenizer(spec["base"])
     examples, solutions = examples_of(spec, prepare(spec, name, folder / "data")[split]), []
     if "kind" in given:
-        measure = Exam(base, tokenizer, examples, split=split, **spec.get("exam", {})).measure
+        how = {"kind": given["kind"], "split": split} | spec.get("exam", {})
+        measure = Exam(base, tokenizer, examples, **how).measure
     else:
         if asked := given.get("solutions"):
             scanned = islice(scan_rows(asked["file"]), asked["count"])

@@ -10,7 +10,7 @@ Results that also hold what was measured of each prompt are judged on frontiers 
 import math
 from statistics import mean, median
 
-from minibnf.lab import frontiers, tables
+from minibnf.lab import frontiers, lengths, tables
 from minibnf.lab.plan import customary, select, with_setting
 from minibnf.lab.tables import TOLERANCE, figure, markdown, rivals, show
 
@@ -197,6 +197,8 @@ def report(results: dict) -> str:
             parts.append(f"{name}: {said} over {count} runs: {rho:+.2f}")
     if "base" in results["facts"]:  # what was measured of each prompt is there
         parts += frontiers.report(results)
+        if len(lengths.sets_by_length(results)) > 1:
+            parts += ["## Length", lengths.table(results), lengths.change(results)]
     elif small:
         parts += ["## Verdicts", verdict_table(results)]
     return "\n\n".join(parts)
