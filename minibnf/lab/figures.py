@@ -124,7 +124,7 @@ LINES = {  # method: (colour, marker)
     "bnf": (GOOD, "o"), "rbnf": ("#2f6fab", "s"), "nll": ("#888888", "x"),
     "unlikelihood": (BAD, "x"), "dpo": ("#a05aa8", "^"), "dpo+nll": ("#d48fd6", "v"),
     "rdpo": ("#6b3d78", "<"), "ipo": ("#b5651d", "D"), "slic": ("#8c8c2b", "P"),
-    "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#c58b1b", "*"),
+    "kto": (PLAIN, ">"), "orpo": ("#d4a017", "d"), "simpo": ("#e0457b", "*"),
     "cpo": ("#e08283", "p"), "topr": ("#7e57c2", "1"), "tnpo": ("#7cb342", "2"),
     "power": ("#222222", "3"), "apo_zero": ("#00a5cf", "h"), "lndpo": ("#8d6e63", "H"),
     "bdpo": ("#ff8a65", "4"), "bnf batch": ("#7fc8bd", "o"),
