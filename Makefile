@@ -45,7 +45,7 @@ notebooks: .venv/notebooks ## write the pages as Jupyter notebooks, outputs incl
 
 exercise: .venv/test ## N=03: test your solution of an exercise, tutorials/exercises/e03.py
 	@test -f "tests/exercises/test_e$(N).py" || { echo "which one of 00 to 11? make exercise N=03"; exit 2; }
-	@EXERCISES=tutorials/exercises $(ONE) $(BIN)/python -m pytest -q --tb=short tests/exercises/test_e$(N).py || \
+	@EXERCISES=tutorials/exercises $(ONE) $(BIN)/python -m pytest -q -x --tb=short tests/exercises/test_e$(N).py || \
 		{ echo "tutorials/exercises/e$(N).py is yours to fill in: its docstrings say what each function returns"; exit 1; }
 
 bad-runs: .venv/small ## make the eight small runs that page 06 reads, five of which go wrong on purpose (one minute)

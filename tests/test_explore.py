@@ -227,8 +227,8 @@ def dpo_pushes_harder_far_below(p, r):
 # library; r: the word's reference.
 TRUE = [
     (
-        "Paris, and the rest lose too",
-        lambda p, r: (p[-1] > p[0]).tolist() == [True] + [False] * 7 and p[-1, 0] > 0.98,
+        "Lyon, and even Paris loses",
+        lambda p, r: (p[-1] > p[0]).nonzero().flatten().tolist() == [2] and p[-1, 2] > 0.96,
     ),
     (
         "It stays near its maximum, 1",

@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
+from minibnf.losses import LOSSES
+
 FIGURES = Path(__file__).parent / "figures"
 GOOD, BAD, BLUE, VIOLET, GREY = "#1b9e96", "#d2694f", "#4585c9", "#a05aa8", "#808080"
 STYLE = {"svg.hashsalt": "minibnf", "savefig.transparent": True, "font.size": 9}
@@ -173,16 +175,19 @@ def targets(pi: Tensor, by_r: dict[float, Tensor]) -> None:
         axes[-1].legend(frameon=False)
 
 
-def potentials(log_p: Tensor, r: float, kinds: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> None:
-    """A token's loss ∓Φ above its weight w, over log p (n,).
-
-    kinds: {"preferred": {a loss's label: (loss (n,), w (n,))}, "rejected": ...}.
-    """
+def potentials(log_p: Tensor, r: float, preferred: list[str], rejected: list[str]) -> None:
+    """A token's loss ∓Φ above its weight w, over log p (n,), for the losses named."""
+    log_r = torch.full_like(log_p, r).log()
     colours = {"bnf": (GOOD, 2.4), "rbnf": (BLUE, 1.4)}
     with drawn("potential", (8, 4.4), 2, 2, sharex=True, sharey="row") as axes:
-        for column, (kind, curves) in enumerate(kinds.items()):
+        kinds = ("preferred", preferred), ("rejected", rejected)
+        for column, (kind, names) in enumerate(kinds):
             upper, lower = axes[:, column]
-            for name, (loss, w) in curves.items():
+            sign = -1 if kind == "preferred" else 1
+            for name in names:
+                token = log_p, log_r, torch.full(log_p.shape, kind == "preferred")
+                loss = sign * LOSSES[name].potential(*token)
+                w = LOSSES[name].weight(*token)
                 colour, width = colours.get(name, (BAD, 1.4))
                 how = {"color": colour, "linewidth": width, "label": name}
                 upper.plot(log_p, loss, **how)
