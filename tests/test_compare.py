@@ -15,7 +15,16 @@ from minibnf.lab.compare import check, compare, main
 from minibnf.lab.figures import comparison
 from minibnf.lab.language import QA, problems
 from minibnf.lab import frontiers
-from minibnf.lab.frontiers import against, at_rates, interval, measures, points, questions
+from minibnf.lab.frontiers import (
+    NOT,
+    REPRODUCED,
+    against,
+    at_rates,
+    interval,
+    measures,
+    points,
+    questions,
+)
 from minibnf.lab.plan import (
     FAR,
     chosen_settings,
@@ -30,7 +39,7 @@ from minibnf.lab.plan import (
 )
 from minibnf.lab.tables import concentration, figure, good_rates, ranks
 from minibnf.lab.trials import arguments, rounded, slug
-from minibnf.lab.verdicts import NOT, REPRODUCED, report, verdicts, within
+from minibnf.lab.verdicts import report, verdicts, within
 
 SPEC = {
     "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32, "device": "cpu"},
@@ -476,6 +485,13 @@ def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
 def test_verdicts_on_frontiers(claim, scores, expected, numbers):
     found, said = verdict(results(BOTH, **scores), claim, frontiers.verdicts)
     assert found == expected and numbers in said
+
+
+def test_frontiers_need_neither_rates_on_maths_nor_a_second_stage_of_every_method():
+    made = results()
+    assert len(frontiers.verdicts(made)) == 4 and len(frontiers.verdicts(results(BOTH))) == 6
+    made["runs"] = [r for r in made["runs"] if (r["method"], r["split"]) != ("nll", "test")]
+    assert "| nll | +0.000 ± 0.000 |" in frontiers.frontier_table(made, "qa")
 
 
 def test_the_maps_questions_are_differences_with_intervals():

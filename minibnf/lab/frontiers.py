@@ -29,6 +29,7 @@ from minibnf.lab.plan import FAR, customary, frontier, select, with_setting
 from minibnf.lab.tables import markdown, rivals
 
 Scores = dict[str, np.ndarray]  # {method: its replicates, the first what was measured}
+REPRODUCED, NOT = "reproduced", "not reproduced"
 REPLICATES = 2000
 LEVEL = 0.05  # of all comparisons of a claim together: each has its share (Bonferroni)
 
@@ -71,6 +72,8 @@ def points(results: dict, name: str, method: str, usual: bool) -> list[tuple]:
     found = []
     for setting in frontier(tried):
         tested = select(runs, split="test", setting=setting)
+        if not tested:
+            continue  # a method of the first stage alone
         win, kept = (replicates(results, tested, what) for what in ("win_rate", "accuracy"))
         found.append((setting, np.maximum(-kept, 0), win))
     return found
@@ -201,15 +204,21 @@ CLAIMS = [  # a claim, its rule, and the methods that it judges on each set
 # fmt: on
 
 
-def verdicts(results: dict) -> list[tuple[str, str, str]]:
+def judged(results: dict, claims: list[tuple]) -> list[tuple[str, str, str]]:
     """(claim, verdict, numbers) of each claim whose sets and methods the results hold."""
     on, found = results["spec"]["on"], []
-    for text, rule, needs in CLAIMS:
+    for text, rule, needs in claims:
         has_methods = all(set(methods) <= set(on.get(name, [])) for name, methods in needs.items())
         if has_methods and all(rivals(results, name) for name in needs):
             holds, numbers = rule(results, *needs)
-            found.append((text, "reproduced" if holds else "not reproduced", numbers))
+            found.append((text, REPRODUCED if holds else NOT, numbers))
     return found
+
+
+def verdicts(results: dict) -> list[tuple[str, str, str]]:
+    """The claims on mathematical pairs need rates to be judged at."""
+    at_rates_too = "test_lr" in results["spec"]["sets"].get("math", {})
+    return judged(results, [claim for claim in CLAIMS if at_rates_too or "math" not in claim[2]])
 
 
 # ---- The map: weights combined under one length normaliser ----

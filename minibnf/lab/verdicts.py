@@ -14,8 +14,6 @@ from minibnf.lab import frontiers, lengths, tables
 from minibnf.lab.plan import customary, select, with_setting
 from minibnf.lab.tables import TOLERANCE, figure, markdown, rivals, show
 
-REPRODUCED, NOT = "reproduced", "not reproduced"
-
 
 def within(a: tuple[float, float], b: tuple[float, float]) -> bool:
     """a is not below b by more than two errors."""
@@ -164,13 +162,7 @@ CLAIMS = [  # a claim, its rule, and the methods that it judges on each set
 
 def verdicts(results: dict) -> list[tuple[str, str, str]]:
     """(claim, verdict, numbers) of each claim whose sets and methods the results hold."""
-    on, found = results["spec"]["on"], []
-    for text, rule, needs in CLAIMS:
-        has_methods = all(set(methods) <= set(on.get(name, [])) for name, methods in needs.items())
-        if has_methods and all(rivals(results, name) for name in needs):
-            holds, numbers = rule(results, *needs)
-            found.append((text, REPRODUCED if holds else NOT, numbers))
-    return found
+    return frontiers.judged(results, CLAIMS)
 
 
 def verdict_table(results: dict) -> str:
