@@ -1,9 +1,11 @@
-"""The mathematics of pages 00, 01 and 03, as properties: where probability goes, RLHF's optimum and
-DPO, the price of BNF. float64."""
+"""The mathematics of pages 00 to 03, as properties: where probability goes, RLHF's optimum and DPO,
+when DPO's push grows, the price of BNF. float64."""
+
+import math
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minibnf.feedback import feedback
@@ -106,6 +108,20 @@ def test_of_a_pair_with_one_vote_dpo_has_no_optimum(margin, beta):
     )
     chosen, rejected = LOSSES["dpo"].gradient(batch, beta=beta).tolist()
     assert chosen < 0 < rejected
+
+
+# ------------------------------------------------------------------ page 02: when DPO's push grows
+
+
+@given(r=st.floats(0.01, 0.99), share=st.floats(0.01, 1), beta=BETAS)
+def test_dpos_push_on_a_falling_token_grows_while_its_odds_exceed_a_bound(r, share, beta):
+    """While o(p) > β σ(βΔ), Δ = log(r/p): at the start, p = r, if o(r) > β/2."""
+    p = r * share
+    bound = beta * torch.sigmoid(torch.tensor(-beta * math.log(share))).item()
+    assume(abs(p / (1 - p) / bound - 1) > 1e-3)
+    ends = torch.tensor([p, p * (1 - 1e-6)], dtype=torch.float64)
+    here, lower = feedback("dpo", ends, r, preferred=False, beta=beta).tolist()
+    assert (lower > here) == (p / (1 - p) > bound)
 
 
 # -------------------------------------------------------------------- page 03: the price of BNF
