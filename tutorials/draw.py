@@ -1,4 +1,4 @@
-"""The figures of pages 00 to 03, for a light background and for a dark one.
+"""The figures of pages 00 to 03 and 05, for a light background and for a dark one.
 
 A page computes the numbers and one line of it draws them into tutorials/figures. Needs matplotlib
 (extra `plots`); draws without a display, and the same bytes every time.
@@ -200,3 +200,21 @@ def potentials(log_p: Tensor, r: float, preferred: list[str], rejected: list[str
             lower.set(xlabel="log p", ylim=(-0.05, 1.1))
         axes[0, 0].set_ylabel("its loss (nats)")
         axes[1, 0].set_ylabel("its weight w")
+
+
+# ---- Page 05 ----
+
+RIVALS = {"bnf": GOOD, "rbnf": BLUE, "nll": "#c58b1b", "dpo": VIOLET, "kto": "#7f8ea3"}
+
+
+def what_a_rate_costs(paths: dict[str, list[tuple]], base: tuple[float, float]) -> None:
+    """Win rate against reasoning kept: a path of (win, kept) per method, and the base's point."""
+    with drawn("what-a-rate-costs", (6.4, 3.8)) as axis:
+        for method, path in paths.items():
+            win, kept = zip(*path, strict=True)
+            width = 2.4 if method == "bnf" else 1.3
+            how = {"color": RIVALS[method], "linewidth": width, "label": method}
+            axis.plot(kept, win, "o-", markersize=4, **how)
+        axis.plot(base[1], base[0], "+", color=GREY, markersize=12, label="base")
+        axis.set(xlabel="reasoning kept, falling to the right", ylabel="QA win rate", xlim=(1, 0))
+        axis.legend(frameon=False, loc="lower left")
