@@ -207,14 +207,15 @@ def potentials(log_p: Tensor, r: float, preferred: list[str], rejected: list[str
 RIVALS = {"bnf": GOOD, "rbnf": BLUE, "nll": "#c58b1b", "dpo": VIOLET, "kto": "#7f8ea3"}
 
 
-def what_a_rate_costs(paths: dict[str, list[tuple]], base: tuple[float, float]) -> None:
-    """Win rate against reasoning kept: a path of (win, kept) per method, and the base's point."""
+def what_a_rate_costs(runs: dict[str, list[dict]], base: dict) -> None:
+    """Win rate against reasoning kept: a path of each method's runs, and the base's point."""
     with drawn("what-a-rate-costs", (6.4, 3.8)) as axis:
-        for method, path in paths.items():
-            win, kept = zip(*path, strict=True)
+        for method, path in runs.items():
+            win, kept = ([r["result"][x][0] for r in path] for x in ("win_rate", "accuracy"))
             width = 2.4 if method == "bnf" else 1.3
             how = {"color": RIVALS[method], "linewidth": width, "label": method}
             axis.plot(kept, win, "o-", markersize=4, **how)
-        axis.plot(base[1], base[0], "+", color=GREY, markersize=12, label="base")
+        at = base["accuracy"][0], base["win_rate"][0]
+        axis.plot(*at, "+", color=GREY, markersize=12, label="base")
         axis.set(xlabel="reasoning kept, falling to the right", ylabel="QA win rate", xlim=(1, 0))
         axis.legend(frameon=False, loc="lower left")
