@@ -2,8 +2,8 @@
 
 The feedback of a token is |dL/dz_y| = |dlogps| (1 - p), the push on its own logit. Elsewhere
 dL/dz_v = -dlogps p_v, so the pushes on all other logits add up to the same number. Where it fades
-as p falls there is an end to the push (BNF: on both sides of the reference, a tent). Where it grows
-there is none (every loss built on log-likelihood). Needs torch alone.
+as p falls, the push ends by itself: BNF's does so on both sides of the reference, a tent. That of
+log-likelihood grows instead, and DPO's first does too where o(r) > beta/2. Needs torch alone.
 """
 
 import torch
