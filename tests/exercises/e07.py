@@ -23,7 +23,7 @@ def split(chosen, rejected):
     """Two lists of messages -> (prompt, rest of chosen, rest of rejected), the prompt being their
     longest common beginning.
 
-    Raises ValueError if they share no message, or if nothing is left of either.
+    Raises ValueError if they share no message, or if nothing is left of one of them.
     """
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:

@@ -7,7 +7,10 @@ from minibnf.responses import Responses
 
 
 def smoothed_dpo_dlogps(batch: Responses, beta: float, epsilon: float) -> Tensor:
-    """(N,): dL/dlogps of the mean over pairs of -(1 - ε) log σ(βΔ) - ε log σ(-βΔ), by hand."""
+    """(N,): dL/dlogps of the mean over pairs of -(1 - ε) log σ(βΔ) - ε log σ(-βΔ), by hand.
+
+    Δ, one number per pair: log(π/π_ref) of the chosen response less that of the rejected one, each
+    a sum over the response's tokens."""
     raise NotImplementedError
 
 

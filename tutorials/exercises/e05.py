@@ -8,6 +8,7 @@ def win_rate(scores: list[float], base_scores: list[float]) -> float:
 
 
 def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (kept, gained) points that no other point beats, by falling kept; equal points all
-    stay."""
+    """The (kept, gained) points that no other point beats, by falling kept; equal points all stay.
+
+    Beaten: another is at least as good in both and better in one."""
     raise NotImplementedError

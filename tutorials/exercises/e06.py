@@ -15,5 +15,8 @@ def rows(votes: Iterable[tuple[str, str, float]]) -> list[dict]:
 
 def diagnose(rows: list[dict]) -> str:
     """The rows of a metrics.jsonl -> what is wrong with the run: "rate" (too high), "swapped"
-    (labels), "few" (rows, too many epochs), "one-sided" (data), "beta" (too small), or "sound"."""
+    (labels), "few" (rows, too many epochs), "one-sided" (data), "beta" (too small), or "sound".
+
+    Rows with "loss" are training steps. Rows with "eval_loss" are the held-out rows measured, the
+    first of them before training, the last after it."""
     raise NotImplementedError

@@ -5,9 +5,9 @@ def is_sound(data):
     """Whether data, the bytes of a whole file, is safetensors in which nothing is missing or left
     over.
 
-    True if the table fits into the file and every tensor in it (all but "__metadata__") has as many
-    bytes as its shape and its dtype, one of F32, BF16 and F64, ask for, and the tensors cover all
-    of the rest of the file without gap or overlap."""
+    True if the table fits into the file, every tensor in it (all but "__metadata__") has one of the
+    dtypes F32, BF16 and F64 and as many bytes as dtype and shape ask for, and the tensors cover all
+    of the rest of the file without gap or overlap. Any other dtype: False."""
     raise NotImplementedError
 
 
