@@ -12,6 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from minibnf.arguments import parser
 from minibnf.files.config import READS
 from minibnf.lab.frontiers import questions, weight_table
 from minibnf.lab.tables import table
@@ -118,6 +119,23 @@ def test_the_commands_have_flags_that_exist(page):
                 continue  # its one word is a folder
             module = importlib.import_module(f"minibnf.{command}")
             assert module.parse(words).model, line
+
+
+def test_the_table_of_trains_options_has_every_option_and_its_default():
+    """Where the parser knows none (None, a list) the page says in words what is taken."""
+    rows = re.findall(r"^\| `(--[a-z-]+)[^|]*\| ([^|]+) \|", USING, re.M)
+    options = {
+        a.option_strings[0]: a.default for a in parser()._actions if "-h" not in a.option_strings
+    }
+    assert [name for name, _ in rows] == list(options)
+    for name, shown in rows:
+        default = options[name]
+        if isinstance(default, bool):
+            assert (shown, default) == ("off", False), name
+        elif isinstance(default, str):
+            assert shown == default, name
+        elif isinstance(default, int | float):
+            assert shown == f"{default:g}", name
 
 
 def evidence(name: str) -> dict:
