@@ -8,14 +8,14 @@ WHAT = {
     "rbnf": "BNF that retrieves a lost preferred token, this project's own",
     "nll": "supervised fine-tuning",
     "unlikelihood": "no feedback: the control that collapses",
-    "dpo": "lam > 0: DPO + NLL",
-    "rdpo": "length-regularised",
+    "dpo": "direct preference optimisation; lam > 0 adds nll",
+    "rdpo": "DPO, length-regularised",
     "ipo": "squared distance to a target margin",
     "slic": "SLiC-HF, a hinge",
     "kto": "Kahneman-Tversky",
-    "orpo": "log odds ratio",
-    "simpo": "mean log-probabilities",
-    "cpo": "a uniform reference",
+    "orpo": "nll, and a log odds ratio",
+    "simpo": "DPO on mean log-probabilities, without a reference",
+    "cpo": "DPO with a uniform reference, and nll",
     "ratio": "BNF with p/r in place of the odds ratio",
     "topr": "tapered off-policy REINFORCE, token by token",
     "tnpo": "negative preference optimisation, token by token",
@@ -33,7 +33,7 @@ PEERS = {
 }  # fmt: skip
 HEAD = [
     "`--loss`", "what it is", "reference", "pairs", "`--loss-args` and defaults",
-    "`--lr` at width 576", "checked against",
+    "default `--lr`, at width 576", "checked against",
 ]  # fmt: skip
 
 
