@@ -30,12 +30,12 @@ from minibnf.data import encode_prompt
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import check_output, locked, read_json, write_json, writing
 from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
+from minibnf.files.safetensors import fingerprint
 from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.machine import memory_advice, resolve_device_and_dtype, to_device
 from minibnf.model import Transformer, load
 from minibnf.sampling import MAX_NEW_TOKENS, Sampling, add_sampling, settings_of
-from minibnf.step import fingerprint
 
 CACHE_BYTES = 2**30  # of keys and values held at once; more rows than fit are sampled in turns
 PREFILL_TOKENS = 4096  # prompt tokens read in one forward pass
@@ -283,7 +283,7 @@ def all_settings(args, model, tokenizer, prompts) -> dict:
     places = ("model", "data", "out", "resume", "overwrite", "device")
     ids = json.dumps([ids for _, _, ids in prompts])
     return {name: value for name, value in vars(args).items() if name not in places} | {
-        "model_sha256": fingerprint(model),
+        "model_sha256": fingerprint(model.named_parameters()),
         "dtype": dtype_name(model),
         "prompts_sha256": hashlib.sha256(ids.encode()).hexdigest(),
         "now": tokenizer.now.isoformat(),

@@ -1,7 +1,6 @@
 """A run, and its folder: config.json, checkpoints and resuming, metrics, model card, figure."""
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -10,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.arguments import config_of
 from minibnf.data import Batch, Example
-from minibnf.files.disk import delete, inside, optional, replacing, seal, set_aside
-from minibnf.files.disk import write_json, write_text, writing
-from minibnf.files.safetensors import check_finite, write_tensors
+from minibnf.files.disk import delete, inside, replacing, seal, write_json, write_text, writing
+from minibnf.files.safetensors import check_finite, read_sealed, write_tensors
 from minibnf.files.terminal import counted, show
 from minibnf.files.tokenizer import Tokenizer
 from minibnf.kernels import LARGE
@@ -135,74 +131,49 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
     directory = out / "checkpoints" / f"step-{step:07d}"
     with replacing(directory) as temporary:
         parts = {"model": {name: p.detach().cpu() for name, p in model.named_parameters()}}
+        parts["state"] = {"step": torch.tensor(step), "num_tokens": torch.tensor(tokens)}
         for i, optim in enumerate(optims):
             states = optim.state_dict()["state"].items()
             parts[f"optimizer-{i}"] = {f"{k}.{n}": x for k, of in states for n, x in of.items()}
         for part, tensors in parts.items():
             for name, x in tensors.items():
                 check_finite(f"stopped at step {step}, unsaved; lower --lr: {part}", name, x)
-            write_tensors(temporary / f"{part}.safetensors", tensors)
-        write_json(temporary / "state.json", _state(temporary, step, tokens))
+            write_tensors(temporary / f"{part}.safetensors", tensors, sealed=True)
     for old in [*checkpoints(out)[:-2], *directory.parent.glob(".step-*.tmp")]:
         delete(old)
 
 
-def _state(directory: Path, step: int, tokens: int) -> dict:
-    """What state.json says: counts, their hash, and that of each file of tensors beside it."""
-    state = {"step": step, "num_tokens": tokens}
-    state["sha256"] = hashlib.sha256(repr(state).encode()).hexdigest()
-    for path in sorted(directory.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            state[f"sha256 of {path.name}"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return state
-
-
-@torch.no_grad()
 def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
     """Put the newest checkpoint into model and optimisers, or the one before if it is damaged.
 
-    The damaged one is named, set aside, and deleted when the next is saved.
+    The damaged one is named; the run writes it anew when it comes to that step.
     Returns (steps done, tokens read), (0, 0) if there is none.
     Raises OSError that names the last one where all are damaged or cannot be read.
     """
     for left, directory in reversed(list(enumerate(checkpoints(out)))):
         try:
             return _load_checkpoint(directory, model, optims)
-        except (SafetensorError, ValueError, KeyError, OSError, FloatingPointError) as error:
+        except (ValueError, KeyError, OSError, RuntimeError) as error:
             said = f"{directory}: damaged or unreadable ({error})"
             if not left:
                 raise OSError(f"{said}; --overwrite starts anew") from None
             show(f"{said}; the one before it is used")
-            set_aside(directory)
     return 0, 0
 
 
 def _load_checkpoint(directory: Path, model: Transformer, optims: list) -> tuple[int, int]:
-    """Put a checkpoint into model and optimisers, once all of its files are known to be whole."""
-    state = optional(directory / "state.json")
-    for name, x in _state(directory, state["step"], state["num_tokens"]).items():
-        if state.get(name) != x:
-            file = name.removeprefix("sha256 of ") if " of " in name else "state.json"
-            raise ValueError(f"{file} is not what was written: its hash is another")
-    stored = load_file(directory / "model.safetensors")
-    for name, p in model.named_parameters():
-        p.copy_(_like(p, stored[name], name))
-    for i, optim in enumerate(optims):
-        params = [p for group in optim.param_groups for p in group["params"]]
-        states = {k: {} for k in range(len(params))}
-        for key, x in load_file(directory / f"optimizer-{i}.safetensors").items():
+    """Put a checkpoint into model and optimisers."""
+    names = ["state", "model", *(f"optimizer-{i}" for i in range(len(optims)))]
+    state, weights, *moments = [read_sealed(directory / f"{name}.safetensors") for name in names]
+    model.load_state_dict(weights)
+    for optim, tensors in zip(optims, moments, strict=True):
+        states = {}
+        for key, x in tensors.items():
             k, name = key.split(".")
-            states[int(k)][name] = x if name == "step" else _like(params[int(k)], x, key)
+            states.setdefault(int(k), {})[name] = x
         groups = optim.state_dict()["param_groups"]
         optim.load_state_dict({"state": states, "param_groups": groups})
-    return state["step"], state["num_tokens"]
-
-
-def _like(p: Tensor, x: Tensor, name: str) -> Tensor:
-    """x, a stored tensor that belongs to a parameter: it has its shape, and finite numbers."""
-    if x.shape != p.shape:
-        raise ValueError(f"tensor '{name}' is {tuple(x.shape)}, the model's {tuple(p.shape)}")
-    return check_finite("it", name, x)
+    return int(state["step"]), int(state["num_tokens"])
 
 
 # ------------------------------------------------------------------------------------ its metrics

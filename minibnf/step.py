@@ -3,19 +3,17 @@
 Shapes: N response tokens and R responses of a batch, P pairs, D width, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from minibnf.data import Batch, Example, pack
-from minibnf.files.safetensors import write_tensors
+from minibnf.files.safetensors import read_sealed, write_tensors
 from minibnf.kernels import compiling
 from minibnf.logprob import chunk_tokens, cuts, sweep, token_logps
 from minibnf.losses import Loss
@@ -157,33 +155,14 @@ def with_reference(
     where the reference is read in the same packs and chunks do policy and reference agree before
     the first step. A cache that is damaged is made again.
     """
-    sizes = [len(response) for e in examples for response in e.responses]
     try:
-        with safe_open(file, framework="pt") as cached:
-            logps, seal = cached.get_tensor("logps"), cached.get_tensor("sha256")
-        whole = logps.shape == (sum(sizes),) and torch.equal(seal, _sha256(logps))
-    except (OSError, SafetensorError):
-        whole = False
-    if not whole:
+        logps = read_sealed(file)["logps"]
+    except (OSError, ValueError):  # it is not there, or damaged
         read = partial(batch_logps, model, loss=loss, dtype=dtype, training=training)
         logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
-        write_tensors(file, {"logps": logps, "sha256": _sha256(logps)})
-    parts = iter(logps.split(sizes))
+        write_tensors(file, {"logps": logps}, sealed=True)
+    parts = iter(logps.split([len(response) for e in examples for response in e.responses]))
     return [e._replace(ref_logps=tuple(islice(parts, len(e.responses)))) for e in examples]
-
-
-def _sha256(x: Tensor) -> Tensor:
-    """(32,) uint8: of the float32 numbers in x."""
-    return torch.tensor(list(hashlib.sha256(x.float().numpy().tobytes()).digest())).byte()
-
-
-def fingerprint(model: Transformer) -> str:
-    """sha256 of every parameter's name and bytes."""
-    found = hashlib.sha256()
-    for name, p in model.named_parameters():
-        found.update(name.encode())
-        found.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------- reading any responses

@@ -36,6 +36,7 @@ from minibnf.data import digest, mismatched, order_of_epoch, pack, read_examples
 from minibnf.files.config import announce_ignored
 from minibnf.files.disk import flush, locked, replacing
 from minibnf.files.rows import Notes
+from minibnf.files.safetensors import check_finite, fingerprint
 from minibnf.files.terminal import counted, in_one_line, show
 from minibnf.files.tokenizer import Tokenizer, load_tokenizer
 from minibnf.kernels import compile_by, fastest_library, multiply_by
@@ -44,7 +45,7 @@ from minibnf.machine import DTYPES, memory_advice, resolve_device_and_dtype
 from minibnf.model import Transformer, fresh, load, save
 from minibnf.run import Log, Run, begin_folder, check_folder, load_training
 from minibnf.run import model_card, save_training, summary, training_curves
-from minibnf.step import fingerprint, kl_estimate, metrics, run_batches, with_reference
+from minibnf.step import kl_estimate, metrics, run_batches, with_reference
 
 # ------------------------------------------------------------------------------------------- set-up
 
@@ -94,7 +95,7 @@ def setup(args: argparse.Namespace) -> Run | None:
         loss_args=hyper,
         pairs=pairs,
         unpaired=sum(e.count for e in examples) - pairs,
-        model_sha256=fingerprint(model),
+        model_sha256=fingerprint(model.named_parameters()),
         data_sha256={name: digest(e) for name, e in sets.items()},
         tokens_per_epoch=sum(e.tokens for e in examples),
         notes=notes,
@@ -223,15 +224,10 @@ def read_references(run: Run) -> None:
         packed = (pack(examples, rows, run.facts.max_tokens) for rows in steps)
         file = run.out / f"reference-{name}.safetensors"
         where = run.model, examples, packed, file, run.loss, run.dtype
-        found = with_reference(*where, training=name == "train")
-        for e in found:
-            if not torch.cat(e.ref_logps).isfinite().all():
-                data = run.args.eval_data if name.startswith("eval") else run.args.data
-                raise FloatingPointError(
-                    f"stopped at step 0: the model's own log-probabilities in {e.place} of {data} "
-                    "are not finite: its weights are too large, or that row is unlike all it knows"
-                )
-        run.sets[name] = found
+        run.sets[name] = with_reference(*where, training=name == "train")
+        for e in run.sets[name]:
+            where = f"stopped at step 0: the model's own log-probabilities in {e.place} of {name}"
+            check_finite(where, "ref_logps", torch.cat(e.ref_logps))
 
 
 def run_step(run: Run, split: str, rows: list[int], *, backward: bool) -> tuple:

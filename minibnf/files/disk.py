@@ -157,16 +157,11 @@ def delete(path: Path) -> None:
     """Delete a file, or a folder, which is renamed first: what is half deleted is never read."""
     if path.is_symlink() or not path.is_dir():
         return path.unlink()
-    shutil.rmtree(set_aside(path))
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a folder to a name that no run reads, and say which."""
     aside = path.with_name(f".{path.name}.deleted.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     flush(aside.parent)
-    return aside
+    shutil.rmtree(aside)
 
 
 @contextmanager
@@ -191,9 +186,7 @@ def locked(file: Path) -> Iterator[None]:
             raise ValueError(f"{file.parent} is being written by {held.read()}") from None
         except (ImportError, OSError) as error:
             show(f"no lock on {file.parent} ({error}): start no second process there")
-        held.truncate(0)
-        held.write(f"process {os.getpid()} on {platform.node()}")
-        held.flush()
+        file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         try:
             yield
         finally:

@@ -3,7 +3,8 @@
 Nothing is pickled.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,32 @@ def check_finite(where, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 of every tensor's name and bytes."""
+    found = hashlib.sha256()
+    for name, x in named:
+        found.update(name.encode())
+        found.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _seal(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of all that a file says of tensors, in whatever order."""
+    return fingerprint((f"{k} {x.dtype} {x.shape}", x) for k, x in sorted(tensors.items()))
+
+
+def read_sealed(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that write_tensors sealed.
+
+    Raises OSError, or ValueError where it is not as it was written.
+    """
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if (file.metadata() or {}).get("sha256") != _seal(tensors):
+            raise ValueError(f"{path.name} is not what was written: its hash is another")
+    return tensors
+
+
 def _weight_files(directory: Path) -> list[Path]:
     index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
@@ -83,17 +110,19 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def write_tensors(path: Path, tensors: dict) -> None:
+def write_tensors(path: Path, tensors: dict, sealed: bool = False) -> None:
     """Write a safetensors file, whole or not at all.
 
-    Whoever the umask allows may read it, which is not so of the library's own files.
+    sealed: its header gets a hash, which read_sealed compares. Whoever the umask allows may read
+    the file, which is not so of the library's own files.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    metadata = {"format": "pt"} | ({"sha256": _seal(tensors)} if sealed else {})
     with writing(path):
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # though a full disk is what it mostly means
             raise OSError(error) from None
         temporary.chmod(mode)

@@ -41,6 +41,7 @@ import torch
 
 from minibnf import arguments
 from minibnf.files.disk import read_json, write_json, write_text
+from minibnf.files.safetensors import fingerprint
 from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
 from minibnf.lab import trials
 from minibnf.lab.plan import combinations, customary, finals, sweep
@@ -48,7 +49,6 @@ from minibnf.lab.smallworld import KINDS
 from minibnf.lab.verdicts import report
 from minibnf.losses import LOSSES
 from minibnf.model import load
-from minibnf.step import fingerprint
 
 # ---- The spec ----
 
@@ -113,7 +113,7 @@ def compare(spec: dict, folder: Path, workers: int, known: dict | None = None) -
     What `known`, results of another comparison, holds of this one is taken from it.
     """
     check(spec)
-    base = fingerprint(load(spec["base"]))
+    base = fingerprint(load(spec["base"]).named_parameters())
     for stem, now in {"spec": spec, "base": {"sha256": base}}.items():
         file = folder / f"{stem}.json"
         if file.exists() and read_json(file) != now:
