@@ -391,7 +391,7 @@ def test_template_errors(tmp_path, template, message):
         ({}, {"generation_config.json": '{"eos_token_id": 4000}'}, "an eos_token_id is 4000"),
         ({}, {"generation_config.json": "{"}, "not valid JSON"),
         ({}, {"tokenizer.json": "{}"}, "cannot be read as a tokenizer"),
-        ({}, {"tokenizer.json": None, "tokenizer.model": "x"}, "read as a sentencepiece model"),
+        ({}, {"tokenizer.json": None, "tokenizer.model": "x"}, "model cannot be read as a tok"),
         ({}, {"tokenizer.json": None}, "holds neither"),
     ],
 )

@@ -9,13 +9,26 @@ import warnings
 from contextlib import contextmanager
 from itertools import groupby
 
-from minibnf.files.disk import VOCABULARY, check_size
 from minibnf.files.spelling import any_of
 
 # Control tokens are the special tokens, and the other added tokens with markup in them, such as
 # <think> or <tool_call>, since templates and parsers trust those as much. An added token that is
 # only letters, digits and white space is ordinary vocabulary.
 PLAIN = re.compile(r"[\w\s]*")
+
+
+@contextmanager
+def reading(path):
+    """What a library raises becomes a ValueError; tokenizers knows nothing narrower than Exception.
+
+    Where it panics, what it raises is no Exception either.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from error
 
 
 class HuggingFace:
@@ -28,11 +41,12 @@ class HuggingFace:
         except ImportError:
             raise ImportError(f"{path} needs tokenizers: pip install 'minibnf[hf]'") from None
         self.path, self.special = path, {}
-        check_size(path, VOCABULARY)
-        with self.reading():
+        with reading(path):
             self.fast = Fast.from_file(str(path))
-        self.fast.no_truncation()  # the file may ask for either
-        self.fast.no_padding()
+            self.fast.no_truncation()  # the file may ask for either
+            self.fast.no_padding()
+            self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
+            self.framed = self.fast.encode("a")
         vocabulary, added = self.fast.get_vocab(), self.fast.get_added_tokens_decoder()
         self.id, self.vocab_size = self.fast.token_to_id, max(vocabulary.values(), default=-1) + 1
         self.control = {
@@ -44,8 +58,6 @@ class HuggingFace:
         # A continuation is encoded behind some token that takes nothing of what follows it.
         simple = (t for t in added.values() if not (t.rstrip or t.single_word or t.normalized))
         self.before = next((t.content for t in simple), "")
-        with self.reading():
-            self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
         fallback = "ByteFallback" in repr(self.fast.decoder)  # it spells bytes by <0x00> to <0xFF>
         self.byte_tokens = {
             i for t, i in vocabulary.items() if fallback and re.fullmatch("<0x[0-9A-F]{2}>", t)
@@ -57,31 +69,16 @@ class HuggingFace:
         byte_level = "ByteLevel" in repr(self.fast.pre_tokenizer) and unknown is None
         self.unspelt = set(ByteLevel.alphabet()).difference(vocabulary) if byte_level else set()
 
-    @contextmanager
-    def reading(self):
-        """What the library raises becomes a ValueError; it knows nothing narrower than Exception.
-
-        Where it panics, what it raises is no Exception either.
-        """
-        try:
-            yield
-        except (KeyboardInterrupt, MemoryError):
-            raise
-        except BaseException as error:
-            raise ValueError(f"{self.path} cannot be read as a tokenizer: {error}") from error
-
     def begin(self, config, bos_id):
         """The ids that the file's post-processor puts before a text."""
-        with self.reading():
-            encoded = self.fast.encode("a")
-        return encoded.ids[: [*encoded.special_tokens_mask, 0].index(0)]
+        return self.framed.ids[: [*self.framed.special_tokens_mask, 0].index(0)]
 
     def encode(self, text, continuation):
         text.encode()  # half an emoji is a UnicodeEncodeError, which the library does not raise
         if lost := sorted(filter(self._is_lost, set(text) if self.unspelt else ())):
             warnings.warn(f"{self.path} has no token for {lost}: left out of a text", stacklevel=3)
         before = self.before if continuation else ""
-        with self.reading():
+        with reading(self.path):
             return self.fast.encode(before + text, add_special_tokens=False).ids[bool(before) :]
 
     def _is_lost(self, character):
@@ -89,7 +86,7 @@ class HuggingFace:
         return any(self.unspelt.intersection(word) for word, _ in words)
 
     def decode(self, ids, skip_special):
-        with self.reading():
+        with reading(self.path):
             return self.fast.decode(ids, skip_special_tokens=skip_special)
 
 
@@ -99,12 +96,9 @@ class SentencePiece:
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor as Processor
 
-        check_size(path, VOCABULARY)
         self.path, model, at = path, path.read_bytes(), 0
-        try:
+        with reading(path):
             self.first = Processor(model_proto=model or b"-")  # no bytes would stand for no file
-        except RuntimeError as error:
-            raise ValueError(f"{path} cannot be read as a sentencepiece model: {error}") from error
         # The dummy prefix, a space before the text, belongs at its beginning only. The bytes add
         # normalizer_spec { add_dummy_prefix: false } to the model. In protobuf the last value of a
         # field counts. (The library's own way to edit a model needs the package protobuf.)

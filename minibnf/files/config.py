@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from minibnf.files.disk import check_types, read_json
+from minibnf.files.disk import check_fields, read_json
 from minibnf.files.terminal import show
 
 
@@ -118,18 +118,24 @@ READS = {  # family: what it reads besides SHAPE, or with another default
 SOFTCAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
 # Fields in which null is a value of its own; elsewhere it stands for the default.
 OFF = {"num_key_value_heads", "head_dim", "sliding_window", *SOFTCAPS}
-REAL = {"rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", *SOFTCAPS}
-# The most that a number may be. No published model comes near, and what is far beyond would cost
-# all memory before any file of weights could contradict it.
-MOST = dict.fromkeys(REAL, 2**53) | dict.fromkeys(SIZES, 2**20) | {"num_hidden_layers": 1000}
-MOST |= dict.fromkeys(["max_position_embeddings", "sliding_window"], 2**31)
-MOST |= dict.fromkeys(["sliding_window_pattern", "no_rope_layer_interval"], 2**20)
-FLAGS = "attention_bias mlp_bias tie_word_embeddings use_sliding_window".split()
-TYPES = dict.fromkeys(FLAGS, (bool,)) | {"max_window_layers": (int,)}  # what is no such number
-TYPES |= dict.fromkeys(["layer_types", "no_rope_layers"], (list,))
-TYPES |= dict.fromkeys(["rope_scaling", "rope_parameters"], (dict,))
 KINDS = ("full_attention", "sliding_attention")  # of layers, as layer_types names them
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+REAL = {"rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"}
+COUNTS = "max_position_embeddings sliding_window sliding_window_pattern no_rope_layer_interval"
+FLAGS = "attention_bias mlp_bias tie_word_embeddings use_sliding_window"
+# What a field must be, its types, and the most that a number above 0 may be. No published model
+# comes near, and what is far beyond would cost all memory before any file of weights could
+# contradict it.
+MUST = (
+    dict.fromkeys([*REAL, *SOFTCAPS, *LLAMA3], ("a number above 0", (int, float), 2**53))
+    | dict.fromkeys(SIZES, ("a whole number above 0, at most 1048576", (int,), 2**20))
+    | {"num_hidden_layers": ("a whole number above 0, at most 1000", (int,), 1000)}
+    | dict.fromkeys(COUNTS.split(), ("a whole number above 0", (int,), 2**31))
+    | dict.fromkeys(FLAGS.split(), ("true or false", (bool,)))
+    | {"max_window_layers": ("a whole number", (int,))}
+    | dict.fromkeys(["layer_types", "no_rope_layers"], ("a list", (list,)))
+    | dict.fromkeys(["rope_scaling", "rope_parameters"], ("an object", (dict,)))
+)
 
 
 def read_config(directory) -> tuple[Config, dict]:
@@ -173,7 +179,7 @@ def parse_config(raw: dict, path) -> Config:
             )
     given = SHAPE | READS[family]
     given |= {k: v for k, v in raw.items() if k in given and (v is not None or k in OFF)}
-    _check_fields(given, path)
+    check_fields(path, given, MUST, required={*SIZES} - OFF)
     heads, gemma = given["num_attention_heads"], family.startswith("gemma")
     given["head_dim"] = given["head_dim"] or given["hidden_size"] // heads
     given["num_key_value_heads"] = given["num_key_value_heads"] or heads
@@ -196,22 +202,6 @@ def parse_config(raw: dict, path) -> Config:
         attention_softcap=given.get("attn_logit_softcapping"),
         final_softcap=given.get("final_logit_softcapping"),
     )
-
-
-def _check_fields(given: dict, path) -> None:
-    """Raise ValueError where a field is not what it must be: a number in its range, or of TYPES."""
-    for name, value in given.items():
-        if name in MOST and not _is_number(value, name) and (value is not None or name not in OFF):
-            kind = "number" if name in REAL else "whole number"
-            must = f"must be a {kind} above 0, at most {MOST[name]:.0f}, not {value!r}"
-            raise ValueError(f"{path}: field '{name}' {must}")
-    check_types(path, given, TYPES)
-
-
-def _is_number(value, name: str = "rope_theta") -> bool:
-    """Whether a value is a number that the field of this name may hold."""
-    types = (int, float) if name in REAL else (int,)
-    return type(value) in types and 0 < value <= MOST[name]
 
 
 def _only(family: str) -> dict[str, tuple]:
@@ -247,13 +237,11 @@ def _layers(given: dict, path) -> tuple[Layer, ...]:
         sliding = (_is_sliding(i, given, roped) for i in range(n))
         kinds = ["sliding_attention" if s else "full_attention" for s in sliding]
     lacking = window is None and "sliding_attention" in kinds
-    if len(kinds) != n or not all(kind in KINDS for kind in kinds) or lacking:
+    if len(kinds) != n or not all(kind in KINDS for kind in kinds) or lacking or len(roped) != n:
         raise ValueError(
             f"{path}: field 'layer_types' must name {n} times full_attention or sliding_attention, "
-            f"which needs a sliding_window, not {kinds}"
+            f"which needs a sliding_window, not {kinds}; and no_rope_layers {n} layers, not {roped}"
         )
-    if len(roped) != n:
-        raise ValueError(f"{path}: field 'no_rope_layers' must have {n} items, not {len(roped)}")
     ropes = _ropes(given, path)
     return tuple(
         Layer(window if kind == "sliding_attention" else None, ropes[kind] if has_rope else None)
@@ -305,10 +293,10 @@ def _rope(parameters: dict, base: float, path) -> Rope:
     theta = parameters.get("rope_theta") or base
     whole_head = parameters.get("partial_rotary_factor", 1.0) == 1.0
     others = parameters.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    followed = whole_head and all(map(_is_number, [theta, *(parameters[k] for k in others)]))
-    if followed and kind == "default" and not others:
+    check_fields(path, parameters, MUST, required=others)
+    if whole_head and kind == "default" and not others:
         return Rope(theta)
-    if followed and kind == "llama3" and others == set(LLAMA3):
+    if whole_head and kind == "llama3" and others == set(LLAMA3):
         return Rope(theta, tuple(float(parameters[name]) for name in LLAMA3))
     raise ValueError(
         f"{path}: rotary positions {parameters} are not supported; only rope_type default is, and "

@@ -47,16 +47,17 @@ def read_json(path: Path):
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
-TYPES = {bool: "true or false", int: "a whole number", str: "text", list: "a list"}
-TYPES |= {dict: "an object"}
+def check_fields(where, found: dict, must: dict[str, tuple], required=()) -> None:
+    """Raise ValueError where a field is not what it must be; null is absent, unless required.
 
-
-def check_types(where, found: dict, types: dict[str, tuple]) -> None:
-    """Raise ValueError where a field that is there, and not null, has none of its types."""
-    for field, kinds in types.items():
-        if not isinstance(value := found.get(field), (*kinds, type(None))):
-            must = " or ".join(TYPES[kind] for kind in kinds)
-            raise ValueError(f"{where}: field '{field}' must be {must}, not {value!r}")
+    must: {field: (what it must be, its types)}, and of a number above 0 its most.
+    """
+    for field, (what, types, *most) in must.items():
+        value = found.get(field)
+        if value is None and field not in required:
+            continue
+        if type(value) not in types or (most and not 0 < value <= most[0]):
+            raise ValueError(f"{where}: field '{field}' must be {what}, not {value!r}")
 
 
 def without_twins(pairs: list[tuple]) -> dict:

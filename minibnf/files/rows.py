@@ -91,10 +91,8 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         begun, blank = False, 0
         for number, line in enumerate(iter(partial(stream.readline, LINE + 1), b""), 1):
-            text, long = line.strip(BLANK), len(line) > LINE
-            if not begun and (
-                text.startswith(b"[") or (text.startswith(b"{") and text[-1:] != b"}" and not long)
-            ):
+            text = line.strip(BLANK)
+            if not begun and (text[:1] == b"[" or (text[:1] == b"{" and text[-1:] != b"}")):
                 data = line + stream.read(ARRAY)
                 if len(data) > ARRAY:
                     most = f"JSON over several lines, or an array, may have {ARRAY:,} bytes"
@@ -102,8 +100,8 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
                 yield from _values(path, data, number)
                 return
             blank = 0 if text else blank + len(line)
-            if long or blank > BLANKS:
-                what = f"a line has more than {LINE:,}" if long else f"blank lines have {blank:,}"
+            if len(line) > LINE or blank > BLANKS:
+                what = f"blank lines have {blank:,}" if blank else f"a line has more than {LINE:,}"
                 raise ValueError(f"{path}, line {number}: {what} bytes")
             if text:
                 begun = True
@@ -111,29 +109,28 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
 
 
 def _values(path: Path, data: bytes, number: int) -> Iterator[tuple[Place, object]]:
-    """The rows in objects over any number of lines, placed by their first; or in an array.
+    """The rows of an array, one after another; or objects over any number of lines.
 
-    number: the line that the data begins with.
+    number: the line that the data begins with; objects are placed by their first.
     """
     decode = json.JSONDecoder(object_pairs_hook=without_twins).raw_decode
-    space, empty, mark = map(re.compile, (r"\s*", r"\[\s*\]", r"\s*([,\]])"))
+    space, comma, row, end = re.compile(r"\s*"), re.compile(r"\s*,\s*"), 0, 0
     with _json_errors(path, number):
-        text, end = data.decode("utf-8-sig"), 0
-        while (start := space.match(text, end).end()) < len(text):
+        text = data.decode("utf-8-sig").strip()
+        if text.startswith("["):
+            found, end = re.match(r"\[(?!\s*\])\s*", text), 1  # None where it is empty
+            while found:
+                value, end = decode(text, found.end())
+                yield Place(path, "row", row := row + 1), value
+                found = comma.match(text, end)
+            if text[end:].strip() != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+            return
+        while end < len(text):
+            start = space.match(text, end).end()
             number += text.count("\n", end, start)
-            if found := empty.match(text, start):
-                end = found.end()
-            elif text[start] == "[":
-                row, end, found = 0, start + 1, [","] * 2
-                while found[1] == ",":
-                    value, end = decode(text, space.match(text, end).end())
-                    yield Place(path, "row", row := row + 1), value
-                    if not (found := mark.match(text, end)):
-                        raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-                    end = found.end()
-            else:
-                value, end = decode(text, start)
-                yield Place(path, "line", number), value
+            value, end = decode(text, start)
+            yield Place(path, "line", number), value
             number += text.count("\n", start, end)
 
 
@@ -216,10 +213,9 @@ def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) ->
         raise ValueError(errors[0])
     if bad:
         lines = [f"  {error.removeprefix(f'{place.path}, ')}" for error in errors]
-        if bad > SHOWN:
-            rest = "where reading stopped" if bad == BAD else f"and {bad - SHOWN} more"
-            lines.append(f"  ... {rest}")
-        raise ValueError("\n".join([f"{place.path}: {bad} bad rows", *lines]))
+        lines += [f"  ... and {bad - SHOWN} more"] if bad > SHOWN else []
+        until = f", where reading stopped at {place.unit} {place.number}" if bad == BAD else ""
+        raise ValueError("\n".join([f"{place.path}: {bad} bad rows{until}", *lines]))
     return results
 
 

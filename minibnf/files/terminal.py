@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def show(text: object = "", **how) -> None:
             show(f"standard output cannot be written: {error.strerror}; going on", file=sys.stderr)
 
 
-LINE = 1000  # characters of an error that are shown of each line
+ENDLESS = re.compile("(.{1000}).+")  # what is shown of a line of an error, and what is not
 # What a user, a file or a machine can cause. Everything else is a bug and keeps its traceback.
 CAUSED = (ValueError, OSError, ImportError, MemoryError, FloatingPointError)
 REPORT = "This is a bug of minibnf. Please report it, with the lines above and the command."
@@ -61,11 +62,7 @@ def in_one_line(main: Callable) -> Callable[..., int]:
         try:
             main(argv)
         except CAUSED as error:
-            lines = f"error: {error}".split("\n")
-            short = (
-                x if len(x) <= LINE else f"{x[:LINE]} ... ({len(x)} characters)" for x in lines
-            )
-            show("\n".join(short), file=sys.stderr)
+            show(ENDLESS.sub(r"\1 ...", f"error: {error}"), file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
             show(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)

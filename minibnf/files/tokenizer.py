@@ -19,17 +19,18 @@ from pathlib import Path
 
 from minibnf.files.backends import HuggingFace, SentencePiece
 from minibnf.files.config import no_model
-from minibnf.files.disk import check_types, optional, read_text
+from minibnf.files.disk import VOCABULARY, check_fields, check_size, optional, read_text
 from minibnf.files.spelling import MARK, Spelling, any_of
 
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-TYPES = {  # of what tokenizer_config.json may hold
-    "add_bos_token": (bool,), "added_tokens_decoder": (dict,), "chat_template": (str, list),
-    "additional_special_tokens": (list, dict),
+MUST = {  # what fields of tokenizer_config.json must be
+    "add_bos_token": ("true or false", (bool,)), "added_tokens_decoder": ("an object", (dict,)),
+    "chat_template": ("text", (str,)), "additional_special_tokens": ("a list", (list, dict)),
 }  # fmt: skip
+BACKENDS = {"tokenizer.json": HuggingFace, "tokenizer.model": SentencePiece}
 LONGEST = 10**7  # the squared lengths of all control tokens; no published tokenizer has 10**6
 
 
@@ -40,10 +41,10 @@ def load_tokenizer(directory):
     contradict each other, ImportError where tokenizer.json needs the missing package tokenizers.
     """
     directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
-        return Tokenizer(directory, HuggingFace(directory / "tokenizer.json"))
-    if (directory / "tokenizer.model").is_file():
-        return Tokenizer(directory, SentencePiece(directory / "tokenizer.model"))
+    for name, backend in BACKENDS.items():
+        if (directory / name).is_file():
+            check_size(directory / name, VOCABULARY)
+            return Tokenizer(directory, backend(directory / name))
     raise no_model(directory, "neither tokenizer.json nor tokenizer.model")
 
 
@@ -63,12 +64,11 @@ class Tokenizer:
         self.now = datetime.now().replace(microsecond=0)
         config = directory / "tokenizer_config.json"
         mapped, self.config = optional(directory / "special_tokens_map.json"), optional(config)
-        check_types(config, self.config, TYPES)
         self.source = self.config.get("chat_template")
         if isinstance(self.source, list):
             named = [t for t in self.source if isinstance(t, dict) and t.get("name") == "default"]
             self.source = named[-1].get("template") if named else None
-            check_types(f"{config}, chat_template", {"template": self.source}, {"template": (str,)})
+        check_fields(config, self.config | {"chat_template": self.source}, MUST)
         if (directory / "chat_template.jinja").is_file():
             self.source = read_text(directory / "chat_template.jinja")
         self.special = {}  # {"eos_token": "</s>", ...}; templates may read these
@@ -89,10 +89,8 @@ class Tokenizer:
                 raise ValueError(f"{config}: {text!r} is to have id {i}, in {file} it has {found}")
         if sum(len(text) ** 2 for text in self.control) > LONGEST:
             longest = max(map(len, self.control))
-            raise ValueError(
-                f"{backend.path}: its {len(self.control)} control tokens are too many or too long "
-                f"to be told from what messages say (the longest has {longest} characters)"
-            )
+            what = f"{len(self.control)} control tokens, of up to {longest} characters"
+            raise ValueError(f"{backend.path}: {what}, are too many or too long to tell from text")
         self.begin = backend.begin(self.config, self.bos_id)
         rows = optional(directory / "config.json").get("vocab_size")
         self.limit = rows if type(rows) is int else self.vocab_size
