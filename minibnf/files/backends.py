@@ -46,7 +46,7 @@ class HuggingFace:
             self.fast.no_truncation()  # the file may ask for either
             self.fast.no_padding()
             self.unknown = self.fast.encode("\U0010fffd", add_special_tokens=False).ids
-            self.framed = self.fast.encode("a")
+            self.framed = self.fast.encode("a")  # with what the file puts around a text
         vocabulary, added = self.fast.get_vocab(), self.fast.get_added_tokens_decoder()
         self.id, self.vocab_size = self.fast.token_to_id, max(vocabulary.values(), default=-1) + 1
         self.control = {
