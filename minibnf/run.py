@@ -153,7 +153,7 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
     for left, directory in reversed(list(enumerate(checkpoints(out)))):
         try:
             return _load_checkpoint(directory, model, optims)
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
+        except (ValueError, KeyError, OSError) as error:
             said = f"{directory}: damaged or unreadable ({error})"
             if not left:
                 raise OSError(f"{said}; --overwrite starts anew") from None
@@ -165,6 +165,9 @@ def _load_checkpoint(directory: Path, model: Transformer, optims: list) -> tuple
     """Put a checkpoint into model and optimisers."""
     names = ["state", "model", *(f"optimizer-{i}" for i in range(len(optims)))]
     state, weights, *moments = [read_sealed(directory / f"{name}.safetensors") for name in names]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if {name: x.shape for name, x in weights.items()} != shapes:
+        raise ValueError("model.safetensors holds other tensors than the model has")
     model.load_state_dict(weights)
     for optim, tensors in zip(optims, moments, strict=True):
         states = {}

@@ -126,9 +126,9 @@ def test_overwrite_interrupted_anywhere_leaves_a_run_that_goes_on(
 ):
     """At the n-th file that is renamed or deleted, for every n until the new run has begun.
 
-    Then --resume ends as the old run did (or the new one), and --overwrite as the new one.
+    Then --resume ends as the old run did (or the new one); and --overwrite, of every third n, as
+    the new one.
     """
-    monkeypatch.setattr("minibnf.train.training_curves", lambda *_: "none")  # it takes its time
     new = arguments(world, tmp_path / "new", "--lr", 1e-3, "--max-steps", 1, *CPU)
     assert main(new) == 0
     ends = [weights(finished), weights(tmp_path / "new")]
@@ -160,11 +160,12 @@ def test_overwrite_interrupted_anywhere_leaves_a_run_that_goes_on(
                 assert main(command) == 130
             except EOFError:
                 done = True
-        again = shutil.copytree(out, tmp_path / f"{left}-again")
-        assert main(["--resume", "--out", str(out), *CPU]) == 0
-        assert any(same(weights(out), end) for end in ends)
-        assert main([*command, "--out", str(again)]) == 0
-        assert same(weights(again), ends[1])
+        if left % 3 == 2:
+            assert main(command) == 0
+            assert same(weights(out), ends[1])
+        else:
+            assert main(["--resume", "--out", str(out), *CPU]) == 0
+            assert any(same(weights(out), end) for end in ends)
         left += 1
     assert left > 10
 
@@ -358,8 +359,8 @@ def test_a_file_that_is_cut_or_missing_is_called_damaged(saved, name, data):
 @pytest.mark.parametrize(
     "sealed, shape, says",
     [
-        (True, (1,), "size mismatch for model.norm.weight"),
-        (True, (), "size mismatch for model.norm.weight"),
+        (True, (1,), "holds other tensors than the model has"),
+        (True, (), "holds other tensors than the model has"),
         (False, (32,), "model.safetensors is not what was written"),
     ],
 )
