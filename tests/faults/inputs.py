@@ -225,7 +225,7 @@ CAMPAIGNS = [
     Campaign(
         "changed files of rows",
         "rows, or one error that names the file",
-        files_changed, lambda: 2000 // FILES, 4,
+        files_changed, lambda: 2000 // FILES, 2,
     ),
     Campaign(
         "forged control tokens",

@@ -118,11 +118,11 @@ CAMPAIGNS = [
     Campaign(
         "a number that goes wrong, per layer and loss",
         "the run stops in one error that says at which step; nothing of it is saved",
-        number_wrong, lambda: len(cases()), 12,
+        number_wrong, lambda: len(cases()), 6,
     ),
     Campaign(
         "batches split anyhow, under each loss",
         "loss and gradients in float64 are those of the whole batch",
-        batch_split, lambda: 6 * len(LOSSES), 6,
+        batch_split, lambda: 6 * len(LOSSES), 2,
     ),
 ]  # fmt: skip

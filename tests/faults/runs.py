@@ -299,16 +299,16 @@ def two_at_once(k: int, random: Random, folder: Path):
 RESUMES = "resumed, it ends with bitwise the weights of a run that nothing befell"
 CAMPAIGNS = [
     Campaign("kills at random moments", RESUMES, killed_at_random, lambda: 220, 4),
-    Campaign("kills before each file-system call", RESUMES, killed_before_a_call, calls, 6, True),
+    Campaign("kills before each file-system call", RESUMES, killed_before_a_call, calls, 4, True),
     Campaign(
         "failing and short writes at each call",
         f"it ends as ever, or with one line, and {RESUMES}",
-        failing_call, lambda: 2 * WORLD["calls", "new"], 8, True,
+        failing_call, lambda: 2 * WORLD["calls", "new"], 4, True,
     ),
     Campaign(
         "power cuts before each call",
         f"no more than the newest checkpoint is lost; {RESUMES}",
-        power_cut, calls, 8, True,
+        power_cut, calls, 4, True,
     ),
     Campaign(
         "a flipped bit, a lost end of a run's file",
