@@ -31,7 +31,7 @@ test: .venv/test ## lint and run the test suite (nine minutes on two cores)
 	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py
 	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity --ignore=tests/test_tutorials.py $(ALL_CORES)
 
-test-all: .venv/test ## the test suite with 2,000 examples per property instead of 200 (half an hour)
+test-all: .venv/test ## the test suite with ten times the examples per property (up to half an hour)
 	HYPOTHESIS_PROFILE=all $(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity --ignore=tests/test_tutorials.py $(ALL_CORES)
 
 tutorials: .venv/test ## run every block of tutorials/ and compare every printed line (make test does, too)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from minibnf.data import Example, pair
 from minibnf.losses import LOSSES, Responses
 
-# of what runs a whole model, and of what computes a loss some hundred times per example
-FEW, QUARTER = (settings(max_examples=max(5, settings.default.max_examples // n)) for n in (8, 4))
+# of what runs a whole model for each loss; of what runs one; of what every loss has of its own
+HANDFUL, FEW, QUARTER = (
+    settings(max_examples=max(8, settings.default.max_examples // n)) for n in (25, 8, 4)
+)
 
 SMALL = st.floats(min_value=-6, max_value=-0.01, allow_nan=False)
 UNCERTAIN = st.one_of(  # from nearly certain to all but impossible

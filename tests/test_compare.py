@@ -40,6 +40,7 @@ from minibnf.lab.plan import (
 from minibnf.lab.tables import concentration, figure, good_rates, ranks
 from minibnf.lab.trials import arguments, rounded, slug
 from minibnf.lab.verdicts import report, verdicts, within
+from tests.faults.runs import drawn_at_once
 
 SPEC = {
     "base": "weights/tiny", "seeds": [1, 2], "train": {"batch_size": 32, "device": "cpu"},
@@ -237,6 +238,7 @@ class InThisProcess(Executor):
 
 def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minibnf.lab.trials.ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr("minibnf.train.training_curves", drawn_at_once)
     spec = {
         "base": "weights/tiny", "seeds": [1],
         "train": {"batch_size": 8, "max_steps": 2, "device": "cpu"},

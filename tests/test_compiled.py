@@ -156,15 +156,14 @@ def test_the_reference_runs_trainings_graph(compiled_by):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler here")
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_sweeps_kernels_by_inductor(compiled_by, softcap):
+def test_the_sweeps_kernels_by_inductor(compiled_by):
     hidden = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     unembed = torch.randn(60, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     targets = torch.arange(40)
     found = {}
     for backend in (None, "inductor"):
         kernels.compile_by(backend)
-        logps = token_logps(hidden, unembed, targets, chunk=16, softcap=softcap)
+        logps = token_logps(hidden, unembed, targets, chunk=16, softcap=2.0)
         found[backend] = logps, *torch.autograd.grad(logps.square().sum(), (hidden, unembed))
     for written, compiled in zip(found[None], found["inductor"], strict=True):
         torch.testing.assert_close(compiled, written, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minibnf import arguments
 from minibnf.losses import LOSSES, bnf_loss, bnf_weight, rbnf_weight
 from minibnf.responses import Responses
-from tests.strategies import EXTREME, UNCERTAIN, batches, responses
+from tests.strategies import EXTREME, QUARTER, UNCERTAIN, batches, responses
 
 close = dict(rtol=1e-9, atol=1e-12)
 
@@ -205,6 +205,7 @@ def assert_same(name, batch, other, tokens, hyper):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
+@QUARTER
 @given(data=st.data())
 def test_permuting_tokens_and_responses_changes_nothing(name, data):
     batch, hyper = data.draw(batches(name))
@@ -224,6 +225,7 @@ def test_permuting_tokens_and_responses_changes_nothing(name, data):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
+@QUARTER
 @given(data=st.data())
 def test_padding_changes_nothing(name, data):
     """What stands where mask is False is never read, and has the gradient 0."""
@@ -363,6 +365,7 @@ TOKEN_LOCAL = [name for name, loss in LOSSES.items() if loss.token_local]
 
 
 @pytest.mark.parametrize("good", TOKEN_LOCAL)
+@QUARTER
 @given(bad=st.sampled_from(TOKEN_LOCAL), data=st.data())
 def test_two_token_losses_combine_by_label(good, bad, data):
     """LOSSES["rbnf/topr"] has rbnf's gradient on preferred tokens and topr's on rejected ones, of

@@ -196,6 +196,7 @@ def test_bnf_by_hand():
 
 
 @pytest.mark.parametrize("name", ALL)
+@QUARTER
 @given(data=st.data())
 def test_splitting_a_batch_and_weighing_the_parts_changes_nothing(name, data):
     """The loss is a mean over examples, so parts count by their examples; the whole batch's mean

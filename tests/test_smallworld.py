@@ -230,13 +230,11 @@ def test_families_come_in_turn_and_seeds_matter():
 def test_the_same_in_every_process(tmp_path):
     def made(hash_seed):
         out = tmp_path / hash_seed
-        for command in (["base"], ["rows", "--count", "500", "--seed", "3"]):
-            file = out if command == ["base"] else out / "rows.jsonl"
-            subprocess.run(
-                [sys.executable, "-m", "minibnf.lab.smallworld", *command, "--out", file],
-                check=True,
-                env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            )
+        code = "from minibnf.lab.smallworld import main; import sys; out = sys.argv[1]\n"
+        code += "main(['base', '--out', out])\n"
+        code += "main(['rows', '--count', '500', '--seed', '3', '--out', out + '/rows.jsonl'])"
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        subprocess.run([sys.executable, "-c", code, out], check=True, env=environment)
         return {path.name: path.read_bytes() for path in out.iterdir()}
 
     files = made("0")

@@ -1,18 +1,20 @@
 """Decoding while ids come: the pieces, joined, are the text, and none shows half a character."""
 
 import json
+from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minibnf.files.tokenizer import load_tokenizer
+from tests.strategies import QUARTER
 from tests.test_tokenizer import CORPUS, ROLES, SPECIAL, byte_level, sentence_piece, write_config
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 KINDS = ["byte level", "metaspace", "gemma", "unigram", "sp", "sp prefix"]
 CHARACTERS = st.characters(exclude_characters="▁\ufffd", exclude_categories=["Cs"])
-PROPERTY = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(QUARTER, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **config):
@@ -65,6 +67,7 @@ def loaded(tmp_path_factory):
     return {kind: load_tokenizer(make(kind, tmp_path_factory.mktemp("t"))) for kind in KINDS}
 
 
+@cache
 def awkward(tokenizer):
     """Ids that spell parts of characters, white space or nothing; random ids rarely meet them."""
     return [i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i]).strip(" \n\ufffd")]

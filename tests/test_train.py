@@ -29,12 +29,14 @@ from minibnf.lab.language import QUESTIONS, grammar
 from minibnf.lab.smallworld import write_base
 from minibnf.losses import LOSSES, bnf_weight
 from minibnf.model import fresh, load, save
+from minibnf.run import training_curves
 from minibnf.step import (
     batch_logps, kl_estimate, metrics, run_batches, with_reference,
 )  # fmt: skip
 from minibnf.arguments import default_rate, loss_hyper
 from minibnf.train import learning_rate, main, optimizers
-from tests.strategies import FEW, examples, hypers
+from tests.faults.runs import drawn_at_once
+from tests.strategies import HANDFUL, examples, hypers
 
 
 def said(role, content):
@@ -72,7 +74,7 @@ def base(folder, scale=1, **shape):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a random model of the small world's shape, pairs, unpaired rows and held-out
-    pairs."""
+    pairs. Meanwhile runs draw no figures: that takes twice as long as such a run."""
     folder = tmp_path_factory.mktemp("world")
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     base(folder / "model", **shape)
@@ -84,7 +86,9 @@ def world(tmp_path_factory):
         for side in ("chosen", "rejected")
     ]
     write(folder / "unpaired.jsonl", unpaired)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "training_curves", drawn_at_once)
+        yield folder
 
 
 def arguments(world, out, *more, data="pairs.jsonl"):
@@ -126,7 +130,7 @@ def same(a, b):
 # ----------------------------------------------------------------------------------------- one step
 
 
-@FEW
+@HANDFUL
 @given(found=examples(), data=st.data())
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_split(
@@ -453,7 +457,7 @@ def killed(world, out, step, signal_number=signal.SIGKILL, flags=None):
 
 
 LONG = (
-    "--lr 1e-3 --epochs 40 --save-every 7 --loss bnf --optimizer muon --max-tokens 150"
+    "--lr 1e-3 --epochs 15 --save-every 7 --loss bnf --optimizer muon --max-tokens 150"
     " --eval-every 10"
 )
 
@@ -465,7 +469,7 @@ def uninterrupted(world, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("step", [1, 16, 50])
+@pytest.mark.parametrize("step", [1, 30])
 def test_killed_and_resumed_ends_bitwise_as_if_never_killed(
     world, tmp_path, uninterrupted, step, capsys
 ):
@@ -868,6 +872,14 @@ def test_a_terminal_that_cannot_be_written_to_is_no_reason_to_stop(world, tmp_pa
     said = "standard output cannot be written: No space left on device; going on\n"
     assert done.stderr == said and done.returncode == 1
     assert (tmp_path / "run" / "model" / "README.md").exists()
+    figure = (tmp_path / "run" / "figures" / "training.png").read_bytes()
+    assert figure.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("found", [[], [{"step": 1, "loss": 0.5, "logps/chosen": -3.0}]])
+def test_a_figure_is_drawn_of_whatever_rows_there_are(tmp_path, found):
+    training_curves(found, tmp_path / "figures" / "a.png", "a run")
+    assert (tmp_path / "figures" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_metrics_that_cannot_be_written_are_named(world, tmp_path, monkeypatch, capsys):
