@@ -114,9 +114,9 @@ def _values(path: Path, data: bytes, number: int) -> Iterator[tuple[Place, objec
     number: the line that the data begins with; objects are placed by their first.
     """
     decode = json.JSONDecoder(object_pairs_hook=without_twins).raw_decode
-    space, comma, row, end = re.compile(r"\s*"), re.compile(r"\s*,\s*"), 0, 0
+    space, comma = re.compile(r"\s*"), re.compile(r"\s*,\s*")
     with _json_errors(path, number):
-        text = data.decode("utf-8-sig").strip()
+        text, row, end = data.decode("utf-8-sig").strip(), 0, 0
         if text.startswith("["):
             found, end = re.match(r"\[(?!\s*\])\s*", text), 1  # None where it is empty
             while found:
