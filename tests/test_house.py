@@ -1,6 +1,7 @@
 """The house has three floors: who may import whom, and how large a room may be."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ ROOMS = {
 TORCH_ALONE = ["minibnf.losses", "minibnf.rivals", "minibnf.responses", "minibnf.logprob"]
 
 
+@cache
 def imports(room: str) -> set[str]:
     """The rooms that a room imports, anywhere in it."""
     found = set()

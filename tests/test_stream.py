@@ -8,13 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minibnf.files.tokenizer import load_tokenizer
-from tests.strategies import QUARTER
 from tests.test_tokenizer import CORPUS, ROLES, SPECIAL, byte_level, sentence_piece, write_config
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs minibnf[hf]")
 KINDS = ["byte level", "metaspace", "gemma", "unigram", "sp", "sp prefix"]
 CHARACTERS = st.characters(exclude_characters="▁\ufffd", exclude_categories=["Cs"])
-PROPERTY = settings(QUARTER, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def byte_fallback(directory, kind, special=SPECIAL + ROLES, template=None, **config):

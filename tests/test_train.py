@@ -447,12 +447,12 @@ def killed(world, out, step, signal_number=signal.SIGKILL, flags=None):
     command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline, log = time.monotonic() + 60, out / "metrics.jsonl"
+    deadline, log = time.monotonic() + 300, out / "metrics.jsonl"
     while not log.exists() or log.read_text().count("\n") < step:
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.002)
     process.send_signal(signal_number)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=300)[1]
     return process.returncode, errors
 
 
