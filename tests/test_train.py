@@ -36,6 +36,7 @@ from minibnf.step import (
 from minibnf.arguments import default_rate, loss_hyper
 from minibnf.train import learning_rate, main, optimizers
 from tests.faults.runs import drawn_at_once
+from tests.faults.trials import end, start
 from tests.strategies import HANDFUL, examples, hypers
 
 
@@ -441,19 +442,25 @@ def test_from_scratch_with_muon(world, tmp_path):
 # ------------------------------------------------------------------------------------ interruptions
 
 
-def killed(world, out, step, signal_number=signal.SIGKILL, flags=None):
-    """Ends a long run by a signal after a step; its exit status and what it said on stderr."""
-    flags = flags or [*LONG.split(), "--eval-data", world / "held-out.jsonl"]
-    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline, log = time.monotonic() + 300, out / "metrics.jsonl"
-    while not log.exists() or log.read_text().count("\n") < step:
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+def begun(world, out, lines):
+    """A long run in a fork of this process, which is warm, and has logged so many lines."""
+    place = out.with_name("said")
+    place.mkdir()
+    flags = [*LONG.split(), "--eval-data", world / "held-out.jsonl"]
+    pid = start(main, arguments(world, out, *flags), place)
+    deadline, log = time.monotonic() + 60, out / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < lines:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal_number)
-    errors = process.communicate(timeout=300)[1]
-    return process.returncode, errors
+    return pid, place
+
+
+def killed(world, out, lines, number=signal.SIGKILL):
+    """The exit status of a long run that is sent a signal, and what it said on stderr."""
+    pid, place = begun(world, out, lines)
+    os.kill(pid, number)
+    ended = end(pid, place)
+    return ended.status, ended.err
 
 
 LONG = (
@@ -832,20 +839,15 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(
     world, tmp_path, uninterrupted, capsys
 ):
     """Whether it would go on or start anew; and the lock dies with its process."""
-    out, flags = tmp_path / "run", [*LONG.split(), "--eval-data", world / "held-out.jsonl"]
-    command = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *flags)]
-    first = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while (
-        not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 9
-    ):
-        assert first.poll() is None
-        time.sleep(0.002)
-    first.send_signal(signal.SIGSTOP)  # it still holds the lock
+    out = tmp_path / "run"
+    first, _ = begun(world, out, 9)
+    os.kill(first, signal.SIGSTOP)  # it still holds the lock
     for flag in ("--resume", "--overwrite"):
-        assert main([*arguments(world, out, *flags), flag]) == 1
-        assert no_line_but(capsys, f"{out} is being written by process {first.pid} on ")
-    first.kill()
-    first.wait()
+        more = f"{LONG} --eval-data {world / 'held-out.jsonl'} {flag}"
+        assert trained(world, out, more) == 1
+        assert no_line_but(capsys, f"{out} is being written by process {first} on ")
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
     assert resumed(out) == 0 and same(weights(out), weights(uninterrupted))
     assert not (out / ".lock").exists()
 
