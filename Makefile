@@ -26,7 +26,7 @@ train-small: .venv/small ## align weights/tiny with BNF on the small world and p
 	@echo
 	$(ONE) $(BIN)/python -m minibnf.lab.exam --base weights/tiny --model $(RUN)/bnf/model --pairs $(RUN)/held-out.jsonl
 
-test: .venv/test ## lint and run the test suite (nine minutes on two cores)
+test: .venv/test ## lint and run the test suite (seven minutes on two cores)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(ONE) $(BIN)/python -m pytest -q tests/test_tutorials.py
 	$(ONE) $(BIN)/python -m pytest -q --ignore=tests/parity --ignore=tests/test_tutorials.py $(ALL_CORES)
