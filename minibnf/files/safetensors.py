@@ -117,7 +117,8 @@ def write_tensors(path: Path, tensors: dict, sealed: bool = False) -> None:
     the file, which is not so of the library's own files.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    metadata = {"format": "pt"} | ({"sha256": _seal(tensors)} if sealed else {})
+    # one entry: the library writes several in any order, and the same run must give the same bytes
+    metadata = {"sha256": _seal(tensors)} if sealed else {"format": "pt"}
     with writing(path):
         temporary.touch()
         mode = temporary.stat().st_mode
