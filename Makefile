@@ -124,7 +124,7 @@ pretrain-small: .venv/small ## make weights/tiny anew: the trainer with --loss n
 compare: .venv/small ## a few methods in the small world, then the verdicts of the whole comparison (ten minutes)
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/quick.json --out runs/quick
 	@echo && echo "The whole comparison and the map of weights, as committed:" && echo
-	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/small-results.json
+	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/frontiers-results.json
 	@$(ONE) $(BIN)/python -m minibnf.lab.compare --tables tutorials/evidence/map-results.json
 
 compare-map: .venv/small ## weights combined under one length normaliser, 3 seeds (an hour and a half on two cores, resumable)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from minibnf.lab.figures import comparison
 from minibnf.lab.language import QA, problems
 from minibnf.lab import frontiers
 from minibnf.lab.frontiers import (
-    NOT,
-    REPRODUCED,
     against,
     at_rates,
     interval,
@@ -39,7 +38,7 @@ from minibnf.lab.plan import (
 )
 from minibnf.lab.tables import concentration, figure, good_rates, ranks
 from minibnf.lab.trials import arguments, rounded, slug
-from minibnf.lab.verdicts import report, verdicts, within
+from minibnf.lab.verdicts import NOT, REPRODUCED, report, verdicts
 from tests.faults.runs import drawn_at_once
 
 SPEC = {
@@ -388,8 +387,8 @@ def test_intervals_cover_what_they_should_and_differences_are_paired():
 # ---- Verdicts ----
 
 
-def verdict(made, words, judged=verdicts):
-    ((_, found, numbers),) = [v for v in judged(made) if words in v[0]]
+def verdict(made, words):
+    ((_, found, numbers),) = [v for v in verdicts(made) if words in v[0]]
     return found, numbers
 
 
@@ -405,61 +404,19 @@ FAR_BEST = {"dpo_2": {"win": 0.7}, "dpo_0.1": {"win": 0.55}}
 TRADED = keeps(bnf=0.88, kto=0.88) | {"dpo_0.1": {"accuracy": 0.8}, "dpo_2": {"win": 0.9}}
 
 
-@pytest.mark.parametrize(
-    "claim, scores, expected, numbers",
-    [
-        ("aligns", wins(bnf=0.6, dpo=0.62), REPRODUCED, ""),  # within two errors
-        ("aligns", wins(bnf=0.6, dpo=0.7), NOT, ""),
-        ("aligns", wins(bnf=0.6) | FAR_BEST, NOT, "best rival dpo 0.700"),
-        ("costs", keeps(bnf=0.88, dpo=0.8, kto=0.8), REPRODUCED, ""),
-        ("costs", keeps(bnf=0.84, dpo=0.8, kto=0.8), NOT, ""),
-        ("costs", keeps(bnf=0.88, dpo=0.88, kto=0.86), NOT, "median 0.030"),  # of 0.02 and 0.04
-        ("costs", keeps(bnf=0.9, dpo=0.9, kto=0.9), NOT, ""),  # nothing to lose less of
-        ("costs", TRADED, NOT, "median 0.010 (least: dpo 0.000), at customary"),
-        ("unpaired", wins(bnf=0.6, kto=0.6), REPRODUCED, ""),
-        ("unpaired", wins(bnf=0.51, kto=0.5), NOT, ""),  # no gain
-        ("unpaired", wins(bnf=0.6, kto=0.7), NOT, ""),
-        ("stable", keeps(dpo=0.4, kto=0.4), REPRODUCED, ""),
-        ("stable", keeps(dpo=0.86, kto=0.4), REPRODUCED, ""),  # as steady as the best
-        ("stable", {}, NOT, ""),  # its rivals are as steady: there is nothing to reproduce
-        ("stable", keeps(bnf=0.4), NOT, "bnf 0%, rivals' median 100%"),
-        ("shifts", {"bnf": {"shift": (0.1, -0.5), "gini": 0.3}}, REPRODUCED, ""),
-        ("shifts", {"bnf": {"shift": (0.1, -0.5), "gini": 0.5}}, NOT, ""),
-        ("shifts", {"bnf": {"shift": (0.1, -1.5), "gini": 0.3}}, NOT, ""),
-        ("tuning", {}, REPRODUCED, ""),
-        ("rbnf", wins(dpo=0.62), REPRODUCED, ""),
-        ("rbnf", keeps(rbnf=0.8), NOT, "on math: rbnf 0.800"),
-    ],
-)
-def test_verdicts(claim, scores, expected, numbers):
-    found, said = verdict(results(**scores), claim)
-    assert found == expected and numbers in said
-
-
-def test_stability_counts_settings():
-    made = results(kto={"accuracy": 0.84}, **{"dpo_0.1": {"accuracy": 0.84}})
-    for r in select(made["runs"], method="bnf", setting={"lr": 1e-3}):
-        r["result"]["accuracy"] = [0.84, 0.01]
-    rule, numbers = verdict(made, "stable")
-    assert rule == REPRODUCED
-    assert "bnf 50%, rivals' median 25%, most dpo 50%; at customary" in numbers
-    assert "at customary hyper-parameters bnf 50%, rivals' median 0%" in numbers
-
-
 def test_an_error_joins_seeds_and_prompts():
     made = results(bnf={"error": 0.03})
     first, second = select(made["runs"], method="bnf", split="test", set="qa")
     first["result"]["win_rate"][0], second["result"]["win_rate"][0] = 0.5, 0.7
     mean, error = figure(made, "qa", "bnf", "best", "win_rate")
     assert mean == pytest.approx(0.6) and error == pytest.approx(math.sqrt(0.02 / 2 + 0.03**2))
-    # 0.1 apart: sqrt(.03² + .05²) > .05 > sqrt(2) .03
-    assert within((0.5, 0.03), (0.6, 0.05)) and not within((0.5, 0.03), (0.6, 0.03))
 
 
 def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
     made = results()
     made["spec"]["on"] = {"qa": ["bnf", "dpo"]}
-    assert [claim.split()[0] for claim, _, _ in verdicts(made)] == ["aligns", "costs", "shifts"]
+    judged = [claim.split()[0] for claim, _, _ in verdicts(made)]
+    assert judged == ["aligns", "gains", "does", "shifts"]
 
 
 @pytest.mark.parametrize(
@@ -480,18 +437,21 @@ def test_a_claim_is_judged_only_where_its_sets_and_methods_were_run():
         ("stable", keeps(dpo=0.4, kto=0.4), REPRODUCED, "better than 2 of 2"),
         ("stable", {}, NOT, ""),  # its rivals are as steady: there is nothing to reproduce
         ("stable", keeps(bnf=0.4), NOT, "worse than 2"),
+        ("shifts", {"bnf": {"shift": (0.1, -0.5), "gini": 0.3}}, REPRODUCED, "median 1.10"),
+        ("shifts", {"bnf": {"shift": (0.1, -0.5), "gini": 0.5}}, NOT, ""),
+        ("shifts", {"bnf": {"shift": (0.1, -1.5), "gini": 0.3}}, NOT, ""),
         ("rbnf", {"bnf batch": {"accuracy": 0.88}}, REPRODUCED, ""),
         ("rbnf", {}, NOT, ""),
     ],
 )  # fmt: skip
-def test_verdicts_on_frontiers(claim, scores, expected, numbers):
-    found, said = verdict(results(BOTH, **scores), claim, frontiers.verdicts)
+def test_verdicts(claim, scores, expected, numbers):
+    found, said = verdict(results(BOTH, **scores), claim)
     assert found == expected and numbers in said
 
 
 def test_frontiers_need_neither_rates_on_maths_nor_a_second_stage_of_every_method():
     made = results()
-    assert len(frontiers.verdicts(made)) == 4 and len(frontiers.verdicts(results(BOTH))) == 6
+    assert len(verdicts(made)) == 5 and len(verdicts(results(BOTH))) == 7
     made["runs"] = [r for r in made["runs"] if (r["method"], r["split"]) != ("nll", "test")]
     assert "| nll | +0.000 ± 0.000 |" in frontiers.frontier_table(made, "qa")
 
@@ -530,17 +490,17 @@ def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_pat
     solutions = [{"question": "What is 3 + 4?", "answer": "3+4=7. Answer: 7"}]
     extra = {"file": written(tmp_path / "solutions.jsonl", solutions), "count": 1}
     pairs = written(tmp_path / "pairs.jsonl", rows)
-    given = {"rows": pairs, "count": 8, "held_out": 8, "solutions": extra}
+    given = {"rows": pairs, "count": 8, "held_out": 8, "solutions": extra, "seeds": [0]}
+    methods = {name: {"loss": name, "grid": {"lr": [1e-3]}} for name in ("bnf", "nll")}
     spec = {
-        "base": "weights/tiny", "seeds": [0],
+        "base": "weights/tiny", "seeds": [1, 2], "methods": methods,
         "train": {"batch_size": 8, "max_steps": 12, "device": "cpu"},
-        "methods": {"bnf": {"loss": "bnf", "grid": {"lr": [1e-3]}}},
-        "sets": {"mine": given}, "on": {"mine": ["bnf"]},
+        "sets": {"mine": given}, "on": {"mine": [*methods]},
     }  # fmt: skip
     made = compare(spec, tmp_path / "out", 1)
-    # One run, two results.
-    assert [(r["split"], r["seed"]) for r in made["runs"]] == [("validation", 0), ("test", 0)]
-    for r in made["runs"]:
+    splits = [(r["split"], r["seed"]) for r in made["runs"]]
+    assert splits == [("validation", 0)] * 2 + [("test", 0)] * 2  # two runs, two results each
+    for r in select(made["runs"], method="bnf"):
         base, result = r["base"], r["result"]
         assert base["preference"] == [0.5, 0] and base["shift/chosen"] == [0, 0]
         assert base["gini"][0] == 0
@@ -549,6 +509,9 @@ def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_pat
         assert -20 < result["solutions"][0] < 0 and result["solutions"] != base["solutions"]
     text = report(made)
     assert "| bnf | best, customary | lr=0.001 |" in text and "pairs told right" in text
+    bnf, nll = (select(made["runs"], split="test", method=m)[0]["result"] for m in methods)
+    cells = [f"{bnf[x][0] - nll[x][0]:+.3f} (" for x in ("preference", "solutions")]
+    assert re.search(rf"\| nll \| \**{re.escape(cells[0])}.*\| \**{re.escape(cells[1])}", text)
     given["count"] = 9
     words = "must have 9 rows to train on and then 8 pairs to hold out"
     with pytest.raises(ValueError, match=words):
@@ -563,10 +526,6 @@ def test_good_rates_have_no_holes():
     assert good_rates(made, "qa", "bnf", {}) == [1e-5]
     made["runs"][2]["result"]["win_rate"][0] = 0.61
     assert good_rates(made, "qa", "bnf", {}) == [1e-3, 1e-2]
-    made = results()
-    for r in select(made["runs"], method="bnf", setting={"lr": 1e-3}):
-        r["result"]["win_rate"] = [0.5, 0.01]
-    assert verdict(made, "tuning")[0] == NOT
 
 
 def odd_results(name):
@@ -602,7 +561,7 @@ def test_frontiers_of_runs_that_broke_off():
     made = odd_results("frontiers")
     made["facts"]["base"] = {name: {"test": BASE_EACH} for name in made["spec"]["on"]}
     text = report(made)
-    assert "## Frontiers, qa" in text and "## Verdicts on frontiers" in text
+    assert "## Frontiers, qa" in text and "## Verdicts" in text
     assert "| slic | +0.000 ± 0.000 |" in text  # without a setting it stays where the base is
 
 
@@ -611,7 +570,7 @@ def test_what_broke_off_is_worst_in_every_respect():
     assert verdict(made, "shifts")[0] == REPRODUCED
     for r in select(made["runs"], method="bnf", split="test"):
         r["result"] = r["each"] = {}
-    assert {verdict(made, words)[0] for words in ("aligns", "costs", "shifts")} == {NOT}
+    assert {verdict(made, words)[0] for words in ("aligns", "gains more", "shifts")} == {NOT}
 
 
 def test_every_committed_spec_can_be_run():

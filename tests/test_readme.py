@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minibnf.arguments import parser
 from minibnf.files.config import READS
-from minibnf.lab.frontiers import questions, weight_table
+from minibnf.lab.frontiers import frontier_table, questions, weight_table
 from minibnf.lab.tables import table
 from minibnf.lab.verdicts import verdict_table, verdicts
 from minibnf.losses import bnf_loss
@@ -151,9 +151,10 @@ def results_of(name: str) -> dict:
 
 
 def test_the_verdicts_are_drawn_from_the_committed_results():
-    results = results_of("small")
+    results = results_of("frontiers")
     assert verdict_table(results) in EVIDENCE
-    assert table(results, "qa") in EVIDENCE
+    assert all(frontier_table(results, name) in EVIDENCE for name in ("qa", "unpaired"))
+    assert table(results_of("small"), "qa") in EVIDENCE
 
 
 def test_the_maps_tables_are_drawn_from_the_committed_results():
@@ -166,7 +167,7 @@ def test_the_verdicts_in_short_are_those_of_the_committed_results():
     numbers_in = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?%?")
     (part,) = re.findall(r"^<!-- verdicts:.*?-->\n(.*?)^<!-- end", README, re.M | re.S)
     shown = [line.strip("| ").split(" | ") for line in part.splitlines()[2:]]
-    found = verdicts(results_of("small"))
+    found = verdicts(results_of("frontiers"))
     assert [cells[:2] for cells in shown] == [[claim, verdict] for claim, verdict, _ in found]
     for (*_, short), (*_, numbers) in zip(shown, found, strict=True):
         assert numbers_in.findall(short), "a row without a number"

@@ -27,7 +27,8 @@ second stage.
 A set is of the small world (a "kind" of smallworld.py, "count", "unpaired") or of files: "rows" is
 a .jsonl of preference rows, "count" of them to train on, "held_out" of them to examine, half
 validation and half test; "solutions" is a .jsonl of question and answer whose likelihood is
-measured. On files a run is examined on both halves, and seeds may be [0].
+measured. On files a run is examined on both halves. Such a set may have "seeds" of its own, [0] for
+what the first stage has measured already.
 """
 
 import argparse
@@ -59,7 +60,7 @@ FIELDS = {  # of a spec, a method and a set: what each must have, and what it ma
         {"kind", "count"},
         {"unpaired", "train", "seed", "tokens", "lr", "test_lr"},
     ),
-    "set of files": ({"rows", "count", "held_out"}, {"solutions", "train", "tokens"}),
+    "set of files": ({"rows", "count", "held_out"}, {"solutions", "train", "tokens", "seeds"}),
 }
 
 

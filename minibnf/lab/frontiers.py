@@ -26,11 +26,11 @@ import numpy as np
 
 from minibnf.lab import tables
 from minibnf.lab.plan import FAR, customary, frontier, select, with_setting
-from minibnf.lab.tables import markdown, rivals
+from minibnf.lab.tables import markdown
 
 Scores = dict[str, np.ndarray]  # {method: its replicates, the first what was measured}
-REPRODUCED, NOT = "reproduced", "not reproduced"
 REPLICATES = 2000
+FILES = ("preference", "solutions")  # what is compared on a set of files
 LEVEL = 0.05  # of all comparisons of a claim together: each has its share (Bonferroni)
 
 
@@ -121,7 +121,7 @@ def against(mine: np.ndarray, theirs: Scores, others: int = 0) -> tuple[list[str
     return better, worse
 
 
-# ---- The claims, judged on frontiers: (results, names of sets) -> (whether it holds, numbers) ----
+# ---- Tables ----
 
 
 def score(x: np.ndarray) -> str:
@@ -129,96 +129,40 @@ def score(x: np.ndarray) -> str:
     return f"{x[0]:+.3f} ± {x[1:].std():.3f}"
 
 
-def compared(mine: np.ndarray, theirs: Scores) -> tuple[list[str], list[str], str]:
-    """The methods that mine is better than, those that are better, and both in words."""
-    better, worse = against(mine, theirs)
-    top = max(theirs, key=lambda name: theirs[name][0])
-    text = f"bnf {score(mine)}; best rival {top} {score(theirs[top])}; "
-    text += f"better than {len(better)} of {len(theirs)}, worse than {len(worse)}"
-    return better, worse, text
+def difference(x: np.ndarray, comparisons: int) -> str:
+    """What was measured and its interval; bold where 0 lies outside."""
+    low, high = interval(x, comparisons)
+    text = f"{x[0]:+.3f} ({low:+.3f} to {high:+.3f})"
+    return text if low <= 0 <= high else f"**{text}**"
 
 
-def most(better: list[str], worse: list[str], theirs: Scores) -> bool:
-    """Better than more than half, worse than none."""
-    return len(better) > len(theirs) / 2 and not worse
+def frontier_table(results: dict, name: str) -> str:
+    """Markdown: the three numbers of every method's frontier, and of the customary one's mean."""
+    rows = []
+    for method in results["spec"]["on"][name]:
+        whole = measures(results, name, method)
+        usual = measures(results, name, method, usual=True)["mean"]
+        rows.append((whole["mean"][0], [method, *map(score, whole.values()), score(usual)]))
+    rows.sort(key=lambda one: -one[0])
+    head = ["method", "gained at 5 points lost", "at 10", "mean, 0 to 10", "mean, customary"]
+    return markdown(head, [cells for _, cells in rows])
 
 
-def aligns(results: dict, qa: str) -> tuple[bool, str]:
-    """At 10 points of reasoning lost no rival has gained more win rate."""
-    mine = measures(results, qa, "bnf")["at 10"]
-    theirs = {m: measures(results, qa, m)["at 10"] for m in rivals(results, qa)}
-    _, worse, text = compared(mine, theirs)
-    return not worse, f"win rate gained at 10 points lost: {text}"
-
-
-def balances(results: dict, qa: str) -> tuple[bool, str]:
-    mine = measures(results, qa, "bnf")["mean"]
-    theirs = {m: measures(results, qa, m)["mean"] for m in rivals(results, qa)}
-    better, worse, text = compared(mine, theirs)
-    return most(better, worse, theirs), f"mean gain from 0 to 10 points lost: {text}"
-
-
-def untuned(results: dict, qa: str) -> tuple[bool, str]:
-    """The same, where rivals keep their customary hyper-parameters: the rate is all one tunes."""
-    mine = measures(results, qa, "bnf")["mean"]
-    theirs = {m: measures(results, qa, m, usual=True)["mean"] for m in rivals(results, qa)}
-    better, worse, text = compared(mine, theirs)
-    return most(better, worse, theirs), f"mean gain, rivals at customary settings: {text}"
-
-
-def unpaired(results: dict, lone: str) -> tuple[bool, str]:
-    mine, kto = (measures(results, lone, m)["at 10"] for m in ("bnf", "kto"))
-    gains, (_, worse) = interval(mine, 2)[0] > 0, against(mine, {"kto": kto}, others=1)
-    numbers = f"win rate gained at 10 points lost: bnf {score(mine)}, kto {score(kto)}"
-    return gains and not worse, numbers
-
-
-def stable(results: dict, maths: str) -> tuple[bool, str]:
-    mine = at_rates(results, maths, "bnf", "accuracy")
-    theirs = {m: at_rates(results, maths, m, "accuracy") for m in rivals(results, maths)}
-    better, worse, text = compared(mine, theirs)
-    rates = " and ".join(f"{x:g}" for x in results["spec"]["sets"][maths]["test_lr"])
-    return most(better, worse, theirs), f"reasoning gained at {rates}, the mean: {text}"
-
-
-def retrieval(results: dict, qa: str, maths: str) -> tuple[bool, str]:
-    """rbnf, and bnf divided as rbnf is: no worse on QA, better on mathematical pairs."""
-    on_qa = [measures(results, qa, m)["mean"] for m in ("rbnf", "bnf batch")]
-    on_maths = [at_rates(results, maths, m, "accuracy") for m in ("rbnf", "bnf batch")]
-    _, worse = against(on_qa[0], {"bnf batch": on_qa[1]}, others=1)
-    better, _ = against(on_maths[0], {"bnf batch": on_maths[1]}, others=1)
-    texts = [f"rbnf {score(a)}, bnf {score(b)}" for a, b in (on_qa, on_maths)]
-    return bool(better) and not worse, f"mean gain on QA: {texts[0]}; reasoning: {texts[1]}"
-
-
-# fmt: off
-CLAIMS = [  # a claim, its rule, and the methods that it judges on each set
-    ("aligns as well as the best method on QA", aligns, {"qa": ["bnf"]}),
-    ("gains more win rate per reasoning lost than most", balances, {"qa": ["bnf"]}),
-    ("does so without tuning beyond the learning rate", untuned, {"qa": ["bnf"]}),
-    ("works on unpaired data: gains, and no less than KTO", unpaired, {"unpaired": ["bnf", "kto"]}),
-    ("is stable on mathematical pairs, where most rivals are not", stable, {"math": ["bnf"]}),
-    ("(not the paper's: retrieval, rbnf, mends it on mathematical pairs at no cost)",
-     retrieval, {"qa": ["rbnf", "bnf batch"], "math": ["rbnf", "bnf batch"]}),
-]
-# fmt: on
-
-
-def judged(results: dict, claims: list[tuple]) -> list[tuple[str, str, str]]:
-    """(claim, verdict, numbers) of each claim whose sets and methods the results hold."""
-    on, found = results["spec"]["on"], []
-    for text, rule, needs in claims:
-        has_methods = all(set(methods) <= set(on.get(name, [])) for name, methods in needs.items())
-        if has_methods and all(rivals(results, name) for name in needs):
-            holds, numbers = rule(results, *needs)
-            found.append((text, REPRODUCED if holds else NOT, numbers))
-    return found
-
-
-def verdicts(results: dict) -> list[tuple[str, str, str]]:
-    """The claims on mathematical pairs need rates to be judged at."""
-    at_rates_too = "test_lr" in results["spec"]["sets"].get("math", {})
-    return judged(results, [claim for claim in CLAIMS if at_rates_too or "math" not in claim[2]])
+def file_table(results: dict, name: str) -> str:
+    """Markdown: on a set of files, bnf less each other method, each at its best setting."""
+    spec, found = results["spec"], {}
+    measured = [x for x in FILES if x in results["facts"]["base"][name]["test"]]
+    for method in spec["on"][name]:
+        best = tables.chosen(results, name, method)["best"]
+        runs = select(results["runs"], set=name, method=method, split="test", setting=best)
+        if all(run["result"] for run in runs):
+            found[method] = [replicates(results, runs, what) for what in measured]
+    mine, count = found.pop("bnf"), len(measured) * len(found)
+    rows = [
+        [method, *(difference(a - b, count) for a, b in zip(mine, theirs, strict=True))]
+        for method, theirs in found.items()
+    ]
+    return markdown(["bnf less", *(tables.NAMES[what] for what in measured)], rows)
 
 
 # ---- The map: weights combined under one length normaliser ----
@@ -245,9 +189,7 @@ def questions(results: dict) -> str:
         cells = [text, f"{one} less {other}"]
         for name, what in ASKED.values():
             a, b = (at_rates(results, name, method, what) for method in (one, other))
-            low, high = interval(a - b, count)
-            shown = f"{(a - b)[0]:+.3f} ({low:+.3f} to {high:+.3f})"
-            cells.append(shown if low <= 0 <= high else f"**{shown}**")
+            cells.append(difference(a - b, count))
         rows.append(cells)
     return markdown(["question", "methods", *ASKED], rows)
 
@@ -264,31 +206,3 @@ def weight_table(results: dict) -> str:
     for method in spec["on"]["qa"]:
         rows.append([method, *(tables.show(tables.at(results, method, *c)) for c in columns)])
     return markdown(head, rows)
-
-
-# ---- The report ----
-
-
-def frontier_table(results: dict, name: str) -> str:
-    """Markdown: the three numbers of every method's frontier, and of the customary one's mean."""
-    rows = []
-    for method in results["spec"]["on"][name]:
-        whole = measures(results, name, method)
-        usual = measures(results, name, method, usual=True)["mean"]
-        rows.append((whole["mean"][0], [method, *map(score, whole.values()), score(usual)]))
-    rows.sort(key=lambda one: -one[0])
-    head = ["method", "gained at 5 points lost", "at 10", "mean, 0 to 10", "mean, customary"]
-    return markdown(head, [cells for _, cells in rows])
-
-
-def report(results: dict) -> list[str]:
-    """Markdown: the map's tables, or the frontiers and the claims judged on them."""
-    on = results["spec"]["on"]
-    if {name for _, *pair in QUESTIONS for name in pair} <= set(on.get("qa", [])):
-        return ["## The map", weight_table(results), questions(results)]
-    parts = []
-    if found := verdicts(results):
-        for name in (name for name in on if results["spec"]["sets"][name].get("kind") == "qa"):
-            parts += [f"## Frontiers, {name}", frontier_table(results, name)]
-        parts += ["## Verdicts on frontiers", markdown(["BNF …", "here", "numbers"], found)]
-    return parts

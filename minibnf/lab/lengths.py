@@ -7,7 +7,7 @@ comparison whose sets differ in length, and whose methods are bnf and DPO at a "
 
 import numpy as np
 
-from minibnf.lab.frontiers import interval, measures
+from minibnf.lab.frontiers import difference, measures
 from minibnf.lab.plan import JUDGED
 from minibnf.lab.tables import markdown
 
@@ -39,13 +39,6 @@ def advantages(results: dict, name: str, method: str) -> dict[str, np.ndarray]:
     return {at: mine[at] - theirs[at] for at in AT}
 
 
-def shown(x: np.ndarray, comparisons: int) -> str:
-    """The difference and its interval; bold where 0 lies outside."""
-    low, high = interval(x, comparisons)
-    text = f"{x[0]:+.3f} ({low:+.3f} to {high:+.3f})"
-    return text if low <= 0 <= high else f"**{text}**"
-
-
 def table(results: dict) -> str:
     """Markdown: bnf and every DPO on every set, by rising β|y|."""
     names = sets_by_length(results)
@@ -58,7 +51,7 @@ def table(results: dict) -> str:
             cells = [f"{name}, {length:g} tokens", method]
             cells += [f"{beta:g}", f"{beta * length:.2g}"] if beta else ["", ""]
             cells += [f"{gained[at][0]:+.3f}" for at in AT]
-            cells += [shown(more[at], count) if beta else "" for at in AT]
+            cells += [difference(more[at], count) if beta else "" for at in AT]
             rows.append((beta * length, cells))
     rows.sort(key=lambda row: row[0])
     head = ["answers", "method", "β", "β times length", "gained at 5 points lost", "at 10"]
@@ -75,7 +68,7 @@ def change(results: dict) -> str:
     rows = []
     for method in both:
         more, less = (advantages(results, name, method) for name in (short, long))
-        cells = [shown(more[at] - less[at], len(AT) * len(both)) for at in AT]
+        cells = [difference(more[at] - less[at], len(AT) * len(both)) for at in AT]
         rows.append([f"{betas[0][method]:g}", *cells])
     head = ["β", f"bnf's advantage on {short} less that on {long} answers, at 5", "at 10"]
     return markdown(head, rows)

@@ -49,7 +49,7 @@ def finals(spec: dict, runs: list[dict]) -> list[dict]:
         for name, methods in spec["on"].items()
         for method in methods
         for setting in final_settings(spec, runs, name, method)
-        for seed in spec["seeds"]
+        for seed in spec["sets"][name].get("seeds", spec["seeds"])
     ]
 
 

@@ -139,12 +139,6 @@ def good_rates(results: dict, name: str, method: str, fixed: dict) -> list[float
             return rates
 
 
-def common_rates(results: dict, name: str) -> set[float]:
-    """The learning rates that the grids of bnf and of all its rivals on a set hold."""
-    methods = ("bnf", *rivals(results, name))
-    return set.intersection(*(set(results["spec"]["methods"][m]["grid"]["lr"]) for m in methods))
-
-
 # ---- Other questions ----
 
 DIVISORS = {

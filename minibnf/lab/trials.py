@@ -139,7 +139,7 @@ def each_of_base(folder: Path, name: str) -> dict[str, dict]:
     return {"test": examination(folder, name, "test")[1][1]}
 
 
-EACH = ("win_rate", "accuracy")
+EACH = ("win_rate", "accuracy", "preference", "solutions")
 
 
 def rounded(numbers: Iterable) -> list[float | int | None]:
