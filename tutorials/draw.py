@@ -205,6 +205,7 @@ def potentials(log_p: Tensor, r: float, preferred: list[str], rejected: list[str
 # ---- Page 05 ----
 
 RIVALS = {"bnf": GOOD, "rbnf": BLUE, "nll": "#c58b1b", "dpo": VIOLET, "kto": "#7f8ea3"}
+RIVALS |= {"slic": "#8c8c2b", "cpo": BAD, "orpo": "#b5651d"}
 
 
 def what_a_rate_costs(runs: dict[str, list[dict]], base: dict) -> None:
@@ -219,3 +220,20 @@ def what_a_rate_costs(runs: dict[str, list[dict]], base: dict) -> None:
         axis.plot(*at, "+", color=GREY, markersize=12, label="base")
         axis.set(xlabel="reasoning kept, falling to the right", ylabel="QA win rate", xlim=(1, 0))
         axis.legend(frameon=False, loc="lower left")
+
+
+def frontiers(points: dict[str, list[tuple[float, float]]], end: float = 0.1) -> None:
+    """Win rate gained against reasoning lost, a frontier per method; level beyond its last point.
+
+    points: of each method by rising loss, the base (0, 0) first.
+    """
+    with drawn("frontiers", (6.4, 3.8)) as axis:
+        for method, reached in points.items():
+            lost, gained = zip(*reached, strict=True)
+            width = 2.4 if method == "bnf" else 1.3
+            how = {"color": RIVALS[method], "linewidth": width}
+            axis.plot(lost, gained, "o-", markersize=4, label=method, **how)
+            axis.plot([lost[-1], max(end, lost[-1])], [gained[-1]] * 2, **how)
+        axis.axvline(end, **DOTTED)
+        axis.set(xlabel="reasoning lost", ylabel="QA win rate gained", xlim=(0, end * 1.15))
+        axis.legend(frameon=False, loc="upper left")
