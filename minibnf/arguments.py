@@ -57,8 +57,8 @@ def parser() -> ArgumentParser:
     a = group.add_argument
     a("--batch-size", type=int, default=32, metavar="N", help="examples per step; default 32")
     a("--lr", type=float,
-      help=f"peak learning rate; default: the loss's own times {WIDTH}/hidden_size. These were "
-           f"found by trying on SmolLM2-135M (hidden_size {WIDTH}) and the small world: {rates}")
+      help=f"peak learning rate; default: the loss's own times {WIDTH}/hidden_size, a place to "
+           f"start from: {rates}")
     a("--warmup", type=float, default=0.1, metavar="X",
       help="share of the steps over which the learning rate rises; default 0.1")
     a("--decay", type=float, default=0.9, metavar="X",
