@@ -90,6 +90,5 @@ def test_the_house_stays_small(capsys):
     with capsys.disabled():
         print(f"\n{sum(counts.values())} lines of code, {mission} of them what train.py needs")
     # After the rebuild 1,736 and 4,953; since then came compiling, the weight family, defences,
-    # long answers (116 lines), and frontiers beside the single-setting rule, which goes when all
-    # methods have theirs.
-    assert mission <= 1920 and sum(counts.values()) <= 5820
+    # long answers and frontiers.
+    assert mission <= 1920 and sum(counts.values()) <= 5750
