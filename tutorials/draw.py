@@ -235,5 +235,5 @@ def frontiers(points: dict[str, list[tuple[float, float]]], end: float = 0.1) ->
             axis.plot(lost, gained, "o-", markersize=4, label=method, **how)
             axis.plot([lost[-1], max(end, lost[-1])], [gained[-1]] * 2, **how)
         axis.axvline(end, **DOTTED)
-        axis.set(xlabel="reasoning lost", ylabel="QA win rate gained", xlim=(0, end * 1.15))
-        axis.legend(frameon=False, loc="upper left")
+        axis.set(xlabel="reasoning lost", ylabel="QA win rate gained", xlim=(0, end * 1.02))
+        axis.legend(frameon=False, loc="lower right", ncols=2)
