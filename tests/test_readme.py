@@ -213,7 +213,7 @@ def test_the_small_tables_are_the_committed_runs_rounded():
 
 
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
-    results = results_of("real")
+    results = evidence("real-results.json")  # of an earlier spec, until they are made again
     assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
     for name in results["spec"]["on"]:
         assert table(results, name) in EVIDENCE, table(results, name)
