@@ -131,7 +131,7 @@ compare-map: .venv/small ## weights combined under one length normaliser, 3 seed
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/map.json --out runs/map
 	cp runs/map/results.json tutorials/evidence/map-results.json
 
-compare-full: .venv/small ## every method's frontier, six settings each, 3 seeds (three hours on two cores, resumable)
+compare-full: .venv/small ## every method's frontier, six settings each, 3 seeds (an hour and a half on two cores, resumable)
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/frontiers.json --out runs/frontiers
 	cp runs/frontiers/results.json tutorials/evidence/frontiers-results.json
 
