@@ -94,7 +94,7 @@ def retrieval(results: dict, qa: str, maths: str) -> tuple[bool, str]:
     on_maths = [at_rates(results, maths, m, "accuracy") for m in ("rbnf", "bnf batch")]
     _, worse = against(on_qa[0], {"bnf batch": on_qa[1]}, others=1)
     better, _ = against(on_maths[0], {"bnf batch": on_maths[1]}, others=1)
-    texts = [f"rbnf {score(a)}, bnf {score(b)}" for a, b in (on_qa, on_maths)]
+    texts = [f"rbnf {score(a)}, bnf batch {score(b)}" for a, b in (on_qa, on_maths)]
     return bool(better) and not worse, f"mean gain on QA: {texts[0]}; reasoning: {texts[1]}"
 
 
