@@ -11,7 +11,6 @@ batch; what was interrupted goes on with --resume.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from minibnf.attention import Cache
 from minibnf.data import encode_prompt
 from minibnf.files.config import announce_ignored
-from minibnf.files.disk import check_output, locked, read_json, write_json, writing
+from minibnf.files.disk import check_output, locked, read_json, seal, write_json, writing
 from minibnf.files.rows import OPTIONS, Notes, Place, each_row, parse_prompt, scan_rows
 from minibnf.files.safetensors import fingerprint
 from minibnf.files.terminal import ArgumentParser, in_one_line, positive, show
@@ -281,11 +280,10 @@ def run(args: argparse.Namespace) -> None:
 def all_settings(args, model, tokenizer, prompts) -> dict:
     """All that the completions depend on."""
     places = ("model", "data", "out", "resume", "overwrite", "device")
-    ids = json.dumps([ids for _, _, ids in prompts])
     return {name: value for name, value in vars(args).items() if name not in places} | {
         "model_sha256": fingerprint(model.named_parameters()),
         "dtype": dtype_name(model),
-        "prompts_sha256": hashlib.sha256(ids.encode()).hexdigest(),
+        "prompts_sha256": seal([ids for _, _, ids in prompts]),
         "now": tokenizer.now.isoformat(),
     }
 

@@ -125,8 +125,8 @@ def checkpoints(out: Path) -> list[Path]:
 def save_training(out: Path, step: int, tokens: int, model: Transformer, optims: list) -> None:
     """OUT/checkpoints/step-N: weights, optimiser states and counts, complete or absent.
 
-    Once it is there, it and the newest one before it are kept. Raises FloatingPointError for a
-    number that is not finite.
+    Once it is there, it and the newest one before it are kept; later ones were damaged. Raises
+    FloatingPointError for a number that is not finite.
     """
     directory = out / "checkpoints" / f"step-{step:07d}"
     with replacing(directory) as temporary:
@@ -138,15 +138,16 @@ def save_training(out: Path, step: int, tokens: int, model: Transformer, optims:
         for part, tensors in parts.items():
             for name, x in tensors.items():
                 check_finite(f"stopped at step {step}, unsaved; lower --lr: {part}", name, x)
-            write_tensors(temporary / f"{part}.safetensors", tensors, sealed=True)
-    for old in [*checkpoints(out)[:-2], *directory.parent.glob(".step-*.tmp")]:
+            write_tensors(temporary / f"{part}.safetensors", tensors, seal=directory.name)
+    kept = [path for path in checkpoints(out) if path <= directory][-2:]
+    for old in {*checkpoints(out), *directory.parent.glob(".step-*.tmp")} - {*kept}:
         delete(old)
 
 
 def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int]:
     """Put the newest checkpoint into model and optimisers, or the one before if it is damaged.
 
-    The damaged one is named; the run writes it anew when it comes to that step.
+    The damaged one is named, and deleted when the next one is saved.
     Returns (steps done, tokens read), (0, 0) if there is none.
     Raises OSError that names the last one where all are damaged or cannot be read.
     """
@@ -164,7 +165,8 @@ def load_training(out: Path, model: Transformer, optims: list) -> tuple[int, int
 def _load_checkpoint(directory: Path, model: Transformer, optims: list) -> tuple[int, int]:
     """Put a checkpoint into model and optimisers."""
     names = ["state", "model", *(f"optimizer-{i}" for i in range(len(optims)))]
-    state, weights, *moments = [read_sealed(directory / f"{name}.safetensors") for name in names]
+    files = [directory / f"{name}.safetensors" for name in names]
+    state, weights, *moments = [read_sealed(file, directory.name) for file in files]
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if {name: x.shape for name, x in weights.items()} != shapes:
         raise ValueError("model.safetensors holds other tensors than the model has")

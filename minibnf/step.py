@@ -155,13 +155,15 @@ def with_reference(
     where the reference is read in the same packs and chunks do policy and reference agree before
     the first step. A cache that is damaged is made again.
     """
+    sizes = [len(response) for e in examples for response in e.responses]
+    seal = f"reference of {sum(sizes)} tokens"
     try:
-        logps = read_sealed(file)["logps"]
+        logps = read_sealed(file, seal)["logps"]
     except (OSError, ValueError):  # it is not there, or damaged
         read = partial(batch_logps, model, loss=loss, dtype=dtype, training=training)
         logps = torch.cat(read_all(model, examples, steps, read, "reference")).float()
-        write_tensors(file, {"logps": logps}, sealed=True)
-    parts = iter(logps.split([len(response) for e in examples for response in e.responses]))
+        write_tensors(file, {"logps": logps}, seal=seal)
+    parts = iter(logps.split(sizes))
     return [e._replace(ref_logps=tuple(islice(parts, len(e.responses)))) for e in examples]
 
 

@@ -225,9 +225,10 @@ def read_references(run: Run) -> None:
         file = run.out / f"reference-{name}.safetensors"
         where = run.model, examples, packed, file, run.loss, run.dtype
         run.sets[name] = with_reference(*where, training=name == "train")
+        data = run.args.eval_data if name.startswith("eval") else run.args.data
         for e in run.sets[name]:
-            where = f"stopped at step 0: the model's own log-probabilities in {e.place} of {name}"
-            check_finite(where, "ref_logps", torch.cat(e.ref_logps))
+            where = f"stopped at step 0 in {e.place} of {data} (weights too large? an odd row?)"
+            check_finite(where, "the model's own log-probabilities", torch.cat(e.ref_logps))
 
 
 def run_step(run: Run, split: str, rows: list[int], *, backward: bool) -> tuple:

@@ -101,6 +101,9 @@ def test_a_line_has_a_bound_and_an_array_in_one_line_another(tmp_path, monkeypat
     file = write(tmp_path / "a.jsonl", [fits, long])
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: a line has more than 100 bytes"):
         rows.read_rows(file)
+    write(file, [long, fits])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: a line has more than 100 bytes"):
+        rows.read_rows(file)
     file.write_text(json.dumps([fits] * 4))
     assert len(rows.read_rows(file)) == 4
     file.write_text(json.dumps([fits] * 40))
@@ -140,13 +143,17 @@ def test_a_file_of_gigabytes_that_should_be_small_is_not_read(model, capsys, nam
         ({"rope_parameters": {"full_attention": 3}}, "rotary positions"),
         ({"rope_parameters": {"rope_theta": "x"}}, "'rope_theta' must be a number above 0"),
         ({"hidden_size": 10**30}, "'hidden_size' must be a whole number above 0, at most 1048576"),
+        ({"max_position_embeddings": 2**32}, "must be a whole number above 0, at most 2147483648"),
         ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' must be a number above 0"),
         ({"rope_theta": float("inf")}, "'rope_theta' must be a number above 0"),
         ({"rope_theta": 10**400}, "'rope_theta' must be a number above 0"),
         ({"tie_word_embeddings": "false"}, "'tie_word_embeddings' must be true or false"),
         ({"model_type": "qwen3", "layer_types": [["full_attention"]] * 2}, "must name 2 times"),
         ({"model_type": "qwen3", "layer_types": 3}, "'layer_types' must be a list, not 3"),
-        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers 2 layers, not [1]"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1]},
+            "'no_rope_layers' must have 2 items, not 1",
+        ),
         ({"num_attention_heads": 64, "head_dim": None}, "and head_dim even"),
     ],
 )

@@ -512,6 +512,11 @@ def test_a_comparison_on_files_examines_both_halves_of_what_was_held_out(tmp_pat
     bnf, nll = (select(made["runs"], split="test", method=m)[0]["result"] for m in methods)
     cells = [f"{bnf[x][0] - nll[x][0]:+.3f} (" for x in ("preference", "solutions")]
     assert re.search(rf"\| nll \| \**{re.escape(cells[0])}.*\| \**{re.escape(cells[1])}", text)
+    tested = select(made["runs"], split="test", method="nll")
+    for broken in (tested, made["runs"]):  # a method's, and bnf's too
+        for r in broken:
+            r |= {"result": {}, "each": {}}
+        assert "| nll | a run broke off | a run broke off |" in frontiers.file_table(made, "mine")
     given["count"] = 9
     words = "must have 9 rows to train on and then 8 pairs to hold out"
     with pytest.raises(ValueError, match=words):
@@ -523,9 +528,9 @@ def test_good_rates_have_no_holes():
     spec = changed("methods", "bnf", grid={"lr": [*wins]})
     runs = [run("qa", "bnf", {"lr": lr}, win=win) for lr, win in wins.items()]
     made = {"spec": spec, "runs": runs}
-    assert good_rates(made, "qa", "bnf", {}) == [1e-5]
+    assert good_rates(made, "qa", "bnf") == [1e-5]
     made["runs"][2]["result"]["win_rate"][0] = 0.61
-    assert good_rates(made, "qa", "bnf", {}) == [1e-3, 1e-2]
+    assert good_rates(made, "qa", "bnf") == [1e-3, 1e-2]
 
 
 def odd_results(name):

@@ -107,12 +107,13 @@ GEMMA = RAW | {
 }  # fmt: skip
 
 
-def test_a_compiled_step_is_the_step(compiled_by):
-    """Layers with a window and layers without, soft caps, and a loss that couples two responses."""
-    model = Transformer(parse_config(GEMMA, "t"), GEMMA).init_weights(0)
-    expected = step(model, "dpo", 30)
+@pytest.mark.parametrize("name, raw", [("bnf", RAW), ("dpo", GEMMA)])
+def test_a_compiled_step_is_the_step(compiled_by, name, raw):
+    """Plain layers; layers with a window and without, soft caps, and a loss that couples."""
+    model = Transformer(parse_config(raw, "t"), raw).init_weights(0)
+    expected = step(model, name, 30)
     compiled_by("aot_eager")
-    for found, wanted in zip(step(model, "dpo", 30), expected, strict=True):
+    for found, wanted in zip(step(model, name, 30), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 

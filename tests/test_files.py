@@ -357,25 +357,43 @@ def test_a_file_that_is_cut_or_missing_is_called_damaged(saved, name, data):
 
 
 @pytest.mark.parametrize(
-    "sealed, shape, says",
+    "seal, shape, says",
     [
-        (True, (1,), "holds other tensors than the model has"),
-        (True, (), "holds other tensors than the model has"),
-        (False, (32,), "model.safetensors is not what was written"),
+        ("step-0000003", (1,), "holds other tensors than the model has"),
+        ("step-0000003", (), "holds other tensors than the model has"),
+        ("", (32,), "model.safetensors is not what was written"),
+        ("step-0000002", (32,), "model.safetensors is not what was written"),
     ],
 )
-def test_weights_that_no_run_wrote_are_called_damaged(saved, sealed, shape, says):
+def test_weights_that_no_run_wrote_are_called_damaged(saved, seal, shape, says):
     """Under a hash that is right, even of a shape that PyTorch would copy into each row."""
     read, folder = saved
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     state = load_file(file) | {"model.norm.weight": torch.ones(shape)}
     file.unlink()  # not written in place: what was read may be mapped to it
-    write_tensors(file, state, sealed)
+    write_tensors(file, state, seal)
     with pytest.raises(OSError, match=says):
         read()
     file.unlink()
     file.write_bytes(whole)
+
+
+def test_what_is_kept_is_what_was_saved_last(world, tmp_path, capsys):
+    """And the newest before it; damaged ones of later steps go once it is there."""
+    args = parse(arguments(world, tmp_path))
+    model = fresh(world / "model", seed=0)
+    optims = optimizers(model, args, 1e-3)
+    save_training(tmp_path, 7, 70, model, optims)
+    for later in ("step-0000014", "step-0000021"):  # of a name that is not theirs
+        shutil.copytree(tmp_path / "checkpoints" / "step-0000007", tmp_path / "checkpoints" / later)
+    assert load_training(tmp_path, model, optims) == (7, 70)
+    assert capsys.readouterr().out.count("damaged or unreadable") == 2
+    for step, kept in ((8, [7, 8]), (9, [8, 9])):
+        save_training(tmp_path, step, 80, model, optims)
+        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert names == [f"step-{k:07d}" for k in kept]
+    assert load_training(tmp_path, model, optims) == (9, 80)
 
 
 def test_what_is_saved_is_on_the_disk_before_it_is_renamed_and_before_the_older_goes(

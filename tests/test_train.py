@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from minibnf import kernels, train
 from minibnf.data import mismatched, pack, pair, read_examples
-from minibnf.files.safetensors import fingerprint
+from minibnf.files.safetensors import fingerprint, write_tensors
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.language import QUESTIONS, grammar
 from minibnf.lab.smallworld import write_base
@@ -729,7 +729,8 @@ def test_starting_weights_that_are_not_finite_are_named(world, tmp_path, capsys,
 def test_a_reference_that_is_not_finite_is_no_training_rows_fault(world, tmp_path, capsys):
     broken = altered(world, tmp_path / "broken", 3e38)
     assert trained(world, tmp_path / "run", f"--model {broken}") == 1
-    assert no_line_but(capsys, "at step 0: the model's own log-probabilities in line 1 of")
+    said = f"at step 0 in line 1 of {world / 'pairs.jsonl'} (weights too large? an odd row?): "
+    assert no_line_but(capsys, said, "'the model's own log-probabilities'")
 
 
 def test_held_out_rows_that_give_no_number_are_named_and_metrics_stay_json(
@@ -796,6 +797,17 @@ def test_a_flipped_bit_of_the_reference_is_made_good(stopped):
     assert resumed(out) == 0
     assert same(weights(out), end)
     assert (out / "reference-train.safetensors").read_bytes() == before
+
+
+def test_a_reference_of_another_run_is_made_anew(stopped):
+    out, end = stopped
+    shutil.rmtree(out / "checkpoints")
+    file = out / "reference-train.safetensors"
+    before = file.read_bytes()
+    file.unlink()  # not written in place: what was read may be mapped to it
+    write_tensors(file, {"logps": torch.zeros(3)}, seal="reference of 3 tokens")
+    assert resumed(out) == 0
+    assert same(weights(out), end) and file.read_bytes() == before
 
 
 def test_the_announcement_says_what_disk_two_checkpoints_take(stopped, capsys):

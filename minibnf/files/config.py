@@ -127,10 +127,10 @@ FLAGS = "attention_bias mlp_bias tie_word_embeddings use_sliding_window"
 # comes near, and what is far beyond would cost all memory before any file of weights could
 # contradict it.
 MUST = (
-    dict.fromkeys([*REAL, *SOFTCAPS, *LLAMA3], ("a number above 0", (int, float), 2**53))
-    | dict.fromkeys(SIZES, ("a whole number above 0, at most 1048576", (int,), 2**20))
-    | {"num_hidden_layers": ("a whole number above 0, at most 1000", (int,), 1000)}
-    | dict.fromkeys(COUNTS.split(), ("a whole number above 0", (int,), 2**31))
+    dict.fromkeys([*REAL, *SOFTCAPS, *LLAMA3], ("a number", (int, float), 2**53))
+    | dict.fromkeys(SIZES, ("a whole number", (int,), 2**20))
+    | {"num_hidden_layers": ("a whole number", (int,), 1000)}
+    | dict.fromkeys(COUNTS.split(), ("a whole number", (int,), 2**31))
     | dict.fromkeys(FLAGS.split(), ("true or false", (bool,)))
     | {"max_window_layers": ("a whole number", (int,))}
     | dict.fromkeys(["layer_types", "no_rope_layers"], ("a list", (list,)))
@@ -233,14 +233,16 @@ def _layers(given: dict, path) -> tuple[Layer, ...]:
     if roped is None:  # SmolLM3 leaves out every fourth, the others none
         interval = given.get("no_rope_layer_interval", n + 1)
         roped = [(i + 1) % interval != 0 for i in range(n)]
+    if len(roped) != n:
+        raise ValueError(f"{path}: field 'no_rope_layers' must have {n} items, not {len(roped)}")
     if kinds is None:  # as transformers 4 wrote no such field
         sliding = (_is_sliding(i, given, roped) for i in range(n))
         kinds = ["sliding_attention" if s else "full_attention" for s in sliding]
     lacking = window is None and "sliding_attention" in kinds
-    if len(kinds) != n or not all(kind in KINDS for kind in kinds) or lacking or len(roped) != n:
+    if len(kinds) != n or not all(kind in KINDS for kind in kinds) or lacking:
         raise ValueError(
             f"{path}: field 'layer_types' must name {n} times full_attention or sliding_attention, "
-            f"which needs a sliding_window, not {kinds}; and no_rope_layers {n} layers, not {roped}"
+            f"which needs a sliding_window, not {kinds}"
         )
     ropes = _ropes(given, path)
     return tuple(

@@ -50,13 +50,14 @@ def read_json(path: Path):
 def check_fields(where, found: dict, must: dict[str, tuple], required=()) -> None:
     """Raise ValueError where a field is not what it must be; null is absent, unless required.
 
-    must: {field: (what it must be, its types)}, and of a number above 0 its most.
+    must: {field: (what it must be, its types)}; of a number, which must be above 0, also its most.
     """
     for field, (what, types, *most) in must.items():
         value = found.get(field)
         if value is None and field not in required:
             continue
         if type(value) not in types or (most and not 0 < value <= most[0]):
+            what += f" above 0, at most {most[0]}" if most else ""
             raise ValueError(f"{where}: field '{field}' must be {what}, not {value!r}")
 
 
@@ -184,7 +185,8 @@ def locked(file: Path) -> Iterator[None]:
                 raise BlockingIOError
         except BlockingIOError:
             held.seek(0)
-            raise ValueError(f"{file.parent} is being written by {held.read()}") from None
+            who = held.read() or "another process"
+            raise ValueError(f"{file.parent} is being written by {who}") from None
         except (ImportError, OSError) as error:
             show(f"no lock on {file.parent} ({error}): start no second process there")
         file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")

@@ -91,8 +91,9 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         begun, blank = False, 0
         for number, line in enumerate(iter(partial(stream.readline, LINE + 1), b""), 1):
-            text = line.strip(BLANK)
-            if not begun and (text[:1] == b"[" or (text[:1] == b"{" and text[-1:] != b"}")):
+            text, long = line.strip(BLANK), len(line) > LINE
+            opens = text[:1] == b"{" and text[-1:] != b"}" and not long
+            if not begun and (opens or text[:1] == b"["):
                 data = line + stream.read(ARRAY)
                 if len(data) > ARRAY:
                     most = f"JSON over several lines, or an array, may have {ARRAY:,} bytes"
@@ -100,7 +101,7 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
                 yield from _values(path, data, number)
                 return
             blank = 0 if text else blank + len(line)
-            if len(line) > LINE or blank > BLANKS:
+            if long or blank > BLANKS:
                 what = f"blank lines have {blank:,}" if blank else f"a line has more than {LINE:,}"
                 raise ValueError(f"{path}, line {number}: {what} bytes")
             if text:

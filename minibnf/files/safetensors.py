@@ -79,19 +79,22 @@ def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     return found.hexdigest()
 
 
-def _seal(tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 of all that a file says of tensors, in whatever order."""
-    return fingerprint((f"{k} {x.dtype} {x.shape}", x) for k, x in sorted(tensors.items()))
+def _sha256(tensors: dict[str, torch.Tensor], seal: str) -> str:
+    """Of all that a file says of tensors, in whatever order, and of what they belong to."""
+    return fingerprint((f"{seal} {k} {x.dtype} {x.shape}", x) for k, x in sorted(tensors.items()))
 
 
-def read_sealed(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that write_tensors sealed.
+def read_sealed(path: Path, seal: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file that write_tensors sealed so.
 
     Raises OSError, or ValueError where it is not as it was written.
     """
+    with open(path, "rb") as file:
+        while file.read(2**24):  # what cannot be read is an error here; mapped, it ends the process
+            pass
     with opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if (file.metadata() or {}).get("sha256") != _seal(tensors):
+        if (file.metadata() or {}).get("sha256") != _sha256(tensors, seal):
             raise ValueError(f"{path.name} is not what was written: its hash is another")
     return tensors
 
@@ -110,15 +113,15 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def write_tensors(path: Path, tensors: dict, sealed: bool = False) -> None:
+def write_tensors(path: Path, tensors: dict, seal: str = "") -> None:
     """Write a safetensors file, whole or not at all.
 
-    sealed: its header gets a hash, which read_sealed compares. Whoever the umask allows may read
-    the file, which is not so of the library's own files.
+    seal: what they belong to; the header gets a hash, which read_sealed compares. Whoever the umask
+    allows may read the file, which is not so of the library's own files.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     # one entry: the library writes several in any order, and the same run must give the same bytes
-    metadata = {"sha256": _seal(tensors)} if sealed else {"format": "pt"}
+    metadata = {"sha256": _sha256(tensors, seal)} if seal else {"format": "pt"}
     with writing(path):
         temporary.touch()
         mode = temporary.stat().st_mode

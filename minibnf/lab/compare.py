@@ -64,7 +64,7 @@ FIELDS = {  # of a spec, a method and a set: what each must have, and what it ma
 }
 
 
-def check_fields(given: dict, what: str, name: str = "") -> None:
+def check_names(given: dict, what: str, name: str = "") -> None:
     must, may = FIELDS[what]
     if wrong := (must ^ set(given)) - may:
         how = "missing" if min(wrong) in must else "unknown"
@@ -73,14 +73,14 @@ def check_fields(given: dict, what: str, name: str = "") -> None:
 
 def check(spec: dict) -> None:
     """ValueError that names what in the spec is missing, unknown or refused by the trainer."""
-    check_fields(spec, "spec")
+    check_names(spec, "spec")
     for name, given in spec["sets"].items():
         what = "set of files" if "rows" in given else "set of the small world"
-        check_fields(given, what, f" '{name}'")
+        check_names(given, what, f" '{name}'")
         if given.get("kind", "qa") not in KINDS:
             raise ValueError(f"set '{name}': its 'kind' must be one of {', '.join(KINDS)}")
     for name, given in spec["methods"].items():
-        check_fields(given, "method", f" '{name}'")
+        check_names(given, "method", f" '{name}'")
         usual, tried = customary(spec, name), combinations(given) if "grid" in given else []
         if tried and not any("lr" in x and usual.items() <= x.items() for x in tried):
             raise ValueError(
@@ -142,7 +142,7 @@ def compare(spec: dict, folder: Path, workers: int, known: dict | None = None) -
     return results
 
 
-DATA = ("kind", "count", "unpaired", "seed", "tokens", "rows", "train")
+DATA = ("kind", "count", "unpaired", "seed", "tokens", "train", "rows", "held_out", "solutions")
 
 
 def take(known: dict, spec: dict, base: str, folder: Path) -> None:
@@ -156,7 +156,8 @@ def take(known: dict, spec: dict, base: str, folder: Path) -> None:
         sets = theirs["sets"][name], spec["sets"].get(name, {})
         same_set = len({json.dumps([s.get(field) for field in DATA]) for s in sets}) == 1
         one, other = (x["methods"].get(method, {}) for x in (theirs, spec))
-        if same_set and all(one.get(field) == other.get(field) for field in ("loss", "fixed")):
+        same_loss = all(one.get(field) == other.get(field) for field in ("loss", "fixed"))
+        if same_set and same_loss and "each" in run:
             write_json(folder / "results" / f"{trials.slug(run)}.json", run)
 
 

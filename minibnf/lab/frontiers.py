@@ -30,7 +30,7 @@ from minibnf.lab.tables import markdown
 
 Scores = dict[str, np.ndarray]  # {method: its replicates, the first what was measured}
 REPLICATES = 2000
-FILES = ("preference", "solutions")  # what is compared on a set of files
+ON_FILES = ("preference", "solutions")  # what is compared on a set of files
 LEVEL = 0.05  # of all comparisons of a claim together: each has its share (Bonferroni)
 
 
@@ -54,7 +54,7 @@ def replicates(results: dict, runs: list[dict], what: str) -> np.ndarray:
     """
     base = results["facts"]["base"][runs[0]["set"]][runs[0]["split"]][what]
     by_seed = [
-        over_prompts(run["each"].get(what, [0.0] * len(base)), what)
+        over_prompts(run["each"][what] if run["result"] else [0.0] * len(base), what)
         for run in sorted(runs, key=lambda run: run["seed"])
     ]
     return (draws(len(runs), "seeds") * np.stack(by_seed, 1)).sum(1) - over_prompts(base, what)
@@ -149,19 +149,23 @@ def frontier_table(results: dict, name: str) -> str:
 
 
 def file_table(results: dict, name: str) -> str:
-    """Markdown: on a set of files, bnf less each other method, each at its best setting."""
+    """Markdown: on a set of files, bnf less each other method, each at its best setting.
+
+    A method of the first stage alone is left out. Where there is one seed, rows alone are drawn.
+    """
     spec, found = results["spec"], {}
-    measured = [x for x in FILES if x in results["facts"]["base"][name]["test"]]
+    measured = [x for x in ON_FILES if x in results["facts"]["base"][name]["test"]]
     for method in spec["on"][name]:
         best = tables.chosen(results, name, method)["best"]
         runs = select(results["runs"], set=name, method=method, split="test", setting=best)
-        if all(run["result"] for run in runs):
-            found[method] = [replicates(results, runs, what) for what in measured]
-    mine, count = found.pop("bnf"), len(measured) * len(found)
-    rows = [
-        [method, *(difference(a - b, count) for a, b in zip(mine, theirs, strict=True))]
-        for method, theirs in found.items()
-    ]
+        if runs:
+            whole = all(run["result"] for run in runs)
+            found[method] = [replicates(results, runs, x) for x in measured] if whole else []
+    mine, rows = found.pop("bnf", []), []
+    for method, theirs in found.items():
+        pairs = zip(mine, theirs, strict=False)
+        cells = [difference(a - b, len(measured) * len(found)) for a, b in pairs]
+        rows.append([method, *(cells or ["a run broke off"] * len(measured))])
     return markdown(["bnf less", *(tables.NAMES[what] for what in measured)], rows)
 
 

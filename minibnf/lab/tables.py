@@ -16,7 +16,7 @@ from minibnf.lab import plan
 
 CONTROLS = ("nll", "unlikelihood")
 OURS = ("bnf", "rbnf", "bnf batch")
-# A setting is good if it is no further below the method's best, or (mathematical pairs) the base.
+# A setting is good if it is no further below the method's best.
 TOLERANCE = 0.05
 NAMES = {
     "win_rate": "win rate", "accuracy": "reasoning", "degenerate": "degenerate",
@@ -125,13 +125,13 @@ def rate_table(results: dict, name: str) -> str:
 # ---- Learning rates ----
 
 
-def good_rates(results: dict, name: str, method: str, fixed: dict) -> list[float]:
-    """The good learning rates around the best one, without a gap; of settings that have `fixed`.
+def good_rates(results: dict, name: str, method: str) -> list[float]:
+    """The good learning rates around the best one, without a gap.
 
     Good: the validation objective is within TOLERANCE of the method's best.
     """
     runs = plan.select(results["runs"], set=name, method=method, split="validation", seed=0)
-    top = plan.best_by_rate(plan.with_setting(runs, fixed))
+    top = plan.best_by_rate(runs)
     best = max(top, key=top.get)
     for _, neighbours in groupby(top, key=lambda lr: top[lr] >= top[best] - TOLERANCE):
         rates = list(neighbours)
@@ -154,7 +154,7 @@ def lengths(results: dict, name: str) -> str:
     rows = []
     for method, what in DIVISORS.items():
         if method in results["spec"]["on"][name]:
-            rates = good_rates(results, name, method, {})
+            rates = good_rates(results, name, method)
             best = chosen(results, name, method)["best"]["lr"]
             win = show(figure(results, name, method, "best", "win_rate"))
             kept = show(figure(results, name, method, "best", "accuracy"))

@@ -134,7 +134,9 @@ def verdicts(results: dict) -> list[tuple[str, str, str]]:
 
 
 def verdict_table(results: dict) -> str:
-    return markdown(["BNF …", "here", "numbers"], verdicts(results))
+    """Markdown; empty where no claim can be judged."""
+    found = verdicts(results)
+    return markdown(["BNF …", "here", "numbers"], found) if found else ""
 
 
 def on_frontiers(results: dict) -> list[str]:
@@ -143,12 +145,13 @@ def on_frontiers(results: dict) -> list[str]:
     if {name for _, *pair in frontiers.QUESTIONS for name in pair} <= set(on.get("qa", [])):
         return ["## The map", frontiers.weight_table(results), frontiers.questions(results)]
     parts = []
-    for name in (name for name in on if "rows" in results["spec"]["sets"][name]):
+    sets = results["spec"]["sets"]
+    for name in (name for name in on if "rows" in sets[name] and "bnf" in on[name]):
         parts += [f"## bnf against the others, {name}", frontiers.file_table(results, name)]
-    if verdicts(results):
-        for name in (name for name in on if results["spec"]["sets"][name].get("kind") == "qa"):
+    if judged := verdict_table(results):
+        for name in (name for name in on if sets[name].get("kind") == "qa"):
             parts += [f"## Frontiers, {name}", frontiers.frontier_table(results, name)]
-        parts += ["## Verdicts", verdict_table(results)]
+        parts += ["## Verdicts", judged]
     return parts
 
 
