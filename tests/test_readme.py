@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minibnf.arguments import parser
 from minibnf.files.config import READS
 from minibnf.lab.frontiers import frontier_table, questions, weight_table
-from minibnf.lab.tables import table
+from minibnf.lab.tables import rate_table, table
 from minibnf.lab.verdicts import verdict_table, verdicts
 from minibnf.losses import bnf_loss
 from tests.loss_table import table as loss_table
@@ -154,6 +154,7 @@ def test_the_verdicts_are_drawn_from_the_committed_results():
     results = results_of("frontiers")
     assert verdict_table(results) in EVIDENCE
     assert all(frontier_table(results, name) in EVIDENCE for name in ("qa", "unpaired"))
+    assert rate_table(results, "math") in EVIDENCE
     assert table(results_of("small"), "qa") in EVIDENCE
 
 
