@@ -6,6 +6,9 @@ the card, so that it is known to run; what only a card can do is left out there.
 
 import copy
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -22,7 +25,7 @@ from minibnf.model import Transformer, fresh, save
 from minibnf.step import run_batches
 from minibnf.train import main
 from tests.strategies import referred
-from tests.test_train import arguments, killed, logged
+from tests.test_train import arguments, logged
 from tests.test_train import world  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -212,7 +215,14 @@ def test_a_killed_and_resumed_run_goes_on(world, tmp_path, card):  # noqa: F811
     more += ["--epochs", "4", "--save-every", "3", "--max-tokens", "200"]
     assert main(arguments(world, tmp_path / "whole", *more)) == 0
     out = tmp_path / "killed"
-    killed(world, out, 5, flags=more)
+    # a process of its own: a fork cannot use a card that this one has used
+    words = [sys.executable, "-m", "minibnf.train", *arguments(world, out, *more)]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        log = out / "metrics.jsonl"
+        while not log.exists() or log.read_text().count("\n") < 5:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
     assert not (out / "model").exists()
     assert main(["--resume", "--out", str(out)]) == 0
     whole, gone_on = logged(tmp_path / "whole"), logged(out)
