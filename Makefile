@@ -135,7 +135,7 @@ compare-full: .venv/small ## every method's frontier, six settings each, 3 seeds
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/frontiers.json --out runs/frontiers
 	cp runs/frontiers/results.json tutorials/evidence/frontiers-results.json
 
-compare-long: .venv/small ## is a β that suits long answers weak on short ones? (40 minutes on two cores, resumable)
+compare-long: .venv/small ## does the lead over DPO depend on the length of answers? (40 minutes on two cores, resumable)
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/long.json --out runs/long
 	cp runs/long/results.json tutorials/evidence/long-results.json
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minibnf.arguments import parser
 from minibnf.files.config import READS
+from minibnf.lab import lengths
 from minibnf.lab.frontiers import frontier_table, questions, weight_table
 from minibnf.lab.tables import rate_table, table
 from minibnf.lab.verdicts import verdict_table, verdicts
@@ -161,6 +162,11 @@ def test_the_verdicts_are_drawn_from_the_committed_results():
 def test_the_maps_tables_are_drawn_from_the_committed_results():
     results = results_of("map")
     assert weight_table(results) in EVIDENCE and questions(results) in EVIDENCE
+
+
+def test_the_table_of_lengths_is_drawn_from_the_committed_results():
+    results = results_of("long")
+    assert lengths.table(results) in EVIDENCE and lengths.change(results) in EVIDENCE
 
 
 def test_the_verdicts_in_short_are_those_of_the_committed_results():
