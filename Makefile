@@ -74,7 +74,7 @@ mutants: .venv/mutants ## break losses.py, rivals.py, responses.py and logprob.p
 	HYPOTHESIS_PROFILE=mutants $(ONE) $(BIN)/mutmut run --max-children 2
 	@$(BIN)/python -m tests.mutants
 
-faults: .venv/test ## kills, power cuts, full disks, damaged and hostile files, by the ten thousand (half an hour on two cores)
+faults: .venv/test ## kills, power cuts, full disks, damaged and hostile files, by the ten thousand (a quarter of an hour on two cores)
 	$(BIN)/python -m tests.faults
 
 figures: .venv/small ## draw tutorials/figures anew
