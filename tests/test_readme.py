@@ -19,6 +19,7 @@ from minibnf.lab.frontiers import frontier_table, questions, weight_table
 from minibnf.lab.tables import rate_table, table
 from minibnf.lab.verdicts import verdict_table, verdicts
 from minibnf.losses import bnf_loss
+from tests.benchmarks.memory import table as memory_table
 from tests.loss_table import table as loss_table
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +180,10 @@ def test_the_verdicts_in_short_are_those_of_the_committed_results():
     for (*_, short), (*_, numbers) in zip(shown, found, strict=True):
         assert numbers_in.findall(short), "a row without a number"
         assert set(numbers_in.findall(short)) <= set(numbers_in.findall(numbers)), short
+
+
+def test_what_fits_is_what_the_formula_says():
+    assert memory_table() in SPEED
 
 
 def cells_after(head: str) -> list[list[str]]:

@@ -5,7 +5,8 @@
 By minibnf/check.py's own formula, for a GPU: float32 weights, gradients and AdamW's moments (16
 bytes per parameter), a copy of the weights in bfloat16, activations, logits. A cell is the largest
 micro-batch, in tokens, up to the trainer's 16,384; "no" where fewer than 512 tokens fit. Of each
-card a gigabyte (CUDA itself) and a twentieth (what the allocator cannot use again) are left free.
+card two gigabytes are left free (CUDA itself, and a chunk of logits, of which a card may take 1 GiB
+where the formula counts 64 MiB), and a twentieth (what the allocator cannot use again).
 Estimates: nothing is run, so no GPU is needed. On an H200, steps of 32 pairs of gsm8k_pairs (about
 10,600 tokens) took 33.4 GB with Llama-3.2-1B's shape and 8.9 with SmolLM2-135M's, where this says
 39.5 and 9.6.
@@ -53,7 +54,7 @@ def gigabytes(c: Config, parameters: int, tokens: int, recompute: bool) -> float
 
 def tokens_that_fit(c: Config, parameters: int, card: int, recompute: bool) -> int:
     """The largest micro-batch, a multiple of 256 up to MOST; 0 where fewer than LEAST fit."""
-    room = card * 0.95 - 1
+    room = card * 0.95 - 2
     sizes = range(LEAST, MOST + 1, 256)
     return max((n for n in sizes if gigabytes(c, parameters, n, recompute) <= room), default=0)
 
