@@ -190,16 +190,15 @@ LATE = {"cuda"}
 def logged_to(file: Path, step: int) -> list[str]:
     """The lines of a metrics.jsonl up to a step. Where some are damaged or gone, a line says so."""
     kept, steps = [], set()
-    text = file.read_bytes() if file.exists() else b""
-    for line in text.split(b"\n")[:-1]:  # what a kill tore has no end
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         with suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             if row["step"] <= step:
                 kept.append(line.decode() + "\n")
                 steps |= {row["step"]} if "loss" in row else set()
-    if len(steps) < step:
-        gone = f"the rows of {step - len(steps)} of {counted(step, 'step')} are damaged or gone"
-        show(f"{file}: {gone}; the run goes on without them")
+    if gone := step - len(steps):
+        said = f"the rows of {gone} of {counted(step, 'step')} are damaged or gone"
+        show(f"{file}: {said}; the run goes on without them")
     return kept
 
 

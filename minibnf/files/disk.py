@@ -171,10 +171,9 @@ def locked(file: Path) -> Iterator[None]:
     """No second process is in a block locked by the same file, which is gone after it.
 
     The lock dies with its process. Where there is none, as on some network disks, a line says so.
-    Raises ValueError that says who holds it. A folder that is made for the file goes if it is
-    empty at the end.
+    Raises ValueError that says who holds it. The file's folder is made, and goes if it is empty at
+    the end.
     """
-    made = not file.parent.exists()
     make(file.parent)
     with open(file, "a+", encoding="utf-8") as held:
         try:
@@ -185,7 +184,7 @@ def locked(file: Path) -> Iterator[None]:
                 raise BlockingIOError
         except BlockingIOError:
             held.seek(0)
-            who = held.read() or "another process"
+            who = held.read() or "another process"  # which has not written its name yet
             raise ValueError(f"{file.parent} is being written by {who}") from None
         except (ImportError, OSError) as error:
             show(f"no lock on {file.parent} ({error}): start no second process there")
@@ -195,8 +194,7 @@ def locked(file: Path) -> Iterator[None]:
         finally:
             file.unlink(missing_ok=True)
             with suppress(OSError):
-                if made:
-                    file.parent.rmdir()
+                file.parent.rmdir()
 
 
 def inside(path: Path, folder: Path) -> bool:

@@ -70,14 +70,12 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
     """
     path = Path(path)
     place = None
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such file")
     try:
         for place, value in _parquet(path) if path.suffix == ".parquet" else _json(path):
             yield place, _row(value, place)
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be read to its end: {why}") from None
+        raise ValueError(f"{path}: cannot be read: {why}") from None
     if place is None:
         raise ValueError(f"{path}: no rows")
 

@@ -88,11 +88,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Refuses words that are no UTF-8: config.json, for one, could not hold them."""
-        args = sys.argv[1:] if args is None else args
-        for word in args:
-            if word.encode(errors="ignore").decode() != word:
-                self.error(f"{word!r} is no UTF-8")
-        return super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        if odd := [word for word in words if word.encode(errors="ignore").decode() != word]:
+            self.error(f"{odd[0]!r} is no UTF-8")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
         self.exit(2, printable(f"error: {message} ({self.prog} --help lists the options)\n"))

@@ -25,6 +25,7 @@ from minibnf.evaluate import tokenised
 from minibnf.files.config import read_config
 from minibnf.files.disk import read_json, write_json
 from minibnf.files.rows import read_rows, scan_rows
+from minibnf.files.terminal import as_words
 from minibnf.files.tokenizer import load_tokenizer
 from minibnf.lab.exam import Exam, figures_of, held_out, on_files
 from minibnf.lab.smallworld import pairs, sampler, unpaired, write_rows
@@ -89,10 +90,8 @@ def arguments(spec: dict, job: dict, data, out) -> list[str]:
         if "tokens" not in given:
             raise ValueError(f"set '{job['set']}': 'beta|y|' needs its 'tokens'")
         hyper["beta"] = product / given["tokens"]
-    words = ["--overwrite", "--loss-args", *(f"{k}={v}" for k, v in hyper.items() if k != "lr")]
-    for name, value in flags.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
+    hyper = [f"{k}={v}" for k, v in hyper.items() if k != "lr"]
+    return as_words(flags | {"overwrite": True, "loss_args": hyper})
 
 
 def trained(argv: list[str], out: Path) -> bool:
@@ -113,8 +112,9 @@ def trained(argv: list[str], out: Path) -> bool:
 def run_job(folder: Path, job: dict) -> None:
     """Train and examine; the results are written to folder/results.
 
-    A run on files has two results, one for each half of the held-out rows. "each" holds what was
-    measured of each prompt, which the bootstrap of frontiers.py draws from.
+    A run of the first stage on files has two results, one for each half of the held-out rows, so
+    that the second stage need not train it again. "each" holds what was measured of each prompt,
+    which the bootstrap of frontiers.py draws from.
     """
     spec = read_json(folder / "spec.json")
     torch.set_num_threads(spec.get("threads", 1))
@@ -124,7 +124,8 @@ def run_job(folder: Path, job: dict) -> None:
     seconds = round(time.perf_counter() - began, 1)
     steps = len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     kind = spec["sets"][job["set"]].get("kind", "files")
-    for split in ("validation", "test") if kind == "files" else [job["split"]]:
+    both = kind == "files" and job["split"] == "validation"
+    for split in ("validation", "test") if both else [job["split"]]:
         run = job | {"split": split, "kind": kind, "steps": steps, "train_seconds": seconds}
         run |= {"result": {}, "each": {}, "revision": revision()}
         examine, (run["base"], _) = examination(folder, job["set"], split)
