@@ -224,8 +224,7 @@ class Log:
 
     def check(self, step: int, found: dict[str, float], where: str) -> None:
         """Raise FloatingPointError where a number of a step is not finite; where: its rows."""
-        broken = ", ".join(f"{k} {x}" for k, x in found.items() if not math.isfinite(x))
-        if broken:
+        if broken := ", ".join(f"{k} {x}" for k, x in found.items() if not math.isfinite(x)):
             raise FloatingPointError(
                 f"stopped at step {step}: {broken}; nothing of it was saved.\nIts rows: {where}.\n"
                 "Look at those rows, or start anew (--overwrite) with a lower --lr. What went "

@@ -255,6 +255,10 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
         written(tmp_path / "out" / "data" / f"qa-{split}.jsonl", rows)
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     command = [str(tmp_path / "spec.json"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("minibnf.train.main", lambda argv: 130)  # as after Ctrl-C
+        assert main(command) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "| bnf | best, customary | lr=0.0001 |" in shown

@@ -54,9 +54,8 @@ def check_fields(where, found: dict, must: dict[str, tuple], required=()) -> Non
     """
     for field, (what, types, *most) in must.items():
         value = found.get(field)
-        if value is None and field not in required:
-            continue
-        if type(value) not in types or (most and not 0 < value <= most[0]):
+        wrong = type(value) not in types or (most and not 0 < value <= most[0])
+        if wrong and (value is not None or field in required):
             what += f" above 0, at most {most[0]}" if most else ""
             raise ValueError(f"{where}: field '{field}' must be {what}, not {value!r}")
 
@@ -161,8 +160,7 @@ def delete(path: Path) -> None:
         return path.unlink()
     aside = path.with_name(f".{path.name}.deleted.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    flush(aside.parent)
+    put(path, aside)
     shutil.rmtree(aside)
 
 

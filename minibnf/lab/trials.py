@@ -103,6 +103,8 @@ def trained(argv: list[str], out: Path) -> bool:
         contextlib.redirect_stderr(log),
     ):
         code = train.main(argv)
+    if code == 130:
+        raise KeyboardInterrupt
     said = (out / "log.txt").read_text(encoding="utf-8").strip()
     if code and "stopped at step" not in said:
         raise ValueError(f"{out}: the run failed: {said.splitlines()[-1]}")
