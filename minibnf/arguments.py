@@ -101,11 +101,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args = p.parse_args([*as_words(given), *(sys.argv[1:] if argv is None else argv)])
     elif earlier or args.config:
         raise ValueError(f"{file}: not the config.json that a run of this version wrote")
-    if args.resume and not earlier:
-        if args.model is None:
-            p.error(f"--resume: --out {args.out} holds no run to go on with")
-        show(f"{args.out} holds no run to go on with: starting one")
+    if args.resume and not earlier and args.model is None:
+        p.error(f"--resume: --out {args.out} holds no run to go on with")
     check_arguments(p, args)
+    if args.resume and not earlier:
+        show(f"{args.out} holds no run to go on with: starting one")
     return args
 
 

@@ -182,11 +182,10 @@ def locked(file: Path) -> Iterator[None]:
                 raise BlockingIOError
         except BlockingIOError:
             held.seek(0)
-            who = held.read() or "another process"  # which has not written its name yet
-            raise ValueError(f"{file.parent} is being written by {who}") from None
+            raise ValueError(f"{file.parent} is being written {held.read()}") from None
         except (ImportError, OSError) as error:
             show(f"no lock on {file.parent} ({error}): start no second process there")
-        file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        file.write_text(f"by process {os.getpid()} on {platform.node()}", encoding="utf-8")
         try:
             yield
         finally:
