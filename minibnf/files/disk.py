@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from minibnf.files.terminal import show
@@ -169,9 +169,10 @@ def locked(file: Path) -> Iterator[None]:
     """No second process is in a block locked by the same file, which is gone after it.
 
     The lock dies with its process. Where there is none, as on some network disks, a line says so.
-    Raises ValueError that says who holds it. The file's folder is made, and goes if it is empty at
-    the end.
+    Raises ValueError that says who holds it. A folder that is made for the file goes if it is
+    empty at the end.
     """
+    made = not file.parent.exists()
     make(file.parent)
     with open(file, "a+", encoding="utf-8") as held:
         try:
@@ -190,7 +191,7 @@ def locked(file: Path) -> Iterator[None]:
             yield
         finally:
             file.unlink(missing_ok=True)
-            with suppress(OSError):
+            if made and not any(file.parent.iterdir()):
                 file.parent.rmdir()
 
 

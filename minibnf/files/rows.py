@@ -170,8 +170,7 @@ def _row(value, place: Place) -> dict | ValueError:
     try:
         if isinstance(value, bytes):
             with _json_errors(place):
-                value = value.decode("utf-8-sig").strip()
-                value = json.loads(value, object_pairs_hook=without_twins)
+                value = json.loads(value.decode("utf-8-sig"), object_pairs_hook=without_twins)
         if not isinstance(value, dict):
             raise ValueError(f"{place}: a row must be a JSON object, not {type(value).__name__}")
         return present(value, place)
