@@ -196,7 +196,7 @@ def logged_to(file: Path, step: int) -> list[str]:
             if row["step"] <= step:
                 kept.append(line.decode() + "\n")
                 steps |= {row["step"]} if "loss" in row else set()
-    if gone := step - len(steps):
+    if (gone := step - len(steps)) > 0:
         said = f"the rows of {gone} of {counted(step, 'step')} are damaged or gone"
         show(f"{file}: {said}; the run goes on without them")
     return kept

@@ -81,7 +81,7 @@ def test_as_many_control_tokens_as_published_models_have_are_read(fast):
     [
         ("a.jsonl.gz", bomb(b"a"), "line 1: a line has more than 16,777,216 bytes"),
         ("a.jsonl.gz", bomb(b"\n"), "line 1048577: blank lines have 1,048,577 bytes"),
-        ("a.jsonl.gz", bomb(b"0\n"), "1000 bad rows"),
+        ("a.jsonl.gz", bomb(b"0\n"), "1000+ bad rows"),
         ("a.json.gz", bomb(b"{},", b"["), "may have 268,435,456 bytes; write one row per line"),
     ],
 )
@@ -115,7 +115,7 @@ def test_reading_stops_after_a_thousand_bad_rows(tmp_path):
     file = write(tmp_path / "a.jsonl", [ROW, *range(3000)])
     with pytest.raises(
         ValueError,
-        match=r"1000 bad rows, where reading stopped at line 1001\n(.*\n){10}  \.\.\. and 990",
+        match=r"1000\+ bad rows\n(.*\n){10}  \.\.\. and 990",
     ):
         rows.read_rows(file)
 

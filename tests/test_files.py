@@ -450,6 +450,6 @@ def test_a_generate_stopped_before_its_settings_goes_on_and_has_a_lock(
     out.write_text("")
     with locked(tmp_path / ".out.jsonl.lock"):
         assert generated(world, answers, out, "--resume") == 1
-    assert f"is being written by process {os.getpid()} on" in capsys.readouterr().err
+    assert f"is in use by another process ({os.getpid()} on" in capsys.readouterr().err
     assert generated(world, answers, out, "--resume") == 0
     assert out.read_text().count("\n") == 1

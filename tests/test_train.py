@@ -857,7 +857,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_run(
     for flag in ("--resume", "--overwrite"):
         more = f"{LONG} --eval-data {world / 'held-out.jsonl'} {flag}"
         assert trained(world, out, more) == 1
-        assert no_line_but(capsys, f"{out} is being written by process {first} on ")
+        assert no_line_but(capsys, f"{out} is in use by another process ({first} on ")
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
     assert resumed(out) == 0 and same(weights(out), weights(uninterrupted))

@@ -183,8 +183,7 @@ def parse_config(raw: dict, path) -> Config:
     heads, gemma = given["num_attention_heads"], family.startswith("gemma")
     given["head_dim"] = given["head_dim"] or given["hidden_size"] // heads
     given["num_key_value_heads"] = given["num_key_value_heads"] or heads
-    odd = given["head_dim"] % 2 or not given["head_dim"]
-    if heads % given["num_key_value_heads"] or odd:
+    if heads % given["num_key_value_heads"] or given["head_dim"] % 2 or not given["head_dim"]:
         raise ValueError(
             f"{path}: num_attention_heads must be a multiple of num_key_value_heads, "
             "and head_dim even"

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minibnf.files.terminal import show
@@ -183,16 +183,17 @@ def locked(file: Path) -> Iterator[None]:
                 raise BlockingIOError
         except BlockingIOError:
             held.seek(0)
-            raise ValueError(f"{file.parent} is being written {held.read()}") from None
+            raise ValueError(f"{file.parent} is in use by another process {held.read()}") from None
         except (ImportError, OSError) as error:
             show(f"no lock on {file.parent} ({error}): start no second process there")
-        file.write_text(f"by process {os.getpid()} on {platform.node()}", encoding="utf-8")
         try:
+            file.write_text(f"({os.getpid()} on {platform.node()})", encoding="utf-8")
             yield
         finally:
             file.unlink(missing_ok=True)
-            if made and not any(file.parent.iterdir()):
-                file.parent.rmdir()
+            with suppress(OSError):
+                if made:
+                    file.parent.rmdir()
 
 
 def inside(path: Path, folder: Path) -> bool:

@@ -71,6 +71,7 @@ def scan_rows(path) -> Iterator[tuple[Place, dict | ValueError]]:
     path = Path(path)
     place = None
     try:
+        path.stat()
         for place, value in _parquet(path) if path.suffix == ".parquet" else _json(path):
             yield place, _row(value, place)
     except (OSError, EOFError, zlib.error) as error:
@@ -104,7 +105,7 @@ def _json(path: Path) -> Iterator[tuple[Place, object]]:
                 raise ValueError(f"{path}, line {number}: {what} bytes")
             if text:
                 begun = True
-                yield Place(path, "line", number), line
+                yield Place(path, "line", number), line.rstrip()
 
 
 def _values(path: Path, data: bytes, number: int) -> Iterator[tuple[Place, object]]:
@@ -212,8 +213,7 @@ def each_row(rows: Iterable[tuple[Place, dict | ValueError]], read: Callable) ->
     if bad:
         lines = [f"  {error.removeprefix(f'{place.path}, ')}" for error in errors]
         lines += [f"  ... and {bad - SHOWN} more"] if bad > SHOWN else []
-        until = f", where reading stopped at {place.unit} {place.number}" if bad == BAD else ""
-        raise ValueError("\n".join([f"{place.path}: {bad} bad rows{until}", *lines]))
+        raise ValueError("\n".join([f"{place.path}: {bad}{'+' * (bad == BAD)} bad rows", *lines]))
     return results
 
 

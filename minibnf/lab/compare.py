@@ -27,8 +27,8 @@ second stage.
 A set is of the small world (a "kind" of smallworld.py, "count", "unpaired") or of files: "rows" is
 a .jsonl of preference rows, "count" of them to train on, "held_out" of them to examine, half
 validation and half test; "solutions" is a .jsonl of question and answer whose likelihood is
-measured. On files a run is examined on both halves. Such a set may have "seeds" of its own, [0] for
-what the first stage has measured already.
+measured. On files a run of the first stage is examined on both halves. Such a set may have "seeds"
+of its own, [0] for what the first stage has measured already.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -206,8 +206,16 @@ def run_all(spec: dict, jobs: list[dict], folder: Path, workers: int) -> list[di
     ready, stage = len(jobs) - len(todo), jobs[0]["split"]
     bar = tqdm(total=len(jobs), initial=ready, desc=stage, unit="run", disable=None)
     with bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for _ in pool.map(partial(run_job, folder), todo):  # an error cancels what has not begun
-            bar.update()
+        left, running = iter(todo), set()
+        while True:  # no job waits in the pool: after an error or Ctrl-C it would still begin
+            more = islice(left, workers - len(running))
+            running |= {pool.submit(run_job, folder, job) for job in more}
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for one in done:
+                one.result()
+                bar.update()
     return [read_json(file) for file in files]
 
 
