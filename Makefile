@@ -139,8 +139,8 @@ compare-long: .venv/small ## does the lead over DPO depend on the length of answ
 	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/long.json --out runs/long
 	cp runs/long/results.json tutorials/evidence/long-results.json
 
-compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that tutorials/evidence/real.json names (three hours, resumable)
-	$(BIN)/python -m minibnf.lab.compare tutorials/evidence/real.json --out runs/real
+compare-real: .venv/small $(SMOL)/config.json ## SmolLM2-135M on the files that tutorials/evidence/real.json names (two hours on two cores, resumable)
+	$(ONE) $(BIN)/python -m minibnf.lab.compare tutorials/evidence/real.json --out runs/real
 	cp runs/real/results.json tutorials/evidence/real-results.json
 
 pretrain-young: .venv/small ## make weights/young anew: a quarter of weights/tiny's pretraining, something to lose (two minutes)

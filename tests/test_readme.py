@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minibnf.arguments import parser
 from minibnf.files.config import READS
 from minibnf.lab import lengths
-from minibnf.lab.frontiers import frontier_table, questions, weight_table
+from minibnf.lab.frontiers import file_table, frontier_table, questions, weight_table
 from minibnf.lab.tables import rate_table, table
 from minibnf.lab.verdicts import verdict_table, verdicts
 from minibnf.losses import bnf_loss
@@ -225,10 +225,10 @@ def test_the_small_tables_are_the_committed_runs_rounded():
 
 
 def test_the_real_models_tables_are_drawn_from_the_committed_results():
-    results = evidence("real-results.json")  # of an earlier spec, until they are made again
-    assert len({(r["set"], r["method"], str(r["setting"])) for r in results["runs"]}) == 24
+    results = results_of("real")
     for name in results["spec"]["on"]:
         assert table(results, name) in EVIDENCE, table(results, name)
+        assert file_table(results, name) in EVIDENCE, file_table(results, name)
 
 
 def test_the_table_of_speed_is_the_committed_benchmarks():
