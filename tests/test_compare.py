@@ -1,6 +1,7 @@
 """Comparisons: what is run, what is chosen, what collapses; the verdicts' rules; one real run."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minibnf.lab.compare import check, compare, main
-from minibnf.lab.figures import comparison
+from minibnf.lab.figures import _look, comparison
 from minibnf.lab.language import QA, problems
 from minibnf.lab import frontiers
 from minibnf.lab.frontiers import (
@@ -287,6 +288,15 @@ def test_one_whole_comparison_interrupted_and_taken_up_again(tmp_path, monkeypat
     (tmp_path / "new").mkdir()
     (tmp_path / "out" / "data").rename(tmp_path / "new" / "data")
     assert compare(spec, tmp_path / "new", 1, known=results)["runs"] == results["runs"]
+
+
+@pytest.mark.parametrize("name", ["frontiers", "map", "long", "small", "quick", "real"])
+def test_every_method_of_a_comparison_has_its_own_colour(name):
+    """The eye tells any two apart: of red, green and blue from 0 to 1, they differ by .1."""
+    to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
+    spec = json.loads(Path(f"tutorials/evidence/{name}.json").read_text())
+    colours = [to_rgb(_look(spec, method)["color"]) for method in spec["methods"]]
+    assert all(math.dist(one, other) > 0.1 for one, other in itertools.combinations(colours, 2))
 
 
 # ---- Frontiers ----

@@ -149,11 +149,11 @@ def comparison(results: dict, folder: Path) -> list[Path]:
 
 
 def _look(spec: dict, method: str) -> dict:
-    """How a method's line is drawn. One that LINES does not name gets a colour by its place."""
+    """How a method's line is drawn. One that LINES does not name is drawn as one that is absent."""
     others = [name for name in spec["methods"] if name not in LINES]
-    colour, marker = LINES.get(method) or (f"C{others.index(method)}", ".")
-    width = 2.4 if method == "bnf" else 1.2
-    return {"color": colour, "marker": marker, "linewidth": width, "label": method}
+    absent = [look for name, look in LINES.items() if name not in spec["methods"]]
+    colour, marker = LINES.get(method) or absent[others.index(method)]
+    return dict(color=colour, marker=marker, lw=2.4 if method == "bnf" else 1.2, label=method)
 
 
 def _tried(results: dict, name: str) -> dict[str, list[dict]]:
